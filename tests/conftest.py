@@ -1,0 +1,42 @@
+"""Eight emulated CPU devices, and every annotation of ours checked on every call."""
+
+import gc
+import importlib.util
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["NPROC"] = "32"  # threads of XLA's pool: with 8, two programs in flight can wait forever
+# Compiling is most of what these tests do.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
+
+from jaxtyping import install_import_hook
+
+CHECKED = ["sharding", "models", "losses", "student", "optim", "cost", "checkpoint", "data", "text"]
+CHECKED += ["answers", "generate", "targets", "eval", "distill", "options", "plan"]
+CHECKED += ["features", "on_policy"]
+install_import_hook(CHECKED, "beartype.beartype")
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten():
+    """The programs of a module end with it: each takes dozens of the 65,530 memory mappings that
+    Linux gives a process, and beyond them the compiler crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture
+def strict():
+    """No implicit dtype promotion."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+# The comparison with transformers joins where the `reference` extra is installed.
+if importlib.util.find_spec("transformers") is None:
+    collect_ignore = ["reference"]

@@ -1,0 +1,118 @@
+"""Who may import whom, and that importing does nothing."""
+
+import ast
+import json
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# From top to bottom; an arrow may only go down.
+FLOORS = [
+    {"distill"},
+    {"plan"},
+    {"options"},
+    {"on_policy"},
+    {"generate", "eval", "targets", "cost"},
+    {"student", "features", "losses", "optim", "checkpoint", "report", "answers"},
+    {"models", "data"},
+    {"text"},
+    {"sharding"},
+    {"errors"},
+]
+TOP = {path.stem for path in ROOT.glob("*.py")} | {"models"}
+
+
+def sources() -> dict[str, Path]:
+    files = [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py")]
+    return {str(file.relative_to(ROOT).with_suffix("")).replace("/", "."): file for file in files}
+
+
+def imports(name: str, file: Path) -> set[str]:
+    """The modules of this project that a file imports, wherever in the file it does."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1 and name.startswith("models."), (name, node.module)
+            found |= (
+                {f"models.{node.module}"}
+                if node.module
+                else {f"models.{alias.name}" for alias in node.names}
+            )
+    return {module for module in found if module.split(".")[0] in TOP}
+
+
+GRAPH = {name: imports(name, file) for name, file in sources().items()}
+
+
+def test_every_module_has_a_floor():
+    assert TOP <= set().union(*FLOORS), TOP
+    assert len(GRAPH) > 8
+
+
+def test_imports_form_no_circle():
+    graph = {name.removesuffix(".__init__"): modules for name, modules in GRAPH.items()}
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_arrows_only_go_down():
+    floor = {name: height for height, names in enumerate(FLOORS) for name in names}
+    for name, modules in GRAPH.items():
+        for module in modules:
+            above, below = name.split(".")[0], module.split(".")[0]
+            assert above == below == "models" or floor[above] < floor[below], (name, module)
+
+
+def test_models_import_sharding_alone():
+    for name, modules in GRAPH.items():
+        if name.startswith("models."):
+            assert {module for module in modules if not module.startswith("models")} <= {"sharding"}
+
+
+def test_nothing_imports_distill():
+    assert not any("distill" in modules for modules in GRAPH.values())
+
+
+CHECK = """
+import json, os, sys
+environment = dict(os.environ)
+import {module}
+found = {{"jax": "jax" in sys.modules, "environment": dict(os.environ) == environment}}
+if found["jax"]:
+    import jax
+    from jax._src import xla_bridge
+    changed = dict(jax.config.values)
+    found["backends"] = len(xla_bridge._backends)
+    found["config"] = {{key: str(value) for key, value in sorted(changed.items())}}
+print(json.dumps(found))
+"""
+
+
+def imported(module: str) -> dict:
+    found = subprocess.run(
+        [sys.executable, "-c", CHECK.format(module=module)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.count("\n") == 1 and not found.stderr, found
+    return json.loads(found.stdout)
+
+
+def test_importing_does_nothing():
+    """No output, no environment, no configuration, no device."""
+    plain = imported("jax")["config"]
+    for module in sorted(TOP):
+        found = imported(module)
+        assert found["environment"], module
+        assert not found.get("backends"), f"{module} touched a device"
+        if found["jax"]:
+            assert found["config"] == plain, module
+        if module in ("answers", "data", "text", "errors", "report"):
+            assert not found["jax"], f"{module} imports jax"
