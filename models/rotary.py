@@ -1,0 +1,192 @@
+"""Rotary positions: the plain ones and the four ways in which checkpoints stretch them."""
+
+import dataclasses
+import math
+import reprlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sharding import UserError
+
+from .common import Place, Settings
+
+# The fields of each kind of rotary positions, and what they are called here.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        "factor",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+KEYS = {name: name for name in FIELDS["yarn"]} | {
+    "attention_factor": "attention",
+    "low_freq_factor": "low",
+    "high_freq_factor": "high",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions. The fields beyond `theta` belong to the kinds that stretch them."""
+
+    kind: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original: int = 0  # positions before stretching
+    low: float = 1.0
+    high: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    def __post_init__(self):
+        if self.theta <= 1:
+            raise UserError(f"rope_theta must be above 1, found {self.theta}")
+        if self.kind == "llama3" and self.low >= self.high:
+            raise UserError(
+                f"low_freq_factor {self.low} must be below high_freq_factor {self.high}"
+            )
+
+    @classmethod
+    def read(cls, settings: Settings, positions: int) -> "Rope":
+        """From either dialect: `rope_theta` and `rope_scaling`, or `rope_parameters`."""
+        raw = {"rope_theta": settings.raw.get("rope_theta")}
+        for name in ("rope_scaling", "rope_parameters"):
+            given = settings.raw.get(name) or {}
+            if not isinstance(given, dict):
+                settings.refuse(name, given, "an object")
+            given = {field: value for field, value in given.items() if value is not None}
+            for field, value in given.items():
+                if raw.get(field) not in (None, value):
+                    raise UserError(
+                        f"{field} is given twice, and {name} says {reprlib.repr(value)}"
+                    )
+            raw |= given
+        rope = Settings(raw)
+        kind = rope.get(["rope_type", "type"], str, "the kind of rotary positions", "default")
+        if kind not in FIELDS:
+            raise UserError(f"rope_type = {kind!r} is not supported, only {', '.join(FIELDS)} are")
+        known = {
+            "rope_type",
+            "type",
+            "rope_theta",
+            *FIELDS[kind],
+            "original_max_position_embeddings",
+            "partial_rotary_factor",  # one, or `Settings` has refused it
+            "finetuned",  # how the checkpoint was made
+        }
+        for name, value in raw.items():
+            if name not in known and value is not None:
+                found = reprlib.repr(value)
+                raise UserError(f"{name} = {found} is not supported in rotary positions of {kind}")
+        given = {"kind": kind, "theta": rope.number("rope_theta", 10000.0)}
+        for name in FIELDS[kind]:
+            if name == "truncate":
+                given["truncate"] = rope.flag(name, True)
+            else:
+                required = (
+                    ... if name in ("factor", "low_freq_factor", "high_freq_factor") else None
+                )
+                value = rope.number(name, required)
+                if value is not None:
+                    given[KEYS[name]] = value
+        if kind in ("llama3", "yarn"):
+            original = settings.count("original_max_position_embeddings", default=None)
+            inner = rope.count("original_max_position_embeddings", default=positions)
+            given["original"] = original or inner
+        elif kind == "dynamic":
+            given["original"] = positions
+        return cls(**given)
+
+    def write(self) -> dict[str, Any] | None:
+        """`rope_scaling` as every version of transformers reads it."""
+        if self.kind == "default":
+            return None
+        scaling: dict[str, Any] = {"rope_type": self.kind}
+        for name in FIELDS[self.kind]:
+            if getattr(self, KEYS[name]) is not None:
+                scaling[name] = getattr(self, KEYS[name])
+        if self.kind in ("llama3", "yarn"):
+            scaling["original_max_position_embeddings"] = self.original
+        return scaling
+
+    def table(
+        self, head_dim: int, place: Place
+    ) -> tuple[Float[Array, "#batch seq 1 half"], Float[Array, "#batch seq 1 half"]]:
+        """Cosine and sine of every position's angles, in float32."""
+        angles = place.position[:, :, None].astype(jnp.float32) * self.frequencies(head_dim, place)
+        scale = self.attention_scale()
+        return scale * jnp.cos(angles)[:, :, None], scale * jnp.sin(angles)[:, :, None]
+
+    def frequencies(
+        self, head_dim: int, place: Place
+    ) -> np.ndarray | Float[Array, "#batch seq half"]:
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+        plain = 1.0 / np.float32(self.theta) ** exponents
+        if self.kind == "linear":
+            return plain / np.float32(self.factor)
+        if self.kind == "dynamic":  # the base grows with the document, past the trained positions
+            extent = jnp.maximum(place.extent, self.original).astype(jnp.float32)
+            growth = self.factor * extent / self.original - (self.factor - 1)
+            theta = self.theta * growth ** (head_dim / (head_dim - 2))
+            return 1.0 / theta[:, :, None] ** exponents
+        if (
+            self.kind == "llama3"
+        ):  # long waves are stretched, short ones kept, those between blended
+            turns = self.original * plain / (2 * math.pi)
+            kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+            return np.float32(kept * plain + (1 - kept) * plain / self.factor)
+        if self.kind == "yarn":  # likewise, blended linearly over the dimensions
+            first, last = (
+                self.dimension(self.beta_fast, head_dim),
+                self.dimension(self.beta_slow, head_dim),
+            )
+            if self.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, head_dim - 1)
+            ramp = (np.arange(head_dim // 2) - first) / max(last - first, 0.001)
+            stretched = np.clip(ramp, 0, 1)
+            return np.float32((1 - stretched) * plain + stretched * plain / self.factor)
+        return plain
+
+    def dimension(self, turns: float, head_dim: int) -> float:
+        """The dimension that turns this often over the original positions."""
+        wave = self.original / (turns * 2 * math.pi)
+        return head_dim * math.log(wave) / (2 * math.log(self.theta))
+
+    def attention_scale(self) -> float:
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention is not None:
+            return self.attention
+
+        def scale(weight: float) -> float:
+            return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return scale(self.mscale) / scale(self.mscale_all_dim)
+        return scale(1.0)
+
+
+def rotate(
+    x: Float[Array, "batch seq some_heads head_dim"],
+    table: tuple[Float[Array, "#batch seq 1 half"], Float[Array, "#batch seq 1 half"]],
+) -> Float[Array, "batch seq some_heads head_dim"]:
+    """Turns each pair (i, i + head_dim / 2) by its angle, in float32."""
+    cos, sin = table
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,397 @@
+"""Placement: one mesh, one table of rules, and the axis names that parameters carry.
+
+A parameter says its axes in its annotation (`weight: Float[Array, "mlp embed"]`); `RULES` says over
+which mesh axes an axis may be split; everything about placement follows from the two.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import math
+import os
+import re
+import threading
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree, Shaped
+
+import errors
+from errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# In order of precedence: each mesh axis goes to the first axis of an array that claims it. So a
+# head ("vocab embed") is split over its vocabulary alone, an activation over its batch first.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "rows": ("data",),  # of a batch, where fsdp is left to the vocabulary
+    "vocab": ("fsdp", "tensor"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "embed": ("fsdp",),
+}
+
+Rules = Mapping[str, tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The rules of a run: where parameters and activations lie, and where moments do."""
+
+    params: Rules = dataclasses.field(default_factory=lambda: RULES)
+    moments: Rules = dataclasses.field(default_factory=lambda: RULES)
+
+
+def layout(zero: int = 3, rules: Sequence[str] = ()) -> Layout:
+    """ZeRO 3 splits parameters, gradients and moments; ZeRO 1 keeps parameters whole, and splits
+    moments over the devices that share the batch. `rules` such as `vocab=fsdp,tensor` override."""
+    own = dict(map(_rule, rules))
+    if len(own) < len(rules):
+        raise UserError(f"--mesh.rules {' '.join(rules)}: one of the axes is named twice")
+    params, moments = RULES, RULES
+    if zero == 1:
+        params = RULES | {"rows": ("data", "fsdp"), "vocab": ("tensor",), "embed": ()}
+        moments = RULES | {"vocab": ("data", "fsdp", "tensor"), "embed": ("data", "fsdp")}
+    return Layout({**params, **own}, {**moments, **own})
+
+
+def _rule(text: str) -> tuple[str, tuple[str, ...]]:
+    name, equals, axes = text.partition("=")
+    axes = tuple(axis for axis in axes.split(",") if axis)
+    if not equals or name not in RULES or not set(axes) <= set(MESH_AXES):
+        raise UserError(
+            f"--mesh.rules {text}: expected AXIS=MESH,AXES such as vocab=fsdp,tensor, with an axis"
+            f" of {', '.join(RULES)} and mesh axes of {', '.join(MESH_AXES)} (or none)"
+        )
+    return name, axes
+
+
+_current: ContextVar[Layout | None] = ContextVar("layout", default=None)
+_compiled_for = [Layout()]
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh, layout: Layout | None = None) -> Iterator[None]:
+    """Places activations and new states on `mesh` by these rules."""
+    layout = Layout() if layout is None else layout
+    if layout != _compiled_for[0]:  # jax knows programs by their mesh, not by our rules
+        jax.clear_caches()
+        _compiled_for[0] = layout
+    token = _current.set(layout)
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _current.reset(token)
+
+
+def _layout() -> Layout:
+    return _current.get() or Layout()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    data: int = 1
+    """Copies of the models, each with a share of the batch. One of the three may be -1: the devices
+    that are left."""
+    fsdp: int = -1
+    """Ways to split parameters, moments and the batch."""
+    tensor: int = 1
+    """Ways to split heads, MLP and vocabulary."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in MESH_AXES}
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with axes `data`, `fsdp`, `tensor`; a size of -1 takes the devices that are left."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [data, fsdp, tensor]
+    asked = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh {asked}: sizes are positive, and at most one is -1 (what is left)")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh {asked} does not match {len(devices)} devices: choose sizes whose product is"
+            f" {len(devices)}"
+        )
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=kinds, devices=devices)
+
+
+def axes(tree: PyTree) -> PyTree:
+    """The axis names of every array in `tree`, as a tree of tuples; `None` where none are declared.
+
+    Names come from the annotation of the Equinox module that holds the array, however deep in other
+    containers (an optimizer state, say) that module lies. An array with one dimension more than its
+    annotation is stacked over `layers`.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return jax.tree.unflatten(structure, [_declared(tree, path, leaf) for path, leaf in leaves])
+
+
+def _declared(node, path, leaf) -> tuple[str, ...] | None:
+    names = None
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            if isinstance(node, eqx.Module):
+                names = _field_axes(type(node), key.name)
+            node = getattr(node, key.name)
+        elif isinstance(key, jax.tree_util.SequenceKey):
+            node = node[key.idx]
+        elif isinstance(key, jax.tree_util.DictKey):
+            node = node[key.key]
+        else:
+            return None
+    if names is None or not hasattr(leaf, "ndim"):
+        return None
+    if leaf.ndim == len(names) + 1:
+        names = ("layers", *names)
+    return names if leaf.ndim == len(names) else None
+
+
+def _field_axes(module: type, field: str) -> tuple[str, ...] | None:
+    annotation = next((f.type for f in dataclasses.fields(module) if f.name == field), None)
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        options = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        annotation = options[0] if len(options) == 1 else None
+    names = getattr(annotation, "dim_str", None)
+    return None if names is None else tuple(names.split())
+
+
+def claims(
+    names: Sequence[str], mesh: Mesh | AbstractMesh, rules: Rules | None = None
+) -> list[tuple[str, ...]]:
+    """The mesh axes that each of these axes is split over."""
+    rules = _layout().params if rules is None else rules
+    claimed: dict[str, tuple[str, ...]] = {}
+    free = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+    for name in rules:
+        if name in names:
+            claimed[name] = tuple(axis for axis in rules[name] if axis in free)
+            free = [axis for axis in free if axis not in claimed[name]]
+    return [claimed.get(name, ()) for name in names]
+
+
+def specs(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> PyTree:
+    """A `NamedSharding` for every array of `tree` (arrays or their shapes), by its axis names."""
+    named, structure = jax.tree_util.tree_flatten_with_path(tree)
+    declared = structure.flatten_up_to(axes(tree))
+    placed = []
+    for (path, leaf), names in zip(named, declared, strict=True):
+        if not hasattr(leaf, "shape"):
+            placed.append(None)
+        else:
+            where = jax.tree_util.keystr(path).lstrip(".")
+            placed.append(NamedSharding(mesh, _fit(where, leaf.shape, names, mesh, rules)))
+    return jax.tree.unflatten(structure, placed)
+
+
+def _fit(where, shape, names, mesh: Mesh | AbstractMesh, rules: Rules | None) -> PartitionSpec:
+    if names is None:
+        return PartitionSpec()
+    entries = claims(names, mesh, rules)
+    if "vocab" in names and "embed" in names:
+        rows, width = names.index("vocab"), names.index("embed")
+        if shape[rows] % _parts(mesh, entries[rows]):  # the losses pad it; the array need not be
+            entries[width] += entries[rows]
+            entries[rows] = ()
+            while shape[width] % _parts(mesh, entries[width]):
+                entries[width] = entries[width][:-1]
+    for i, (name, size) in enumerate(zip(names, shape, strict=True)):
+        parts = _parts(mesh, entries[i])
+        if size % parts == 0:
+            continue
+        if name == "kv_heads":  # few enough to hold whole: grouped attention on many devices
+            entries[i] = ()
+            continue
+        nearest = max(n for n in range(1, parts) if size % n == 0)
+        raise UserError(
+            f"{where}: its {size} {name} do not divide over {parts} devices of the mesh axes"
+            f" {', '.join(entries[i])}; the nearest mesh that works has {nearest} there"
+        )
+    return PartitionSpec(*(entry or None for entry in entries))
+
+
+def _parts(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def shard(tree: PyTree, specs: PyTree) -> PyTree:
+    """`tree` with its arrays placed as `specs` says; inside a jitted function, constrained so."""
+    return eqx.filter_shard(tree, specs)
+
+
+def pin(tree: PyTree, *, moments: bool = False) -> PyTree:
+    """Inside a jitted function: every array placed by its axes on the mesh in scope, if any."""
+    mesh, rules = jax.sharding.get_abstract_mesh(), _layout()
+    if mesh.empty:
+        return tree
+    return shard(tree, specs(tree, mesh, rules.moments if moments else rules.params))
+
+
+def ways(name: str) -> int:
+    """Over how many devices of the mesh in scope activations are split along this axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _parts(mesh, claims([name], mesh)[0])
+
+
+def constrain(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
+    """Pin an activation with these axes, such as `"batch seq embed"`, to the mesh in scope.
+
+    The mesh is the one of the enclosing `jax.set_mesh`; without one this does nothing. A dimension
+    that does not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    entries = [
+        axes if axes and size % _parts(mesh, axes) == 0 else None
+        for size, axes in zip(x.shape, claims(names.split(), mesh), strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def from_host(tree: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
+    """Arrays of every process's own rows as global arrays, split over the batch."""
+    rows = NamedSharding(mesh, PartitionSpec(tuple(claims(["batch"], mesh, rules)[0]) or None))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
+
+
+def compiled(lowered: Any) -> Any:
+    """The program of a lowered function, as it is best for the devices here."""
+    if jax.default_backend() != "cpu":
+        return lowered.compile()
+    try:
+        # Of this library's fusions, those of other operations than products read constants as
+        # whole arrays: half as much memory again, and more time for the loss.
+        program = lowered.compile(compiler_options={
+            "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"
+        })  # fmt: skip
+    except jax.errors.JaxRuntimeError:  # other versions lack the option
+        program = lowered.compile()
+    with contextlib.suppress(OSError, AttributeError):  # hundreds of MB that the compiler had
+        ctypes.CDLL(None).malloc_trim(0)
+    return program
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+PATIENCE = 60  # seconds to wait for the other processes at the start, and for a sign of their life
+
+
+def start(
+    *,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+    devices: int | None = None,
+) -> None:
+    """Prepares the devices, before any is touched: joins the other processes, or emulates
+    `devices` of them on the CPU. Programs are kept, for the next start."""
+    together = (coordinator, processes, process_id)
+    if any(flag is not None for flag in together) and None in together:
+        raise UserError("--coordinator, --processes and --process-id are given together")
+    if coordinator is not None and not re.fullmatch(r"\S+:\d+", coordinator):
+        raise UserError(f"--coordinator {coordinator}: expected host:port of the first process")
+    if process_id is not None and not 0 <= process_id < processes:
+        raise UserError(
+            f"--process-id {process_id}: expected one of 0 to {processes - 1}, with --processes"
+            f" {processes}"
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if devices is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+    if (emulated := jax.config.jax_num_cpu_devices) > 1:
+        # Threads of XLA's pool: with too few, programs in flight wait for each other without end.
+        os.environ.setdefault("NPROC", str(max(4 * emulated, os.cpu_count() or 1)))
+    if not (distributed or coordinator):
+        return
+    where = coordinator or "the one that the scheduler names"
+
+    def unmet(reason: str) -> UserError:
+        return UserError(
+            f"the processes could not meet at the coordinator, {where} ({reason}): start all of"
+            " them, and let --coordinator name the first"
+        )
+
+    def leave() -> None:
+        errors.tell(unmet(f"it or another one did not answer in {PATIENCE} s"))
+        os._exit(2)
+
+    late = threading.Timer(PATIENCE, leave)  # when jax's own time is up it aborts the process
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(
+            *together,
+            initialization_timeout=2 * PATIENCE, heartbeat_timeout_seconds=PATIENCE // 2,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        raise unmet(str(error).strip().splitlines()[0][:200]) from None
+    finally:
+        late.cancel()
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """Ends this process when it fails or another one has ended: it is a mistake to go on alone."""
+    try:
+        yield
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        if jax.process_count() == 1:
+            raise
+        if not isinstance(error, UserError):
+            error = UserError(
+                "another process has ended or cannot be reached"
+                f" ({str(error).splitlines()[0][:160]}): start all of them again, and they go on"
+                " from what was saved"
+            )
+        errors.tell(error)
+        os._exit(2)  # a tidy end would wait for processes that may never come
+
+
+def sync(name: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(name)
+
+
+def gathered(value: np.ndarray | int | bool) -> np.ndarray:
+    """What each process has, in the order of processes."""
+    if jax.process_count() == 1:
+        return np.asarray(value)[None]
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(np.asarray(value)))
+
+
+def whole(array: Array) -> np.ndarray:
+    """All of an array, whichever processes hold its parts; all of them call this."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(array, tiled=True))

@@ -1,0 +1,605 @@
+"""The hub through its real client, against a small hub on loopback; and folders that are saved."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import models
+import sharding
+from errors import UserError
+from models.llama import Config, Llama
+
+ROOT = Path(__file__).parent.parent
+SMALL = Config(vocab=16, embed=8, mlp=16, layers=2, heads=4, kv_heads=2, head_dim=4)
+# Twice what the client writes at a time and more, so that half of it is worth keeping.
+LARGE = Config(vocab=100_000, embed=64, mlp=8, layers=1, heads=2, kv_heads=2, head_dim=4, tied=True)
+NEEDED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+TEXTS = {"tokenizer.json": b'{"version": "1.0"}', "generation_config.json": b'{"top_k": 5}'}
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def digest(model):
+    """What `load` made of a checkpoint, bit by bit."""
+    found = hashlib.sha256(repr(model.config).encode())
+    for leaf in jax.tree.leaves(model):
+        found.update(repr((leaf.dtype.name, leaf.shape)).encode() + np.asarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+# ---- a small hub ---------------------------------------------------------------------------------
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories by id, each a dict of revisions to files; what was asked for is in `log`."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.repositories = {}
+        self.answers = {}  # by repository: a status and headers in place of what was asked for
+        self.closed = {}  # likewise, for its files alone
+        self.cuts = {}  # by repository: how many times its weights are cut half way
+        self.stall, self.stalled, self.released = None, threading.Event(), threading.Event()
+        self.log = []
+
+    def add(self, name, *, main, **revisions):
+        self.repositories[name] = {"main": main, **revisions}
+
+    def asked(self, name):
+        """The files of a repository that were asked for, with the ranges."""
+        return [entry for entry in self.log if entry[0] == name and entry[1] is not None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        hub = self.server
+        if parts[:2] == ["api", "models"]:
+            name, file, action = "/".join(parts[2:4]), None, (*parts[4:6], "", "")[:2]
+        else:
+            name, file, action = "/".join(parts[:2]), "/".join(parts[4:]), ("resolve", parts[3])
+        hub.log.append((name, file, self.command, self.headers.get("Range")))
+        if name in hub.answers:
+            return self.answer(*hub.answers[name])
+        if name not in hub.repositories:
+            return self.answer(404, {"X-Error-Code": "RepoNotFound"})
+        revisions = {"": "main", **{commit(name, r): r for r in hub.repositories[name]}}
+        revision = revisions.get(action[1], action[1])
+        if revision not in hub.repositories[name]:
+            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+        files, sha = hub.repositories[name][revision], commit(name, revision)
+        if action[0] == "tree":
+            listed = [
+                {"type": "file", "path": path, "size": len(content), "oid": etag(content)}
+                for path, content in files.items()
+            ]
+            return self.answer(200, {}, json.dumps(listed).encode())
+        if action[0] != "resolve":
+            siblings = [{"rfilename": path} for path in files]
+            info = {"id": name, "sha": sha, "siblings": siblings, "private": False}
+            return self.answer(200, {}, json.dumps(info).encode())
+        if name in hub.closed:
+            return self.answer(*hub.closed[name])
+        self.send_file(name, sha, file, files[file])
+
+    do_HEAD = do_GET
+
+    def answer(self, status, headers, body=b""):
+        if status is None:  # hang up
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_file(self, name, sha, file, content):
+        hub = self.server
+        headers = {"ETag": f'"{etag(content)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        start, status = 0, 200
+        if asked := self.headers.get("Range"):
+            start, status = int(asked.removeprefix("bytes=").partition("-")[0]), 206
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        body = content[start:]
+        weights = self.command == "GET" and file == "model.safetensors"
+        if not weights or not (hub.cuts.get(name) or hub.stall == name):
+            return self.answer(status, headers, body)
+        self.answer(status, {"Content-Length": str(len(body)), **headers}, body[: len(body) // 2])
+        if hub.cuts.get(name):
+            hub.cuts[name] -= 1
+        else:
+            hub.stalled.set()
+            hub.released.wait(60)
+        self.close_connection = True
+
+
+def commit(name, revision):
+    return hashlib.sha1(f"{name}@{revision}".encode()).hexdigest()
+
+
+def etag(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+# ---- its client ----------------------------------------------------------------------------------
+
+PROGRAM = """
+import json, os, sys, traceback
+os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1")
+sys.path[:0] = ["tests", "."]
+import models, models.hub, test_hub
+from errors import UserError
+
+def load(source):
+    return test_hub.digest(models.load(source))
+
+def save(source, folder, **options):
+    models.save(models.load(source), folder, **options)
+
+def die_saving(source, folder):
+    models.hub.os.fsync = lambda file: os.kill(os.getpid(), 9)
+    save(source, folder)
+
+verbs = {"fetch": models.hub.fetch, "load": load, "save": save, "die_saving": die_saving}
+for line in sys.stdin:
+    verb, arguments, options = json.loads(line)
+    try:
+        found = {"found": str(verbs[verb](*arguments, **options))}
+    except UserError as error:
+        found = {"refused": str(error)}
+    except BaseException:
+        found = {"bug": traceback.format_exc()}
+    print(json.dumps(found), flush=True)
+"""
+
+
+class Client:
+    """A process of its own: the client reads its environment once, when it is imported."""
+
+    def __init__(self, home, endpoint, **environment):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        kept = {k: v for k, v in kept.items() if "proxy" not in k.lower()}
+        known = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            cwd=ROOT,
+            env=kept | known | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def start(self, verb, *arguments, **options):
+        self.process.stdin.write(json.dumps([verb, list(map(str, arguments)), options]) + "\n")
+        self.process.stdin.flush()
+
+    def __call__(self, verb, *arguments, **options):
+        self.start(verb, *arguments, **options)
+        answer = json.loads(self.process.stdout.readline())
+        assert "bug" not in answer, answer["bug"]
+        if "refused" in answer:
+            raise UserError(answer["refused"])
+        return answer["found"]
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+def client_of(home, endpoint, **environment):
+    client = Client(home, endpoint, **environment)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def online(hub, home):
+    yield from client_of(home, hub.endpoint)
+
+
+@pytest.fixture(scope="module")
+def offline(hub, home):
+    yield from client_of(home, hub.endpoint, HF_HUB_OFFLINE="1")
+
+
+@pytest.fixture(scope="module")
+def unreachable(home):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    yield from client_of(home, f"http://127.0.0.1:{port}")
+
+
+def checkpoint(config, seed=0):
+    return Llama(config, jax.random.key(seed))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The files of a small checkpoint, and what `load` makes of it."""
+    folder = tmp_path_factory.mktemp("small")
+    models.save(checkpoint(SMALL), folder)
+    return files_of(folder) | TEXTS, digest(models.load(folder))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other")
+    models.save(checkpoint(SMALL, seed=1), folder)
+    return files_of(folder), digest(models.load(folder))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large")
+    models.save(checkpoint(LARGE), folder)
+    return files_of(folder)
+
+
+def refused(call, *arguments, words=(), **options):
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    text = str(caught.value)
+    assert text.isprintable()
+    for word in words:
+        assert word in text
+    return text
+
+
+# ---- fetching and loading ------------------------------------------------------------------------
+
+
+def test_a_model_by_its_id_fetches_only_what_it_needs(hub, online, small):
+    files, bits = small
+    junk = ["README.md", "pytorch_model.bin", "consolidated.safetensors", "model.fp16.safetensors"]
+    junk += ["onnx/model.onnx", "onnx/config.json", "original/params.json", "modeling_llama.py"]
+    junk += [".gitattributes", "training_args.bin", "flax_model.msgpack", "optimizer.pt"]
+    hub.add("owner/tiny", main=files | {name: b"junk" for name in junk})
+    assert online("load", "owner/tiny") == bits
+    assert {file for _, file, *_ in hub.asked("owner/tiny")} == NEEDED
+    assert files_of(Path(online("fetch", "owner/tiny"))) == files
+
+
+def test_a_fetched_model_comes_from_the_cache(hub, online, offline, unreachable, small):
+    files, bits = small
+    hub.add("owner/cached", main=files)
+    folder = online("fetch", "owner/cached")
+    assert len([entry for entry in hub.asked("owner/cached") if entry[2] == "GET"]) == len(files)
+    hub.log.clear()
+    assert online("fetch", "owner/cached") == folder
+    assert hub.asked("owner/cached") == []
+    hub.log.clear()
+    assert offline("load", "owner/cached") == bits
+    assert unreachable("load", "owner/cached") == bits
+    assert hub.log == []
+
+
+def test_a_revision(hub, online, offline, small, other):
+    hub.add("owner/revised", main=small[0], old=other[0])
+    assert online("load", "owner/revised@old") == other[1]
+    refused(offline, "load", "owner/revised", words=["owner/revised is not", "connect"])
+    assert online("load", "owner/revised") == small[1]
+    assert online("load", f"owner/revised@{commit('owner/revised', 'old')}") == other[1]
+    assert offline("load", "owner/revised@old") == other[1]
+    refused(online, "load", "owner/revised@lost", words=["owner/revised@lost", "'lost'"])
+
+
+def test_shards_are_fetched_together(hub, online, tmp_path):
+    models.save(checkpoint(SMALL), tmp_path / "x", shard_size=1000)
+    files = files_of(tmp_path / "x")
+    assert len(files) > 4
+    hub.add("owner/shards", main=files)
+    assert online("load", "owner/shards") == digest(models.load(tmp_path / "x"))
+    assert {file for _, file, *_ in hub.asked("owner/shards")} == set(files)
+
+
+def test_a_repository_of_pickles_alone(hub, online, small):
+    pickles = {"config.json": small[0]["config.json"], "pytorch_model.bin": b"\x80\x02}q\x00."}
+    hub.add("owner/pickles", main=pickles)
+    refused(online, "load", "owner/pickles", words=["owner--pickles", "pickle", "save_pretrained"])
+    assert {file for _, file, *_ in hub.asked("owner/pickles")} == {"config.json"}
+
+
+def test_the_tokenizer_of_a_model_is_fetched_without_its_weights(hub, online, small, tmp_path):
+    files, bits = small
+    more = {"merges.txt": b"a b", "chat_template.jinja": b"{{ x }}"}
+    hub.add("owner/words", main=files | more | {"model-00001-of-00002.safetensors": b"junk"})
+    models.save(checkpoint(SMALL), tmp_path / "model")
+    online("save", tmp_path / "model", tmp_path / "out", tokenizer="owner/words")
+    asked = {file for _, file, *_ in hub.asked("owner/words")}
+    assert asked == NEEDED - {"model.safetensors"} | set(more)
+    saved = files_of(tmp_path / "out")
+    assert {name: saved[name] for name in TEXTS | more} == TEXTS | more
+    assert digest(models.load(tmp_path / "out")) == bits
+    # What is cached without weights is no checkpoint yet.
+    assert online("load", "owner/words") == bits
+
+    hub.add("owner/wordless", main={"config.json": b"{}"})
+    arguments = tmp_path / "model", tmp_path / "out"
+    words = ["owner/wordless", "tokenizer.json"]
+    refused(online, "save", *arguments, tokenizer="owner/wordless", words=words)
+    assert files_of(tmp_path / "out") == saved
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------
+
+LOGIN = ["hf auth login", "HF_TOKEN"]
+GATED = {"X-Error-Code": "GatedRepo"}
+ANSWERS = {
+    "unknown": (404, {"X-Error-Code": "RepoNotFound"}, ["spelling", *LOGIN]),
+    "private": (401, {"X-Error-Code": "RepoNotFound"}, ["private", *LOGIN]),
+    "denied": (401, {}, ["closed to you", *LOGIN]),
+    "forbidden": (403, {}, ["closed to you", *LOGIN]),
+    "gated": (403, GATED, ["gated", "accept its terms", *LOGIN]),
+    "gated-and-nobody": (401, GATED, ["gated", "accept its terms", *LOGIN]),
+    "broken": (500, {}, ["500", "later"]),
+    "busy": (429, {}, ["429", "later"]),
+    "hangs-up": (None, {}, ["could not be fetched"]),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_that_is_none(hub, online, name):
+    status, headers, words = ANSWERS[name]
+    hub.answers[f"owner/{name}"] = status, headers
+    refused(online, "load", f"owner/{name}", words=[f"owner/{name} ", *words])
+
+
+def test_something_that_is_no_hub(hub, online):
+    hub.answers["owner/portal"] = 200, {"Content-Type": "text/html"}, b"<html>\nLog in</html>"
+    refused(online, "load", "owner/portal", words=["owner/portal could not be fetched"])
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gate_before_the_files_alone(hub, online, small, status):
+    hub.add(f"owner/gate-{status}", main=small[0])
+    hub.closed[f"owner/gate-{status}"] = status, GATED
+    refused(online, "load", f"owner/gate-{status}", words=["gated", *LOGIN])
+    del hub.closed[f"owner/gate-{status}"]
+    assert online("load", f"owner/gate-{status}") == small[1]
+
+
+def test_an_empty_cache(offline, unreachable):
+    for client in (offline, unreachable):
+        words = ["owner/nowhere is not", "cannot be reached", "connect"]
+        refused(client, "load", "owner/nowhere", words=words)
+
+
+def test_a_cut_connection_is_resumed(hub, online, large):
+    hub.add("owner/cut", main=large)
+    hub.cuts["owner/cut"] = 1
+    folder = Path(online("fetch", "owner/cut"))
+    assert files_of(folder) == large
+    weights = [
+        entry for entry in hub.asked("owner/cut") if entry[1:3] == ("model.safetensors", "GET")
+    ]
+    ranges = [entry[3] for entry in weights]
+    assert len(ranges) == 2
+    assert ranges[0] is None
+    kept = int(ranges[1].removeprefix("bytes=").removesuffix("-"))
+    assert 0 < kept <= len(large["model.safetensors"]) // 2
+
+
+def test_a_killed_download_is_no_checkpoint_until_it_is_resumed(hub, home, online, offline, large):
+    hub.add("owner/killed", main=large)
+    hub.stall = "owner/killed"
+    doomed = Client(home, hub.endpoint)
+    doomed.start("fetch", "owner/killed")
+    assert hub.stalled.wait(60)
+    doomed.close()
+    hub.stall = None
+    hub.released.set()
+    refused(offline, "fetch", "owner/killed", words=["owner/killed is not whole"])
+    refused(offline, "load", "owner/killed", words=["owner/killed is not whole"])
+    hub.log.clear()
+    assert files_of(Path(online("fetch", "owner/killed"))) == large
+    asked = {file for _, file, *_ in hub.asked("owner/killed")}
+    assert "model.safetensors" in asked
+    assert offline("fetch", "owner/killed") == online("fetch", "owner/killed")
+
+
+# ---- saving --------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    """Everything below a folder, hidden names too."""
+    return {str(p.relative_to(folder)): p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_saved_model_loads_bit_by_bit(tmp_path, dtype):
+    model = jax.tree.map(lambda x: x.astype(dtype), checkpoint(SMALL))
+    models.save(model, tmp_path / "once")
+    assert digest(models.load(tmp_path / "once")) == digest(model)
+    models.save(models.load(tmp_path / "once"), tmp_path / "twice")
+    assert files_of(tmp_path / "twice") == files_of(tmp_path / "once")
+
+
+def test_shards(tmp_path):
+    model = checkpoint(SMALL)
+    models.save(model, tmp_path / "whole")
+    models.save(model, tmp_path / "parts", shard_size=1000)
+    assert digest(models.load(tmp_path / "parts")) == digest(model)
+    files = files_of(tmp_path / "parts")
+    index = json.loads(files.pop("model.safetensors.index.json"))
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert index["weight_map"].keys() == whole.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    shards = {name for name in files if name.endswith(".safetensors")}
+    assert shards == set(index["weight_map"].values())
+    count = len(shards)
+    names = {f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)}
+    assert shards == names and count > 2
+    for name in shards:
+        tensors = load_file(tmp_path / "parts" / name)
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 1000
+        for tensor in tensors:
+            assert index["weight_map"][tensor] == name
+            assert np.array_equal(tensors[tensor], whole[tensor])
+
+
+def test_a_model_on_a_mesh_is_saved_as_from_one_device(tmp_path):
+    models.save(checkpoint(SMALL), tmp_path / "one")
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    model = models.load(tmp_path / "one", mesh=mesh)
+    assert len(model.blocks.query.sharding.device_set) == 8
+    assert not model.blocks.query.is_fully_replicated
+    models.save(model, tmp_path / "eight")
+    assert files_of(tmp_path / "eight") == files_of(tmp_path / "one")
+
+
+def test_tokenizer_and_generation_settings_are_kept(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in [*TEXTS, "tokenizer_config.json", "README.md", "config.json", "x.safetensors"]:
+        (source / name).write_bytes(TEXTS.get(name, name.encode()))
+    models.save(checkpoint(SMALL), tmp_path / "out", tokenizer=source)
+    saved = files_of(tmp_path / "out")
+    kept = {*TEXTS, "tokenizer_config.json"}
+    assert {name: saved[name] for name in kept} == {n: (source / n).read_bytes() for n in kept}
+    assert saved.keys() == kept | {"config.json", "model.safetensors"}
+    # A checkpoint replaced by itself keeps its tokenizer.
+    models.save(models.load(tmp_path / "out"), tmp_path / "out", tokenizer=tmp_path / "out")
+    assert files_of(tmp_path / "out") == saved
+    for name in kept:
+        (source / name).unlink()
+    words = [str(source), "no tokenizer"]
+    model = checkpoint(SMALL)
+    refused(models.save, model, tmp_path / "more", tokenizer=source, words=words)
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_checkpoint_replaces_a_checkpoint(tmp_path):
+    models.save(checkpoint(SMALL), tmp_path / "x", shard_size=1000)
+    models.save(checkpoint(SMALL, seed=1), tmp_path / "x")
+    models.save(checkpoint(SMALL, seed=1), tmp_path / "y")
+    assert files_of(tmp_path / "x") == files_of(tmp_path / "y")
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "y"}
+    (tmp_path / "empty").mkdir()
+    models.save(checkpoint(SMALL, seed=1), tmp_path / "empty")
+    models.save(checkpoint(SMALL, seed=1), tmp_path / "new" / "and" / "deep")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    models.save(checkpoint(SMALL), tmp_path / "link")
+    assert digest(models.load(tmp_path / "x")) == digest(checkpoint(SMALL))
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["notes.txt"], ["config.json", "notes.txt"], ["model.safetensors"], [".git/config"]]
+    + [["config.json", "model.safetensors", ".git/config"], ["config.json", "runs/1/metrics"]],
+)
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path, monkeypatch, names):
+    folder = tmp_path / "mine"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    before = contents(tmp_path)
+    monkeypatch.chdir(folder)
+    for place in (folder, ".", "../mine", folder / names[0]):
+        refused(models.save, checkpoint(SMALL), place, words=["not replaced"])
+    refused(models.save, checkpoint(SMALL), folder / names[0] / "x", words=["cannot be written"])
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("where", ["os.fsync", "json.dumps", "shutil.copyfile"])
+def test_a_save_that_fails_leaves_everything_as_it_was(tmp_path, monkeypatch, error, where):
+    old = tmp_path / "old"
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "tokenizer.json").write_bytes(TEXTS["tokenizer.json"])
+    models.save(checkpoint(SMALL), old)
+    before = contents(tmp_path)
+
+    def fail(*arguments, **options):
+        raise error
+
+    for place in (old, tmp_path / "new"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, fail)
+            with pytest.raises((UserError, KeyboardInterrupt)) as caught:
+                models.save(checkpoint(SMALL, seed=1), place, tokenizer=tmp_path / "words")
+        assert contents(tmp_path) == before
+        if caught.type is UserError:
+            assert str(caught.value) == f"{place}: it cannot be written, No space left on device"
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    models.save(checkpoint(SMALL), tmp_path / "x")
+    before = contents(tmp_path)
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError(16, "Device or resource busy")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        refused(models.save, checkpoint(SMALL, seed=1), tmp_path / "x", words=["busy"])
+    assert contents(tmp_path) == before
+
+
+def test_a_save_that_is_killed_leaves_the_old_checkpoint(tmp_path, home, hub):
+    source, old, new = tmp_path / "source", tmp_path / "old", tmp_path / "new"
+    models.save(checkpoint(SMALL, seed=1), source)
+    models.save(checkpoint(SMALL), old)
+    before = files_of(old)
+    for place in (old, new):
+        doomed = Client(home, hub.endpoint)
+        doomed.start("die_saving", source, place)
+        assert doomed.process.wait(60) == -signal.SIGKILL
+        doomed.close()
+    assert files_of(old) == before
+    assert not new.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "source",
+        "old",
+        ".old.partial",  # what was written; the next save removes it
+        ".new.partial",
+    }
+    for place in (old, new):
+        models.save(models.load(source), place)
+        assert files_of(place) == files_of(source)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "old", "new"}

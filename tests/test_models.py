@@ -1,0 +1,236 @@
+"""What holds for every model, and what transformers computed, kept as files."""
+
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
+
+import models
+import sharding
+from models.common import place
+from models.llama import Config, Llama
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+FIXTURES = sorted((Path(__file__).parent / "fixtures").iterdir())
+every_fixture = pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: folder.name)
+# One of each way to tell positions, and a window. Dynamic ones follow the length of the row so far,
+# so that a cache, which keeps earlier keys, cannot equal the full pass beyond the trained length.
+some_fixtures = pytest.mark.parametrize(
+    "folder",
+    [
+        path
+        for path in FIXTURES
+        if path.name in ("bloom-6-heads", "llama-yarn-mscale", "qwen2-mixed")
+    ],
+    ids=lambda folder: folder.name,
+)
+
+logits_of = eqx.filter_jit(
+    lambda model, tokens, segments=None, **how: model(tokens, segments, **how)
+)
+hidden_of = eqx.filter_jit(lambda model, tokens, **how: model.hidden(tokens, **how))
+
+
+def random_tokens(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 96, shape))
+
+
+def close(a, b, tolerance=1e-5):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=tolerance)
+
+
+@every_fixture
+def test_logits_of_transformers(folder):
+    expected = load_file(folder / "expected.safetensors")
+    logits = logits_of(models.load(folder), jnp.asarray(expected["tokens"]))
+    assert logits.dtype == jnp.float32
+    assert np.abs(expected["logits"]).max() > 1
+    close(logits, expected["logits"], 1e-4)
+
+
+@every_fixture
+def test_the_future_does_not_leak(folder):
+    model, tokens = models.load(folder), random_tokens(1, 20)
+    here = place(tokens)
+
+    def at(position, x):
+        prepared = model.prepare(here)
+        for layer in range(model.config.layers):
+            weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
+            x, _ = model.block(weights, x, here, prepared, jnp.array(layer), None)
+        return jnp.sum(model.finish(x)[0, position] ** 2)
+
+    x = model.embed(tokens, jnp.dtype(jnp.float32))
+    gradient = jnp.abs(jax.grad(at, argnums=1)(12, x)).sum(axis=(0, 2))
+    assert (gradient[13:] == 0).all()
+    assert gradient[12] > 0
+    window = min((size for size in getattr(model.config, "windows", ()) if size), default=None)
+    if window is None:
+        assert (gradient[:12] > 0).all()
+
+
+@some_fixtures
+def test_scan_is_an_explicit_loop_of_blocks(folder):
+    model, tokens = models.load(folder), random_tokens(2, 20)
+    here = place(tokens)
+    x = model.embed(tokens, jnp.dtype(jnp.float32))
+    for layer in range(model.config.layers):
+        weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
+        x, _ = model.block(weights, x, here, model.prepare(here), jnp.array(layer), None)
+    close(hidden_of(model, tokens), model.finish(x))
+
+
+@every_fixture
+def test_packed_documents_are_separate_ones(folder):
+    model, lengths = models.load(folder), (9, 1, 14)
+    tokens = random_tokens(2, sum(lengths))
+    segments = jnp.asarray(np.repeat([[1, 2, 3], [7, 1, 7]], lengths, axis=1))
+    packed = logits_of(model, tokens, segments)
+    for start, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):
+        part = slice(start, start + length)
+        close(packed[:, part], logits_of(model, tokens[:, part]))
+
+
+@every_fixture
+def test_padding_changes_nothing(folder):
+    model, tokens = models.load(folder), random_tokens(2, 20)
+    padded = jnp.concatenate([tokens, jnp.zeros((2, 5), tokens.dtype)], axis=1)
+    segments = jnp.asarray(np.repeat([[1, 0]], [20, 5], axis=1).repeat(2, axis=0))
+    alone = logits_of(model, tokens)
+    close(logits_of(model, padded, segments)[:, :20], alone)
+    if folder.name != "llama-dynamic":  # its rows, told nothing, are as long as their padding
+        close(logits_of(model, padded)[:, :20], alone)
+
+
+@some_fixtures
+def test_cached_decoding_is_the_full_pass(folder):
+    """Rows of different lengths: a ragged prefill of many tokens, then one at a time."""
+    model, lengths, extra = models.load(folder), np.array([11, 3, 7]), 6
+    tokens = random_tokens(3, 11 + extra)
+    full = hidden_of(model, tokens)
+    prompts = jnp.asarray((np.arange(11) < lengths[:, None]).astype(np.int32))
+    cache = model.cache(3, 11 + extra)
+    # Twice in parts: what the first left behind its rows must be overwritten.
+    first, cache = hidden_of(model, tokens[:, :2], cache=cache)
+    rest = prompts[:, 2:]
+    second, cache = hidden_of(model, tokens[:, 2:11], segments=rest, cache=cache)
+    np.testing.assert_array_equal(cache.length, lengths)
+    found = jnp.concatenate([first, second], axis=1)
+    for row, length in enumerate(lengths):
+        close(found[row, :length], full[row, :length])
+    for step in range(extra):
+        at = jnp.asarray(lengths + step)
+        one, cache = hidden_of(model, tokens[jnp.arange(3), at][:, None], cache=cache)
+        close(one[:, 0], full[jnp.arange(3), at])
+
+
+def test_dynamic_rotary_cache_within_the_trained_length():
+    folder = Path(__file__).parent / "fixtures" / "llama-dynamic"
+    model, tokens = models.load(folder), random_tokens(2, 16)
+    _, cache = hidden_of(model, tokens[:, :15], cache=model.cache(2, 16))
+    one, _ = hidden_of(model, tokens[:, 15:], cache=cache)
+    close(one[:, 0], hidden_of(model, tokens)[:, 15])
+
+
+@some_fixtures
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(folder, remat):
+    model, tokens = models.load(folder), random_tokens(2, 20)
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def loss(model, remat):
+        return jnp.mean(model.hidden(tokens, remat=remat) ** 2)
+
+    plain, changed = loss(model, "none"), loss(model, remat)
+    jax.tree.map(close, plain, changed)
+    program = jax.make_jaxpr(lambda x: loss.__wrapped__(eqx.combine(x, static), remat))
+    dynamic, static = eqx.partition(model, eqx.is_array)
+    assert "remat" in str(program(dynamic)) or "checkpoint" in str(program(dynamic))
+
+
+@some_fixtures
+def test_half_precision_stays_near(folder):
+    model, tokens = models.load(folder), random_tokens(2, 20)
+    x = hidden_of(model, tokens, dtype="bfloat16")
+    assert x.dtype == jnp.bfloat16
+    exact = hidden_of(model, tokens)
+    error = jnp.abs(x.astype(jnp.float32) - exact)
+    assert 0 < jnp.mean(error) < 0.03 * jnp.mean(jnp.abs(exact))
+    half = models.load(folder, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+    error = jnp.abs(hidden_of(half, tokens, dtype="float32") - exact)
+    assert 0 < jnp.mean(error) < 0.03 * jnp.mean(jnp.abs(exact))
+
+
+@every_fixture
+def test_saved_and_loaded_again_is_bit_equal(folder, tmp_path):
+    model = models.load(folder)
+    models.save(model, tmp_path / "again")
+    again = models.load(tmp_path / "again")
+    assert eqx.tree_equal(model, again)
+    models.save(model, tmp_path / "shards", shard_size=30_000)
+    assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 2
+    assert eqx.tree_equal(model, models.load(tmp_path / "shards"))
+
+
+@some_fixtures
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_on_a_mesh(folder, sizes, tmp_path):
+    mesh = sharding.make_mesh(*sizes)
+    whole, tokens = models.load(folder), random_tokens(8, 20)
+    model = models.load(folder, mesh=mesh)
+    for leaf, axes in zip(
+        jax.tree.leaves(model), jax.tree.leaves(sharding.axes(model), is_leaf=is_names), strict=True
+    ):
+        fsdp = "embed" in axes or "vocab" in axes
+        tensor = {"vocab", "heads", "kv_heads", "mlp"} & set(axes)
+        parts = (sizes[1] if fsdp else 1) * (sizes[2] if tensor else 1)
+        held = {shard.data.size for shard in leaf.addressable_shards}
+        assert held == {leaf.size // parts}, axes
+    assert sum(leaf.size for leaf in jax.tree.leaves(model)) > 0
+    batch = NamedSharding(mesh, P(("data", "fsdp")))
+    with jax.set_mesh(mesh):
+        logits = logits_of(model, jax.device_put(tokens, batch))
+    close(logits, logits_of(whole, tokens))
+    jax.tree.map(np.testing.assert_array_equal, eqx.filter(model, eqx.is_array), whole)
+    models.save(model, tmp_path / "saved")
+    models.save(whole, tmp_path / "whole")
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "saved" / file.name).read_bytes()
+
+
+def is_names(node) -> bool:
+    return isinstance(node, tuple) and all(isinstance(name, str) for name in node)
+
+
+def test_the_program_does_not_grow_with_depth():
+    def program(layers: int) -> str:
+        config = Config(96, 32, 48, layers, heads=4, kv_heads=2, head_dim=8)
+        outline = eqx.filter_eval_shape(Llama, config, jax.random.key(0))
+        dynamic, static = eqx.partition(outline, lambda leaf: hasattr(leaf, "shape"))
+        tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+        forward = jax.jit(lambda arrays, tokens: eqx.combine(arrays, static)(tokens))
+        return forward.lower(dynamic, tokens).as_text()
+
+    assert len(program(4).splitlines()) == len(program(48).splitlines())
+
+
+def test_fresh_weights_of_every_family():
+    """Drawn anew for each block, the same for the same key, and with outputs near zero."""
+    for folder in FIXTURES:
+        config = models.load(folder).config
+        family = models.FAMILIES[config.model_type]
+        model = family(config, jax.random.key(1))
+        assert jax.tree.structure(model) == jax.tree.structure(models.load(folder))
+        assert not jnp.array_equal(model.blocks.up[0], model.blocks.up[1])
+        assert eqx.tree_equal(model, family(config, jax.random.key(1)))
+        logits = logits_of(model, random_tokens(2, 8))
+        assert 0 < jnp.std(logits) < 1
