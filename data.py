@@ -1,0 +1,664 @@
+"""Tokens, from a store on disk to batches: a batch is a pure function of the step.
+
+Text is tokenized once, into flat files in a cache folder. The stream of tokens is read in windows
+that overlap by one token, so that each but a document's first is predicted exactly once an epoch;
+the last window of a stream is padded and masked. A permutation computed per index shuffles the
+windows, anew in every epoch, so that nothing is as long as the stream and any step is as near as
+the first.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import mmap
+import os
+import queue
+import shutil
+import threading
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Int, Int32
+
+import text
+from errors import UserError
+
+VERSION = 2
+CHUNK = 1 << 21  # characters tokenized at once
+BLOCK = 1 << 12  # bytes of the token file that share a checksum: about what a window reads
+FILES = ("tokens", "documents", "trained")
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to train on."""
+
+    source: tuple[str, ...] = ()
+    """Files, folders or globs of .txt, .jsonl, .parquet (also .gz, .zst), or hub data sets as
+    id[:config][:split]."""
+    weights: tuple[float, ...] = ()
+    """How much of each source goes into the mixture; without them, all of every source."""
+    text_field: str = "text"
+    """The field of a record that holds its text."""
+    documents: Literal["file", "paragraph", "line"] = "file"
+    """What a document is in plain text; paragraphs end at a blank line."""
+    mask: Literal["all", "assistant"] = "all"
+    """Which tokens to learn: all, or those of the assistant's turns."""
+    cache: str | None = None
+    """Folder for tokenized text; by default compact-distill in the user's cache folder."""
+    held_out: float = 0.01
+    """Share of the documents kept for evaluation, chosen by their content; 1 keeps all."""
+    eval_source: str | None = None
+    """A source to evaluate on, instead of held-out documents."""
+    streaming: bool = False
+    """Read hub data sets over the network, without downloading them first."""
+
+    def __post_init__(self):
+        if not 0 <= self.held_out <= 1:
+            raise ValueError(f"--data.held-out: expected a share of 0 to 1, found {self.held_out}")
+        if any(weight <= 0 for weight in self.weights):
+            raise ValueError("--data.weights: expected positive numbers")
+        if self.weights and self.source and len(self.weights) != len(self.source):
+            raise ValueError(
+                f"--data.weights: expected one for each of the {len(self.source)} sources,"
+                f" found {len(self.weights)}"
+            )
+
+
+class Batch(NamedTuple):
+    """Rows of `seq_len + 1` tokens."""
+
+    tokens: Int32[np.ndarray, "rows positions"]
+    segments: Int32[np.ndarray, "rows positions"]
+    """The documents of a row, numbered from 1; 0 is padding."""
+    mask: Bool[np.ndarray, "rows targets"]
+    """Whether predicting the token after each position counts."""
+
+
+# --- the store: tokenized text on disk ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """A source's tokens on disk: first those to train on, then those of held-out documents."""
+
+    folder: Path
+    dtype: str
+    tokens: int
+    training: int
+    documents: int
+    bytes: int
+    """Of the text that is learned (with `masked` the assistant's), in UTF-8."""
+    masked: bool
+    digest: str
+    """Of all the above but the folder, and of the files."""
+
+
+class _Stream:
+    """Growing files of token ids, of where documents end and of where trained tokens start, stop.
+
+    A file of positions is sorted, so that a search tells the document of any token, or whether it
+    lies between a start and a stop.
+    """
+
+    def __init__(self, folder: Path, dtype: str, files: contextlib.ExitStack):
+        folder.mkdir()
+        self.folder, self.dtypes = folder, (dtype, "int64", "int64")
+        self.files = [files.enter_context(open(folder / name, "wb")) for name in FILES]
+        self.hashes = [hashlib.blake2b(digest_size=16) for _ in FILES]
+        self.tokens = self.documents = self.ended = 0
+        self.pending: tuple[list[int], list[int], list[int]] = ([], [], [])
+
+    def add(self, ids: list[int], trained: list[int], ends: bool) -> None:
+        tokens, documents, runs = self.pending
+        runs += [self.tokens + position for position in trained]
+        tokens += ids
+        self.tokens += len(ids)
+        if ends and self.tokens > self.ended:  # an empty document is none
+            documents.append(self.tokens)
+            self.ended = self.tokens
+            self.documents += 1
+
+    def flush(self) -> None:
+        for i, values in enumerate(self.pending):
+            self._write(i, np.array(values, self.dtypes[i]))
+            values.clear()
+
+    def _write(self, i: int, values: np.ndarray) -> None:
+        self.files[i].write(values)
+        self.hashes[i].update(values)
+
+    def extend(self, other: "_Stream") -> None:
+        """Append the whole of another stream."""
+        for i, name in enumerate(FILES):
+            with open(other.folder / name, "rb") as file:
+                while block := file.read(1 << 22):
+                    values = np.frombuffer(block, self.dtypes[i])
+                    self._write(i, values + self.tokens if i else values)
+        self.tokens += other.tokens
+        self.documents += other.documents
+
+    def sync(self) -> None:
+        for file in self.files:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _build(
+    folder: Path, source: text.Source, tokenizer: text.Tokenizer, config: Config, held_out: float
+) -> None:
+    """Tokenize a source into a new folder; its manifest is written last."""
+    dtype = "uint16" if tokenizer.size <= 1 << 16 else "uint32"
+    with contextlib.ExitStack() as files:
+        stream, held = (_Stream(path, dtype, files) for path in (folder, folder / "held"))
+        size = _tokenize(source, tokenizer, config, held_out, stream, held)
+        training = stream.tokens
+        held.sync()
+        stream.extend(held)
+        stream.sync()
+    shutil.rmtree(held.folder)
+    sums = _write_sums(folder)
+    if not stream.documents:
+        raise UserError(f"{source.name}: no documents in it: all it holds is empty or blank")
+    if config.mask == "assistant" and not (folder / "trained").stat().st_size:
+        raise UserError(f"{source.name}: no assistant turns in it to learn from")
+    hashes = {name: hash.hexdigest() for name, hash in zip(FILES, stream.hashes, strict=True)}
+    manifest = {
+        "version": VERSION,
+        "dtype": dtype,
+        "tokens": stream.tokens,
+        "training": training,
+        "documents": stream.documents,
+        "bytes": size,
+        "masked": config.mask == "assistant",
+        "files": hashes | {"sums": sums},
+    }
+    with open(folder / "store.json", "w") as file:
+        json.dump(manifest | {"digest": text.digest(manifest)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_sums(folder: Path) -> str:
+    """Checksums of the blocks of the token file, in a file beside it; returns the hash of that."""
+    hash = hashlib.blake2b(digest_size=16)
+    with open(folder / "tokens", "rb") as tokens, open(folder / "sums", "wb") as file:
+        while block := tokens.read(BLOCK):
+            entry = zlib.crc32(block).to_bytes(4, "little")
+            file.write(entry)
+            hash.update(entry)
+        file.flush()
+        os.fsync(file.fileno())
+    return hash.hexdigest()
+
+
+def _tokenize(
+    source: text.Source,
+    tokenizer: text.Tokenizer,
+    config: Config,
+    held_out: float,
+    training: _Stream,
+    held: _Stream,
+) -> int:
+    """Write the tokens of a source to two streams; returns the bytes of the text to learn."""
+    from tqdm import tqdm
+
+    bos, size, out = [] if tokenizer.bos is None else [tokenizer.bos], 0, training
+
+    def write(pieces: Sequence[text.Piece], encodings: Sequence[Any]) -> None:
+        nonlocal size, out
+        for piece, encoding in zip(pieces, encodings, strict=True):
+            content, ids, runs = piece.text.encode(), encoding.ids, []
+            if piece.starts:
+                out = held if _hash(content) < held_out * 2**64 else training
+            if piece.spans is not None:
+                content = "".join(piece.text[slice(*span)] for span in piece.spans).encode()
+                runs = _runs(encoding.offsets, piece.spans)
+            size += len(content)
+            if not piece.rendered:
+                ids = (bos if piece.starts else []) + ids
+                ids += [tokenizer.eos] if piece.ends else []
+            out.add(ids, runs, piece.ends)
+        training.flush()
+        held.flush()
+
+    bar = tqdm(
+        desc=f"tokenizing {source.name}",
+        total=source.size,
+        disable=None,  # unless on a terminal
+        bar_format="{desc}: {percentage:3.0f}% {elapsed}<{remaining}{postfix}",
+    )
+    with bar, ThreadPoolExecutor(1) as pool:
+        pieces = text.pieces(
+            source,
+            tokenizer,
+            text_field=config.text_field,
+            documents=config.documents,
+            mask=config.mask,
+            progress=bar.update,
+        )
+        # While a chunk is tokenized the next is read and the one before is written.
+        before = None
+        for chunk in itertools.chain(_chunks(pieces), [None]):
+            now = chunk and (chunk, pool.submit(tokenizer.encode, chunk))
+            if before:
+                write(before[0], before[1].result())
+            before = now
+            tokens = training.tokens + held.tokens
+            speed = tokens / max(bar.format_dict["elapsed"], 1e-3)
+            bar.set_postfix_str(f"{tokens / 1e6:.1f}M tokens, {speed / 1e6:.2f}M tokens/s")
+    return size
+
+
+def _chunks(pieces: Iterable[text.Piece]) -> Iterator[list[text.Piece]]:
+    chunk, size = [], 0
+    for piece in pieces:
+        chunk.append(piece)
+        size += len(piece.text)
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _runs(offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Where runs of tokens that share a character with the spans start and stop."""
+    starts, stops = np.array(offsets, int).reshape(-1, 2).T
+    inside = np.zeros(len(offsets) + 2, bool)
+    for start, stop in spans:
+        inside[1:-1] |= (starts < stop) & (stops > start) & (starts < stops)
+    return np.flatnonzero(np.diff(inside)).tolist()
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _load(folder: Path) -> Store | None:
+    """The store in a folder, or None where there is no whole one.
+
+    The tokens themselves, most of it, are checked when they are read.
+    """
+    try:
+        manifest = json.loads((folder / "store.json").read_bytes())
+        digest = manifest.pop("digest")
+        if digest != text.digest(manifest) or manifest.pop("version") != VERSION:
+            return None
+        hashes = manifest.pop("files")
+        store = Store(folder, **manifest, digest=digest)
+        size = store.tokens * np.dtype(store.dtype).itemsize
+        if (folder / "tokens").stat().st_size != size:
+            return None
+        if any(_hash_of(folder / name) != hashes[name] for name in (*FILES[1:], "sums")):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return store
+
+
+def _hash_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _store(name: str, tokenizer: text.Tokenizer, config: Config, held_out: float) -> Store:
+    """The store of a source in the cache, built if there is none that is whole."""
+    source = text.find(name, streaming=config.streaming)
+    options = [config.text_field, config.documents, config.mask, held_out]
+    key = text.digest([VERSION, source.fingerprint, tokenizer.fingerprint, options])
+    cache = Path(
+        config.cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "compact-distill")
+    )
+    folder = cache.expanduser() / key
+    if store := _load(folder):
+        return store
+    try:
+        cache = folder.parent
+        cache.mkdir(parents=True, exist_ok=True)
+        with _alone(cache):
+            if store := _load(folder):  # another process has built it meanwhile
+                return store
+            partial = cache / f"{key}.{uuid.uuid4().hex}.partial"
+            try:
+                _build(partial, source, tokenizer, config, held_out)
+                shutil.rmtree(folder, ignore_errors=True)  # what a damaged one left
+                os.rename(partial, folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"{cache}: cannot keep tokenized text there ({error.strerror or error}): make room,"
+            " give permission, or choose another folder with --data.cache"
+        ) from error
+    return _load(folder)
+
+
+@contextlib.contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """One builder at a time (each takes all cores); what interrupted ones left is removed."""
+    lock = os.open(cache, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # no locks on this file system: builds have names of their own
+            pass
+        else:
+            for partial in cache.glob("*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+        yield
+    finally:
+        os.close(lock)
+
+
+# --- the corpus: windows over stores ---
+
+
+class Part(NamedTuple):
+    """A stretch of a store's tokens, as windows."""
+
+    store: Store
+    start: int
+    stop: int
+    windows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Windows to train and to evaluate on. Within a group every window comes once an epoch."""
+
+    groups: tuple[tuple[Part, ...], ...]
+    weights: tuple[float, ...]
+    held_out: tuple[Part, ...]
+    seq_len: int
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to train on."""
+        return sum(part.stop - part.start for group in self.groups for part in group)
+
+    @property
+    def windows(self) -> int:
+        """Windows to train on."""
+        return sum(part.windows for group in self.groups for part in group)
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the text that is learned, held out or to train on."""
+        return sum(part.store.bytes for group in self.groups for part in group)
+
+    @property
+    def digest(self) -> str:
+        """What the sources' tokens are, wherever their stores lie."""
+        return text.digest([part.store.digest for group in self.groups for part in group])
+
+
+def open_corpus(
+    config: Config, tokenizer_folder: Path | str, *, seq_len: int, seed: int, vocab: int
+) -> Corpus:
+    """The corpus a config describes; text that is new is tokenized first, with a progress bar.
+
+    With `held_out=1`, all of it is for `evaluation`: every token of a text once, in order.
+    """
+    tokenizer = text.load_tokenizer(tokenizer_folder)
+    if tokenizer.size > vocab:
+        raise UserError(
+            f"{tokenizer_folder}: the tokenizer has ids up to {tokenizer.size - 1}, the model's"
+            f" vocabulary has {vocab}: they do not belong together"
+        )
+    if not config.source:
+        raise UserError("no text to train on: name some with --data.source")
+    share = 0.0 if config.eval_source else config.held_out
+    pairs = [
+        _split(_store(name, tokenizer, config, share), share, seq_len) for name in config.source
+    ]
+    training, held_out = zip(*pairs, strict=True)
+    if config.eval_source:
+        store = _store(config.eval_source, tokenizer, config, 1.0)
+        held_out = (_part(store, 0, store.tokens, seq_len),)
+    groups = tuple((part,) for part in training) if config.weights else (training,)
+    return Corpus(groups, config.weights, held_out, seq_len, seed)
+
+
+def _part(store: Store, start: int, stop: int, seq_len: int) -> Part:
+    return Part(store, start, stop, max(0, -(-(stop - start - 1) // seq_len)))
+
+
+def _split(store: Store, share: float, seq_len: int) -> tuple[Part, Part]:
+    """What of a store is to train on, and what is held out."""
+    cut, total = store.training, max(1, _part(store, 0, store.tokens, seq_len).windows)
+    held = store.tokens - cut
+    # Too few documents for their hashes to divide them as asked: hold out the last windows.
+    if share > 0 and not seq_len < held <= max(4 * share, 2 / total) * store.tokens:
+        cut = max(0, total - max(1, round(share * total))) * seq_len
+    return _part(store, 0, cut, seq_len), _part(store, cut, store.tokens, seq_len)
+
+
+# --- batches ---
+
+
+def batch(
+    corpus: Corpus, step: int, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Batch:
+    """The rows of one process in the batch of a step; all processes' rows are the whole batch."""
+    sizes = [sum(part.windows for part in parts) for parts in corpus.groups]
+    if sum(sizes) < batch_size or min(sizes) == 0:
+        held_out = sum(part.stop - part.start for part in corpus.held_out)
+        raise UserError(
+            f"too little text: a batch of {batch_size} x {corpus.seq_len} needs at least"
+            f" {(batch_size - 1) * corpus.seq_len + 2} tokens (each source of a mixture 2), found"
+            f" {corpus.tokens} to train on and {held_out} held out: give more text, a smaller"
+            " batch or shorter sequences"
+        )
+    return read(corpus, windows(corpus, step, batch_size, process_index, process_count))
+
+
+def windows(
+    corpus: Corpus, step: int, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Int[np.ndarray, " rows"]:
+    """Which windows, numbered through all sources, are the rows of one process at a step."""
+    sizes = [sum(part.windows for part in parts) for parts in corpus.groups]
+    rows = _rows(step, batch_size, process_index, process_count)
+    groups, windows = _deal(rows, corpus.weights, corpus.seed)
+    first = 0
+    for group, size in enumerate(sizes):
+        here = groups == group
+        epochs, places = np.divmod(windows[here], size)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            places[now] = permute(places[now], size, f"{corpus.seed} {group} {epoch}")
+        windows[here] = first + places
+        first += size
+    return windows
+
+
+def read(corpus: Corpus, windows: Int[np.ndarray, " rows"]) -> Batch:
+    """Windows to train on, by their numbers."""
+    return _read([part for parts in corpus.groups for part in parts], windows, corpus.seq_len)
+
+
+def evaluation(
+    corpus: Corpus, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every held-out window once, in order; the rows after the last are padding."""
+    total = sum(part.windows for part in corpus.held_out)
+    for step in range(-(-total // batch_size)):
+        rows = _rows(step, batch_size, process_index, process_count)
+        yield _read(corpus.held_out, rows, corpus.seq_len)
+
+
+def _rows(step: int, batch_size: int, index: int, count: int) -> Int[np.ndarray, " rows"]:
+    if batch_size % count:
+        raise UserError(f"a batch of {batch_size} rows does not divide over {count} processes")
+    own = batch_size // count
+    return step * batch_size + index * own + np.arange(own)
+
+
+def _deal(
+    rows: Int[np.ndarray, " rows"], weights: Sequence[float], seed: int
+) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
+    """For each row of the endless sequence: its source, and how many rows of it came before.
+
+    Of any n rows the first source has n * weight, rounded up or down by the seed; of those that
+    are left the next has its share, and so on. In integers: the counts must be exact.
+    """
+    source = np.full_like(rows, max(0, len(weights) - 1))
+    before, left = rows.copy(), np.ones(len(rows), bool)
+    for i, weight in enumerate(weights[:-1]):
+        share = round(weight / sum(weights[i:]) * 2**24)
+        phase = _hash(f"{seed} {i}".encode()) % 2**24
+        taken = (before * share + phase) >> 24
+        here = left & ((((before + 1) * share + phase) >> 24) > taken)
+        source[here] = i
+        left &= ~here
+        before = np.where(here, taken, np.where(left, before - taken, before))
+    return source, before
+
+
+def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray, " n"]:
+    """Where a permutation of `range(size)`, one for each key, puts these indices.
+
+    A Feistel network on pairs of numbers below a and b, with a * b just above `size`; what falls
+    beyond `size` is sent on until it does not (Black and Rogaway 2002, ciphers with arbitrary
+    finite domains).
+    """
+    a = math.isqrt(size - 1) + 1
+    b = -(-size // a)
+    # Twelve rounds: with eight, orders of as few as five are not equally likely.
+    keys = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=48).digest(), np.uint32)
+
+    def encrypt(index):
+        left, right = index // b, index % b
+        for even, odd in keys.reshape(-1, 2):
+            left = (left + _mix(right ^ even)) % a
+            right = (right + _mix(left ^ odd)) % b
+        return left * b + right
+
+    index = encrypt(index.astype(np.uint64))
+    while (beyond := index >= size).any():
+        index[beyond] = encrypt(index[beyond])
+    return index.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """31 bits that depend on all bits of x (the finalizer of splitmix64)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x >> 33
+
+
+def _read(parts: Sequence[Part], windows: Int[np.ndarray, " rows"], seq_len: int) -> Batch:
+    """Windows, numbered through all parts; those beyond the last are padding."""
+    ends = np.cumsum([part.windows for part in parts])
+    chosen = np.minimum(np.searchsorted(ends, windows, "right"), len(parts) - 1)
+    batches = []
+    for i in np.unique(chosen):
+        own = windows[chosen == i] - (ends[i] - parts[i].windows)
+        batches.append(_read_part(parts[i], own, seq_len))
+    if len(batches) == 1:
+        return batches[0]
+    order = np.argsort(np.argsort(chosen, kind="stable"))
+    return Batch(*(np.concatenate(arrays)[order] for arrays in zip(*batches, strict=True)))
+
+
+def _read_part(part: Part, windows: Int[np.ndarray, " rows"], seq_len: int) -> Batch:
+    store, width, dtype = part.store, seq_len + 1, np.dtype(part.store.dtype)
+    starts = part.start + windows * seq_len
+    counts = np.clip(part.stop - starts, 0, width)
+    tokens = np.zeros((len(starts), width), np.int32)
+    paths = (store.folder / name for name in ("tokens", "sums"))
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(open(path, "rb", buffering=0)).fileno() for path in paths]
+        for row, start, count in zip(tokens, starts.tolist(), counts.tolist(), strict=True):
+            found = _checked(store, files, start * dtype.itemsize, count * dtype.itemsize)
+            row[:count] = np.frombuffer(found, dtype)
+    _, first = _marks(store.folder / "documents", starts, width)
+    first[:, 0] = True
+    segments, mask = np.cumsum(first, axis=1, dtype=np.int32), ~first[:, 1:]
+    if store.masked:
+        before, toggles = _marks(store.folder / "trained", starts, width)
+        toggles[:, 0] = before % 2
+        mask &= np.logical_xor.accumulate(toggles, axis=1)[:, 1:]
+    for row in np.flatnonzero(counts < width):
+        segments[row, counts[row] :] = 0
+        mask[row, max(counts[row] - 1, 0) :] = False
+    return Batch(tokens, segments, mask)
+
+
+def _checked(store: Store, files: Sequence[int], start: int, size: int) -> memoryview:
+    """Bytes of the token file, after its blocks that hold them were compared to their sums."""
+    first, stop = start // BLOCK, -(-(start + size) // BLOCK)
+    blocks = memoryview(os.pread(files[0], (stop - first) * BLOCK, first * BLOCK))
+    sums = np.frombuffer(os.pread(files[1], (stop - first) * 4, first * 4), "<u4").tolist()
+    found = [zlib.crc32(blocks[i : i + BLOCK]) for i in range(0, len(blocks), BLOCK)]
+    if size and found != sums:
+        with contextlib.suppress(OSError):  # without it, the next start builds the store anew
+            (store.folder / "store.json").unlink()
+        raise UserError(
+            f"{store.folder / 'tokens'}: it was damaged between the bytes {first * BLOCK} and"
+            f" {stop * BLOCK}: run this again, and the text is tokenized anew"
+        )
+    return blocks[start - first * BLOCK :][:size]
+
+
+def _marks(
+    path: Path, starts: Int[np.ndarray, " rows"], width: int
+) -> tuple[Int[np.ndarray, " rows"], Bool[np.ndarray, "rows {width}"]]:
+    """Of a file of positions: how many lie up to the start of each window, and where in it more do.
+
+    The file is mapped for this call alone: pages once touched stay resident as long as a mapping
+    lives, and over many steps that would be the whole file.
+    """
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    positions = np.frombuffer(mapped, np.int64)
+    before = np.searchsorted(positions, starts, "right")
+    counts = np.searchsorted(positions, starts + (width - 1), "right") - before
+    rows = np.repeat(np.arange(len(starts)), counts)
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    marks = np.zeros((len(starts), width), bool)
+    # Where one run stops and the next starts, the two cancel.
+    np.bitwise_xor.at(marks, (rows, positions[before[rows] + within] - starts[rows]), True)
+    return before, marks
+
+
+def prefetch(load: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:
+    """`load(step)` for each step, computed ahead in a thread; its exceptions are raised here.
+
+    Close the generator, or let it go, to end the thread.
+    """
+    ready: queue.SimpleQueue = queue.SimpleQueue()
+    room, closed = threading.Semaphore(ahead), threading.Event()
+
+    def work():
+        try:
+            for step in range(start, stop):
+                room.acquire()
+                if closed.is_set():
+                    return
+                ready.put((load(step), None))
+        except BaseException as error:
+            ready.put((None, error))
+
+    threading.Thread(target=work, name="prefetch", daemon=True).start()
+    try:
+        for _ in range(start, stop):
+            result, error = ready.get()
+            if error is not None:
+                raise error
+            room.release()
+            yield result
+    finally:
+        closed.set()
+        room.release()

@@ -1,0 +1,433 @@
+"""Sources, records and chat templates: what becomes of them, and what is refused."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+import data
+import text
+from errors import UserError
+
+SPECIAL = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
+
+CHATML = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+# Writes an empty thought into turns that no question follows, and leaves thoughts out of others.
+THINKING = """\
+{%- set last = messages | map(attribute='role') | list | length - 1 %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' and loop.index0 >= last %}{{- '<think>\\n\\n</think>\\n\\n' }}
+{%- endif %}
+{{- message.content.split('</think>')[-1] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}
+"""
+MARKED = """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{ '<|im_start|>' ~ message.content ~ eos_token }}{% endgeneration %}
+    {%- else %}
+        {{- message.role ~ ': ' ~ message.content ~ '\\n' }}
+    {%- endif %}
+{%- endfor %}
+"""
+TALK = [
+    {"role": "system", "content": "be short"},
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "uno\n"},
+    {"role": "user", "content": "two? or <|im_end|>"},
+    {"role": "assistant", "content": "dos ünd"},
+]
+
+
+@pytest.fixture(scope="session")
+def encoder() -> Tokenizer:
+    """Byte-level BPE."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    lines = ["system user assistant one two uno dos the end\n"] * 9
+    tokenizer.train_from_iterator(lines, trainer)
+    return tokenizer
+
+
+def saved(encoder: Tokenizer, folder: Path, **config) -> Path:
+    folder.mkdir(exist_ok=True)
+    encoder.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<eos>", "bos_token": {"content": "<bos>"}} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def tokenizer(encoder: Tokenizer, folder: Path, **config) -> text.Tokenizer:
+    return text.load_tokenizer(saved(encoder, folder / "tokenizer", **config))
+
+
+@pytest.fixture
+def plain(encoder, tmp_path) -> text.Tokenizer:
+    return tokenizer(encoder, tmp_path)
+
+
+def texts(source: Path | str, tokenizer: text.Tokenizer, **options) -> list[str]:
+    """The documents of a source, long ones put together again."""
+    found: list[str] = []
+    for piece in text.pieces(text.find(str(source)), tokenizer, **options):
+        if piece.starts:
+            found.append("")
+        found[-1] += piece.text
+    return found
+
+
+def zstd(path: Path, content: bytes) -> None:
+    with pyarrow.OSFile(str(path), "wb") as raw, pyarrow.CompressedOutputStream(raw, "zstd") as out:
+        out.write(content)
+
+
+# --- reading ---
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
+def test_every_kind_of_file_gives_its_documents(plain, tmp_path, kind, packing):
+    expected = ["first", "zweite ünd 二", "third\nof two lines"]
+    path = tmp_path / f"x{kind}"
+    if kind == ".txt":
+        path.write_text("\n\n \n".join(expected) + "\n\n")
+    elif kind == ".jsonl":
+        path.write_text("\n".join(json.dumps({"text": t, "id": 1}) for t in [*expected, " ", None]))
+    else:
+        table = pyarrow.table({"id": range(5), "text": [*expected, "", None]})
+        pyarrow.parquet.write_table(table, path)
+    content = path.read_bytes()
+    if packing == ".gz":
+        path.with_name(path.name + packing).write_bytes(gzip.compress(content))
+    elif packing == ".zst":
+        zstd(path.with_name(path.name + packing), content)
+    read = []
+    path = path.with_name(path.name + packing)
+    assert texts(path, plain, documents="paragraph", progress=read.append) == expected
+    assert sum(read) == path.stat().st_size == text.find(str(path)).size
+
+
+def test_folders_and_globs_are_read_in_order(plain, tmp_path):
+    for name in ("b/2.txt", "a/1.txt", "a/3.jsonl", "a/notes.md"):
+        path = tmp_path / "books" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}) if name.endswith("l") else name)
+    os.rename(tmp_path / "books/b/2.txt", tmp_path / "books/blob")  # as in the hub's cache
+    os.symlink(tmp_path / "books/blob", tmp_path / "books/b/2.txt")
+    assert texts(tmp_path / "books", plain) == ["a/1.txt", "a/3.jsonl", "b/2.txt"]
+    assert texts(tmp_path / "books/*/*.txt", plain) == ["a/1.txt", "b/2.txt"]
+    facts = text.find(str(tmp_path / "books")).fingerprint
+    os.utime(tmp_path / "books/b/2.txt", (1, 1))
+    assert text.find(str(tmp_path / "books")).fingerprint != facts
+
+
+@settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.text(st.sampled_from("ab \n\r\tü二"), max_size=60), st.integers(1, 9), st.booleans())
+@example(" " * 30, 9, False)
+@example(" " * 30 + "a", 9, False)
+def test_blocks_and_pieces_leave_no_trace(encoder, tmp_path, monkeypatch, content, block, bom):
+    path = tmp_path / "x.txt"
+    path.write_bytes(content.encode("utf-8-sig" if bom else "utf-8"))
+    lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    plain = tokenizer(encoder, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "BLOCK", block)
+        patch.setattr(text, "PIECE", 4)
+        assert texts(path, plain) == (["\n".join(lines)] if content.strip() else [])
+        assert texts(path, plain, documents="line") == [line for line in lines if line.strip()]
+
+
+def test_tokens_do_not_depend_on_the_pieces(encoder, tmp_path, monkeypatch):
+    content = "the end of one, two.\nuno dos\n\n  the user\n" * 50
+    (tmp_path / "x.txt").write_text(content)
+    plain = tokenizer(encoder, tmp_path)
+    monkeypatch.setattr(text, "PIECE", 60)
+    pieces = list(text.pieces(text.find(str(tmp_path / "x.txt")), plain))
+    ids = [token for encoding in plain.encode(pieces) for token in encoding.ids]
+    assert len(pieces) > 10 and ids == encoder.encode(content).ids
+    assert [piece.starts for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_data_sets_are_read_row_by_row(plain, tmp_path, monkeypatch, streaming):
+    import datasets
+
+    rows = [f"row {i}" for i in range(2500)]
+    table = pyarrow.table({"id": range(2500), "text": rows})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    load = datasets.load_dataset_builder
+
+    def local(repository, config):
+        assert (repository, config) == ("owner/name", "some-config")
+        files = {"test": str(tmp_path / "x.parquet")}
+        return load("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", local)
+    source = text.find("owner/name:some-config:test", streaming=streaming)
+    seen = []
+    found = text.pieces(source, plain, progress=seen.append)
+    assert [piece.text for piece in found] == rows
+    assert sum(seen) == 2500 and source.size in (2500, None)
+    assert source.fingerprint == text.find("owner/name:some-config:test").fingerprint
+    for name in ("owner/name:some-config", "owner/name:some-config:validation"):
+        with pytest.raises(UserError, match=rf"{name}: cannot be read .*'test'"):
+            list(text.pieces(text.find(name, streaming=streaming), plain))
+
+
+# --- special tokens ---
+
+
+@pytest.mark.parametrize("added", [None, True, False])
+@pytest.mark.parametrize("processed", [True, False])
+def test_documents_have_one_bos_if_the_tokenizer_says_so(encoder, tmp_path, added, processed):
+    encoder = Tokenizer.from_str(encoder.to_str())
+    if processed:
+        pair = ("<bos>", 0), ("<eos>", 1)
+        encoder.post_processor = processors.TemplateProcessing("<bos> $A <eos>", None, list(pair))
+    encoder.enable_truncation(4)
+    encoder.enable_padding(pad_to_multiple_of=1000)
+    folder = saved(encoder, tmp_path / "tokenizer", add_bos_token=added)
+    path = tmp_path / "x.txt"
+    path.write_text("the user\n" * 2000 + "the end")
+    config = data.Config(source=(str(path),), cache=str(tmp_path / "cache"), held_out=1.0)
+    corpus = data.open_corpus(config, folder, seq_len=10**6, seed=0, vocab=300)
+    (batch,) = data.evaluation(corpus, 1)
+    tokens = batch.tokens[0][batch.segments[0] > 0].tolist()
+    bos = processed if added is None else added
+    assert [tokens.count(0), tokens.count(1)] == [bos, 1]
+    assert tokens.index(1) == len(tokens) - 1 and (not bos or tokens[0] == 0)
+    assert encoder.decode(tokens) == "the user\n" * 2000 + "the end" and len(tokens) > 2000
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_eos_of_a_model_config(encoder, tmp_path, name):
+    folder = saved(encoder, tmp_path)
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="no eos_token"):
+        text.load_tokenizer(folder)
+    (folder / name).write_text('{"eos_token_id": [3, 1], "bos_token_id": 0}')
+    found = text.load_tokenizer(folder)
+    assert (found.eos, found.bos, found.special["eos_token"]) == (3, None, "<|im_end|>")
+
+
+# --- conversations ---
+
+
+def learned(tokenizer: text.Tokenizer, messages: list, mask: str = "assistant") -> list[str]:
+    """The stretches of text whose tokens are learned."""
+    piece = tokenizer.conversation(messages, mask, "here")
+    (encoding,) = tokenizer.encode([piece])
+    runs = data._runs(encoding.offsets, piece.spans)
+    pairs = zip(runs[::2], runs[1::2], strict=True)
+    decode = tokenizer.encoder.decode
+    return [decode(encoding.ids[a:b], skip_special_tokens=False) for a, b in pairs]
+
+
+def test_all_assistant_turns_with_their_end_and_nothing_else(encoder, tmp_path):
+    chatml = tokenizer(encoder, tmp_path, chat_template=CHATML)
+    assert learned(chatml, TALK) == ["uno\n<|im_end|>", "dos ünd<|im_end|>"]
+    assert learned(chatml, TALK[:2]) == []
+    assert chatml.conversation(TALK, "all", "here").spans is None
+    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}]
+    listed = tokenizer(encoder, tmp_path, chat_template=named)
+    assert learned(listed, TALK) == ["uno\n<|im_end|>", "dos ünd<|im_end|>"]
+
+
+def test_a_template_that_thinks(encoder, tmp_path):
+    thinking = tokenizer(encoder, tmp_path, chat_template=THINKING)
+    turns = ["uno\n<|im_end|>", "\n</think>\n\ndos ünd<|im_end|>"]  # the prompt has its start
+    assert learned(thinking, TALK) == turns
+    told = [*TALK[:2], {"role": "assistant", "content": "<think>hm</think><the end>"}, *TALK[3:]]
+    assert learned(thinking, told)[0] == "<the end><|im_end|>"
+
+
+def test_a_template_that_marks_what_it_generates(encoder, tmp_path):
+    folder = saved(encoder, tmp_path / "tokenizer", chat_template="overruled by the file beside")
+    (folder / "chat_template.jinja").write_text(MARKED)
+    marked = text.load_tokenizer(folder)
+    assert learned(marked, TALK) == ["<|im_start|>uno\n<eos>", "<|im_start|>dos ünd<eos>"]
+    assert learned(marked, TALK[:2]) == []
+
+
+def test_records_become_conversations(encoder, tmp_path):
+    chatml = tokenizer(encoder, tmp_path, chat_template=CHATML)
+    asked = "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\nuno<|im_end|>\n"
+    turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "uno"}]
+    records = [
+        {"messages": turns, "text": "not this"},
+        {"prompt": "one?", "completion": "uno"},
+        {"prompt": turns[:1], "completion": turns[1:]},
+        {"talk": turns},
+    ]
+    for record in records:
+        path = tmp_path / "x.jsonl"
+        path.write_text(json.dumps(record))
+        field = "talk" if "talk" in record else "text"
+        assert texts(path, chatml, mask="assistant", text_field=field) == [asked]
+    path = tmp_path / "x.parquet"  # where every message has every key
+    tools = [turns[0] | {"tool_calls": None}, turns[1] | {"tool_calls": ["x"]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": tools}]), path)
+    strict = CHATML.replace("{%- for", "{{- 'tool_calls' in messages[0] }}{%- for", 1)
+    assert texts(path, tokenizer(encoder, tmp_path, chat_template=strict)) == ["False" + asked]
+    path.with_suffix(".jsonl").write_text('{"text": "a", "body": "b", "messages": []}')
+    assert texts(path.with_suffix(".jsonl"), chatml, text_field="body") == ["b"]
+
+
+def test_masks_reach_the_batch(encoder, tmp_path):
+    folder = saved(encoder, tmp_path / "tokenizer", chat_template=CHATML)
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join([json.dumps({"messages": TALK})] * 3))
+    config = data.Config(
+        source=(str(path),), cache=str(tmp_path / "cache"), mask="assistant", held_out=1.0
+    )
+    corpus = data.open_corpus(config, folder, seq_len=7, seed=0, vocab=300)
+    kept = []
+    for batch in data.evaluation(corpus, 4):
+        kept += batch.tokens[:, 1:][batch.mask].tolist()
+    expected = "uno\n<|im_end|>dos ünd<|im_end|>" * 3
+    assert encoder.decode(kept, skip_special_tokens=False) == expected
+    assert corpus.bytes == len(expected.encode())
+
+
+def test_templates_may_do_what_published_ones_do(encoder, tmp_path):
+    template = (
+        "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}"
+        "{{ m | tojson }}{% endfor %}{{ strftime_now('%%') }}{{ bos_token }}"
+    )
+    made = tokenizer(encoder, tmp_path, chat_template=template)
+    expected = '{"role": "user", "content": "<ü>"}%<bos>'
+    assert made.render([{"role": "user", "content": "<ü>"}, TALK[0]]) == expected
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[9].content.x }}", "refuses it"),
+        (None, "no chat template: put a chat_template.jinja beside"),
+        ("{% for %}", "malformed"),
+    ],
+)
+def test_templates_that_fail(encoder, tmp_path, template, message):
+    with pytest.raises(UserError, match=message):
+        made = tokenizer(encoder, tmp_path, chat_template=template)
+        made.conversation(TALK, "all", "x.jsonl record 1")
+
+
+def test_a_template_whose_turns_cannot_be_told_apart(encoder, tmp_path):
+    template = "{{ messages | length }}" + CHATML
+    made = tokenizer(encoder, tmp_path, chat_template=template)
+    with pytest.raises(UserError, match="put {% generation %} around"):
+        made.conversation(TALK, "assistant", "x.jsonl record 1")
+
+
+# --- what is refused, in one line ---
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+TABLE = pyarrow.BufferOutputStream()
+pyarrow.parquet.write_table(pyarrow.table({"body": ["a"] * 99, "title": ["b"] * 99}), TABLE)
+TABLE = TABLE.getvalue().to_pybytes()
+
+REFUSED = {
+    "empty.txt": (b"", "no documents in it"),
+    "blank.jsonl": (b'{"text": " "}\n\n{"text": null}\n', "no documents in it"),
+    "binary.txt": (b"ab\0cd", "byte 2 is 0: a binary file"),
+    "latin.txt": (("a" * 70 + "\nä").encode("latin1"), r"byte 71 \(0xe4\) is not UTF-8"),
+    "marked.txt": (b"\xef\xbb\xbfab\xff", r"byte 5 \(0xff\) is not UTF-8"),
+    "half.txt": ("aü".encode()[:-1], r"byte 1 \(0xc3\) is not UTF-8"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe4"}', "line 2: not JSON .*0xe4 in position 10"),
+    "field.jsonl": (b'{"body": "a", "id": 1}', "no field 'text'.* it has body, id: choose one"),
+    "field.parquet": (TABLE, "no field 'text'.* it has body, title: choose one"),
+    "json.jsonl": (b'{"text": "a"}\n\n{"text": "a}', "line 3: not JSON"),
+    "list.jsonl": (b"[1]", r"line 1: expected an object, found '\[1\]'"),
+    "surrogate.jsonl": (b'{"text": "\\ud83d"}', "line 1: not JSON .*surrogates"),
+    "number.jsonl": (b'{"text": 3}', "record 1: expected text or messages in text"),
+    "turns.jsonl": (b'{"messages": [{"content": "a"}]}', "record 1: expected messages with role"),
+    "half.parquet": (TABLE[: len(TABLE) // 2], "not a whole parquet file"),
+    "other.parquet": (b"not parquet at all", "not a whole parquet file"),
+    "half.txt.gz": (gzip.compress(os.urandom(999))[:-20], "cannot be read to its end"),
+    "other.txt.gz": (b"not gzip", "cannot be read to its end"),
+    "other.txt.zst": (b"not zstd at all", "cannot be read to its end"),
+    "story.md": (b"text", r"expected .txt, .jsonl, .parquet, each also with .gz or .zst"),
+    "folder/story.md": (b"text", "no file to read in it"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_files(encoder, tmp_path, name):
+    content, message = REFUSED[name]
+    path = write(tmp_path / name, content)
+    source = path.parent if name.startswith("folder") else path
+    folder = saved(encoder, tmp_path / "tokenizer", chat_template=CHATML)
+    config = data.Config(source=(str(source),), cache=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=message) as caught:
+        data.open_corpus(config, folder, seq_len=4, seed=0, vocab=300)
+    assert "\n" not in str(caught.value) and str(source) in str(caught.value)
+    cache = tmp_path / "cache"
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_plain_text_has_no_assistant(plain, tmp_path):
+    for name, content in (("x.txt", b"a"), ("x.jsonl", b'{"text": "a"}')):
+        path = write(tmp_path / name, content)
+        with pytest.raises(UserError, match="no assistant turns; mask all"):
+            texts(path, plain, mask="assistant")
+
+
+def test_sources_that_are_not_there(monkeypatch, tmp_path):
+    import datasets
+    import huggingface_hub
+
+    for name in ("missing.txt", "./missing/folder", "missing", str(tmp_path / "*.txt")):
+        with pytest.raises(UserError, match=r"no such file|no file to read"):
+            text.find(name)
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="nobody/nothing: .* check the name and the network") as it:
+        text.find("nobody/nothing")
+    assert "\n" not in str(it.value)
+
+
+def test_bad_tokenizers(encoder, tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer.json in it"):
+        text.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"not": "one"}')
+    with pytest.raises(UserError, match="not a tokenizer"):
+        text.load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"eos_token '<none>' is not in tokenizer.json"):
+        tokenizer(encoder, tmp_path, eos_token="<none>")
+    folder = saved(encoder, tmp_path)
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        text.load_tokenizer(folder)
