@@ -1,0 +1,119 @@
+"""Hidden states of the teacher as targets: which blocks are matched, and how far apart they are."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
+
+from errors import UserError
+from models.common import product
+
+Pairs = tuple[tuple[int, int], ...]  # blocks of student and teacher whose outputs are matched
+
+SHORTEST = 1e-12  # squared: what is shorter than 1e-6 has no direction
+
+
+def pairs(
+    given: Sequence[str], layers: int, teacher_layers: int, kept: Sequence[int] | None = None
+) -> Pairs:
+    """The blocks of `given` (3:7 is the student's 3 and the teacher's 7). Without any: every block
+    with the one it was cut from, or else with the one at the same share of the depth."""
+    if given:
+        return tuple(_pair(text, layers, teacher_layers) for text in given)
+    if kept is None:
+        kept = [-(-(i + 1) * teacher_layers // layers) - 1 for i in range(layers)]
+    return tuple(enumerate(kept))
+
+
+def _pair(text: str, layers: int, teacher_layers: int) -> tuple[int, int]:
+    student, _, teacher = text.partition(":")
+    if not (student.isdecimal() and teacher.isdecimal()):
+        raise UserError(f"--loss.feature-pairs {text}: expected STUDENT:TEACHER blocks such as 3:7")
+    if int(student) >= layers or int(teacher) >= teacher_layers:
+        raise UserError(
+            f"--loss.feature-pairs {text}: the student has blocks 0 to {layers - 1}, the teacher"
+            f" 0 to {teacher_layers - 1}"
+        )
+    return int(student), int(teacher)
+
+
+def ends(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The blocks of either side, each once, in order."""
+    ours, theirs = (tuple(sorted({pair[side] for pair in pairs})) for side in (0, 1))
+    return ours, theirs
+
+
+class Projection(eqx.Module):
+    """From the student's width to the teacher's, stacked over pairs as blocks are over layers."""
+
+    weight: Float[Array, "teacher_embed embed"]
+
+    def __init__(self, embed: int, teacher_embed: int, key: PRNGKeyArray):
+        # States keep their size on the way.
+        self.weight = jax.random.normal(key, (teacher_embed, embed)) * embed**-0.5
+
+
+def projection(count: int, embed: int, teacher_embed: int, key: PRNGKeyArray) -> Projection | None:
+    """A fresh map for each of `count` pairs; none where the widths are the same."""
+    if not count or embed == teacher_embed:
+        return None
+    keys = jax.random.split(key, count)
+    return eqx.filter_vmap(lambda key: Projection(embed, teacher_embed, key))(keys)
+
+
+Vectors, Scalars = Float32[Array, "*rows width"], Float32[Array, "*rows"]
+
+
+def cosine(x: Vectors, y: Vectors) -> Scalars:
+    """1 - cos; 1, and without a gradient, where either has no direction."""
+    xx, yy = jnp.sum(x * x, axis=-1), jnp.sum(y * y, axis=-1)
+    sound = (xx > SHORTEST) & (yy > SHORTEST)
+    lengths = jax.lax.rsqrt(jnp.where(sound, xx, 1.0)) * jax.lax.rsqrt(jnp.where(sound, yy, 1.0))
+    return 1 - jnp.where(sound, jnp.sum(x * y, axis=-1) * lengths, 0.0)
+
+
+def mse(x: Vectors, y: Vectors) -> Scalars:
+    return jnp.mean((x - y) ** 2, axis=-1)
+
+
+DISTANCES: dict[str, Callable[[Vectors, Vectors], Scalars]] = {"cosine": cosine, "mse": mse}
+
+
+def loss(
+    kind: str,
+    pairs: Pairs,
+    states: Float[Array, "ours batch seq embed"],
+    goals: Float[Array, "theirs batch seq teacher_embed"],
+    mask: Bool[Array, "batch seq"],
+    projection: Projection | None = None,
+) -> Float32[Array, ""]:
+    """The distance of the mapped states, a mean over pairs, summed over the tokens of `mask`.
+
+    `states` and `goals` are outputs of the blocks of `ends(pairs)`; nothing flows into `goals`.
+    """
+    ours, theirs = ends(pairs)
+    order = [ours.index(student) for student, _ in pairs]
+    if order != list(range(len(ours))):
+        states = states[jnp.array(order)]
+    order = jnp.array([theirs.index(teacher) for _, teacher in pairs])
+
+    # Of one pair at a time, and computed again in the backward pass: float32 copies of all of them
+    # would outweigh the states.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def one(x, at, projection):
+        y = jax.lax.stop_gradient(jax.lax.dynamic_index_in_dim(goals, at, keepdims=False))
+        # Not a product with the mask: what is masked may not be finite.
+        x, y = (jnp.where(mask[..., None], z, jnp.zeros_like(z)) for z in (x, y))
+        if projection is not None:
+            x = product("bse,te->bst", x, projection.weight.astype(x.dtype))
+        found = DISTANCES[kind](x.astype(jnp.float32), y.astype(jnp.float32))
+        return jnp.sum(jnp.where(mask, found, 0.0))
+
+    def add(total, rows):
+        return total + one(*rows), None
+
+    total, _ = jax.lax.scan(add, jnp.float32(0), (states, order, projection))
+    return total / len(pairs)
