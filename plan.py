@@ -1,0 +1,331 @@
+"""What a run holds in the memory of each device, told before a weight is read."""
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+import data
+import losses
+import models
+import optim
+import sharding
+import targets
+from errors import UserError
+from eval import Head, Seen
+from options import Config, distils, student_config
+from report import size
+
+PROGRAM = 600_000_000  # bytes of a process that computes on the CPU, beside its arrays
+
+
+class Need(NamedTuple):
+    """Bytes of one device. Arrays are exact; temporaries are what the compiler says."""
+
+    teacher: int
+    student: int
+    moments: int
+    batch: int
+    gradients: int  # among the temporaries
+    temporaries: int
+
+    @property
+    def arrays(self) -> int:
+        return self.teacher + self.student + self.moments + self.batch
+
+    @property
+    def total(self) -> int:
+        return self.arrays + max(self.temporaries, self.gradients)
+
+
+def outline(
+    make: Callable[[jax.Array], PyTree], mesh: jax.sharding.Mesh, layout: sharding.Layout
+) -> PyTree:
+    """What `make` returns for a key, without its values."""
+    found = eqx.filter_eval_shape(lambda: make(jax.random.key(0)))
+    return placed(found, places(found, mesh, layout))
+
+
+def placed(tree: PyTree, where: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        where,
+    )
+
+
+def places(state: PyTree, mesh: jax.sharding.Mesh, layout: sharding.Layout) -> PyTree:
+    """Where every array of a state lies: moments may lie elsewhere than parameters."""
+    where = sharding.specs(state, mesh, layout.params)
+    moments = sharding.specs(state.opt_state, mesh, layout.moments)
+    return eqx.tree_at(lambda state: state.opt_state, where, moments)
+
+
+def bytes_of(tree: PyTree) -> int:
+    """What one device holds of arrays that are placed."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def compiled(step: Callable, arrays: PyTree, *fixed: Any) -> Any:
+    """The program of a step for (frozen, state), arrays of which only the outline is known."""
+    known, static = eqx.partition(arrays, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+
+    def run(frozen, state):
+        return step.__wrapped__(*eqx.combine((frozen, state), static), *fixed)
+
+    return sharding.compiled(jax.jit(run, donate_argnums=1).lower(*known))
+
+
+Start = Callable[[Any, optim.Optimizer], PyTree]
+
+
+def arrays(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    layout: sharding.Layout,
+    begin: Start,
+    optimizer: optim.Optimizer,
+) -> tuple[tuple[Any, Any], PyTree]:
+    """The arguments of a step: frozen and state."""
+    shape = student_config(config)
+    if config.student is None and config.student_init != "random":
+        shape = shape.keep(tuple(range(config.student_layers)))
+    family = models.FAMILIES[shape.model_type]
+    # First, so that what does not divide is named as a leaf of the student, not as its moment.
+    sharding.specs(eqx.filter_eval_shape(family, shape, jax.random.key(0)), mesh, layout.params)
+    state = outline(lambda key: begin(family(shape, key), optimizer), mesh, layout)
+    rows = jax.sharding.NamedSharding(
+        mesh,
+        jax.sharding.PartitionSpec(sharding.claims(["batch"], mesh, layout.params)[0] or None),
+    )
+    ids = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32, sharding=rows)
+    mask = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), bool, sharding=rows)
+    batch, teacher = data.Batch(ids, ids, mask), None
+    if config.targets is not None:
+        made = targets.load(config.targets)
+
+        def like(dtype, *entries):
+            shape = (config.batch_size, config.seq_len, *entries)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+        kind = losses.TopK if made.kind == "top-k" else losses.Draws
+        told = like(jnp.int32, made.entries), like(jnp.float32, made.entries), like(jnp.float32)
+        return (None, targets.Told(*batch, kind(*told))), state
+    if distils(config.loss) or config.eval_teacher:
+        teacher = models.outline(config.teacher)
+        if config.teacher_devices is not None:
+            wide = (config.batch_size, config.seq_len, teacher.config.embed)
+            seen = jax.ShapeDtypeStruct(wide, jnp.dtype(config.compute_dtype), sharding=rows)
+            batch = Seen(*batch, seen)
+            teacher = eqx.filter_eval_shape(lambda model: Head(model.unembedding), teacher)
+        teacher = placed(teacher, sharding.specs(teacher, mesh, layout.params))
+    return (teacher, batch), state
+
+
+def held(frozen: tuple[Any, Any], state: PyTree, optimizer: optim.Optimizer) -> Need:
+    """What follows from shapes alone."""
+    moving = eqx.filter(state.student, optimizer.trainable(state.student))
+    return Need(
+        teacher=bytes_of(frozen[0]),
+        student=bytes_of(state.student),
+        moments=bytes_of(state.opt_state),
+        batch=bytes_of(frozen[1]),
+        gradients=bytes_of(moving),
+        temporaries=0,
+    )
+
+
+def need(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    layout: sharding.Layout,
+    step: Callable,
+    begin: Start,
+    fixed: Callable,
+) -> Need:
+    """What a step needs, as compiled for this mesh."""
+    optimizer, objective = fixed(config)
+    frozen, state = arrays(config, mesh, layout, begin, optimizer)
+    found = held(frozen, state, optimizer)
+    program = compiled(step, (frozen, state), optimizer, objective)
+    return found._replace(temporaries=program.memory_analysis().temp_size_in_bytes)
+
+
+def loss_bytes(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    layout: sharding.Layout,
+    begin: Start,
+    fixed: Callable,
+) -> int:
+    """The temporaries of the head and the loss, compiled alone."""
+    optimizer, objective = fixed(config)
+    (teacher, batch), state = arrays(config, mesh, layout, begin, optimizer)
+    rows, seq = config.batch_size // config.microbatches, config.seq_len
+
+    def like(shape, dtype):
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch.mask.sharding)
+
+    def states(width):
+        return like((seq, width), jnp.dtype(config.compute_dtype))
+
+    beside = None
+    if teacher is not None and distils(config.loss):
+        beside = states(models.config(config.teacher).embed), teacher
+
+    def loss(hidden, head, beside, labels, mask):
+        total, _ = losses.distill_loss(
+            hidden, head, *beside, labels, mask, objective=objective, step=0
+        )
+        return total
+
+    def gradient(hidden, student, beside, labels, mask):
+        beside = (None, None) if beside is None else (beside[0], beside[1].unembedding)
+        return jax.grad(loss, (0, 1))(hidden, student.unembedding, beside, labels, mask)
+
+    program = jax.jit(gradient).lower(
+        states(state.student.config.embed), state.student, beside,
+        like((seq,), jnp.int32), like((seq,), bool),
+    )  # fmt: skip
+    return sharding.compiled(program).memory_analysis().temp_size_in_bytes
+
+
+# ---- against what there is -----------------------------------------------------------------------
+
+
+def room(config: Config) -> tuple[float, str]:
+    """Bytes that a device has for a run, and how they are known."""
+    device = jax.devices()[0]
+    if config.device_memory is not None:
+        return config.device_memory * 1e9, "--device-memory"
+    if config.devices is not None:
+        return math.inf, "say how much with --device-memory"
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit", math.inf), device.device_kind
+    return (host_memory() - PROGRAM) / jax.local_device_count(), "this host, less its program"
+
+
+def host_memory() -> float:
+    """What this process may use: the memory of the host, or the limit of its control group."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, where = line.split(":", 2)
+            own = groups[1] if kinds == "memory" else groups[0]
+            inner = own / where.lstrip("/")
+            groups += [inner, *(path for path in inner.parents if path.is_relative_to(own))]
+    for group in groups:
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                found.append(int((group / name).read_text()))
+    return float(min(found))
+
+
+def refuse(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    layout: sharding.Layout,
+    begin: Start,
+    optimizer: optim.Optimizer,
+) -> None:
+    """Ends a run that cannot fit before it begins."""
+    found = held(*arrays(config, mesh, layout, begin, optimizer), optimizer)
+    has, what = room(config)
+    least = found.arrays + found.gradients
+    if least > has:
+        raise UserError(
+            f"a device has {size(has)} ({what}), and arrays and gradients alone need {size(least)}:"
+            " --plan tells what would fit, --force tries all the same"
+        )
+
+
+def easier(config: Config, ways: int) -> Iterator[tuple[str, Config]]:
+    """Settings that need less and less memory; only the last changes the mathematics."""
+    flags = ""
+    for policy in ("dots", "full"):
+        if config.remat != policy and (config.remat, policy) != ("full", "dots"):
+            flags = f" --remat {policy}"
+            config = dataclasses.replace(config, remat=policy)
+            yield flags, config
+    rows = config.batch_size
+    for parts in range(config.microbatches + 1, rows // ways + 1):
+        if rows % parts == 0 and rows // parts % ways == 0:
+            config = dataclasses.replace(config, microbatches=parts)
+            yield f"{flags} --microbatches {parts}", config
+    if config.microbatches > 1:
+        flags += f" --microbatches {config.microbatches}"
+    if config.optim.name in ("adamw", "lion", "sgd", "muon"):
+        if config.optim.moment_dtype == "float32":
+            smaller = dataclasses.replace(config.optim, moment_dtype="bfloat16")
+            yield (
+                f"{flags} --optim.moment-dtype bfloat16",
+                dataclasses.replace(config, optim=smaller),
+            )
+
+
+def written(rules: sharding.Rules) -> str:
+    return " ".join(f"{name}={','.join(axes)}" for name, axes in rules.items())
+
+
+def table(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    layout: sharding.Layout,
+    step: Callable,
+    begin: Start,
+    fixed: Callable,
+) -> str:
+    """The plan of a run, for people."""
+    told = (mesh, layout, step, begin, fixed)
+    found, (has, what) = need(config, *told), room(config)
+    loss = loss_bytes(config, mesh, layout, begin, fixed)
+    guess = jax.default_backend() == "cpu" and (config.devices or config.device_memory)
+    blocks = found.temporaries - loss - found.gradients
+    lines = [
+        "mesh       " + " x ".join(f"{name} {count}" for name, count in mesh.shape.items()),
+        "rules      " + written(layout.params),
+    ]
+    if layout.moments != layout.params:
+        lines.append("moments    " + written(layout.moments))
+    lines += ["", "bytes of each device"]
+    rows = [
+        ("teacher", found.teacher, ""),
+        ("student", found.student, ""),
+        ("moments", found.moments, ""),
+        ("batch", found.batch, ""),
+        ("gradients", found.gradients, ""),
+        ("head and loss", loss, "compiled alone"),
+        ("activations", max(blocks, 0), "the rest of what the program works in"),
+        ("in all", found.total, "an estimate, compiled for CPUs" if guess else ""),
+        ("there is", has, what),
+    ]
+    lines += [
+        f"  {name:14}{size(number) if math.isfinite(number) else 'unknown':>10}  {remark}".rstrip()
+        for name, number, remark in rows
+    ]
+    lines.append("")
+    if found.total <= has:
+        return "\n".join([*lines, "it fits"] if math.isfinite(has) else lines[:-1])
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for flags, other in easier(config, ways):
+        less = need(other, *told).total
+        if less <= has:
+            lines.append(f"it does not fit; with{flags} it does, in {size(less)}")
+            return "\n".join(lines)
+    lines.append(
+        "it does not fit, nor with --remat full, the most --microbatches and bfloat16 moments: take"
+        " more devices, a smaller --batch-size or --seq-len, or fewer --student-layers"
+    )
+    return "\n".join(lines)

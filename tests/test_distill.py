@@ -1,0 +1,637 @@
+"""The step, and whole runs of it on the embedded text with a teacher of a few thousand numbers."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import checkpoint
+import data
+import distill
+import errors
+import eval
+import losses
+import models
+import optim
+import report
+import sharding
+from errors import UserError
+from models.llama import Config, Llama
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+ADAMW = optim.Config(lr=1e-2, warmup=0, schedule="constant", eps=1e-4)
+
+
+def batch_of(rows: int = 8, seq: int = 24, seed: int = 0) -> data.Batch:
+    """Two documents and some padding in each row; unequal numbers of counted tokens."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 96, (rows, seq + 1)).astype(np.int32)
+    ends = rng.integers(seq // 2, seq + 1, rows)
+    middles = rng.integers(1, seq // 2, rows)
+    index = np.arange(seq + 1)
+    segments = 1 + (index >= middles[:, None]).astype(np.int32)
+    segments[index > ends[:, None]] = 0
+    mask = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    return data.Batch(tokens, segments, mask & (rng.random(mask.shape) < 0.9))
+
+
+def pair(name: str = "llama-2") -> tuple:
+    teacher = models.load(FIXTURES / name)
+    return teacher, distill.students.cut(teacher, (0, 2))
+
+
+def stepped(teacher, student, batch, steps: int = 1, microbatches: int = 1, **loss):
+    objective = losses.Objective(losses.Config(**loss), steps=10, microbatches=microbatches)
+    optimizer = optim.make(ADAMW, 10)
+    state = distill.begin(jax.tree.map(jnp.copy, student), optimizer)
+    for _ in range(steps):
+        state, metrics = distill.step((teacher, batch), state, optimizer, objective)
+    return state, jax.device_get(metrics)
+
+
+def near(a, b, tolerance):
+    """Each leaf within `tolerance` of its largest entry."""
+
+    def check(a, b):
+        scale = np.abs(np.asarray(b)).max() if np.size(b) else 0.0
+        assert np.abs(np.asarray(a) - np.asarray(b)).max(initial=0) <= tolerance * max(scale, 1e-3)
+
+    jax.tree.map(check, a, b)
+
+
+# ---- the step ----
+
+
+@pytest.mark.parametrize("divergence", losses.DIVERGENCES)
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(divergence):
+    teacher, _ = pair()
+    student = distill.students.cut(teacher, (0, 1, 2))
+    _, metrics = stepped(teacher, student, batch_of(), divergence=divergence)
+    assert abs(metrics["loss"]) < 1e-6
+    assert metrics["grad_norm"] < 1e-5
+    assert metrics["ce"] > 1
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_microbatches_change_nothing(parts):
+    teacher, student = pair()
+    whole, told = stepped(teacher, student, batch_of(), alpha=0.5)
+    split, also = stepped(teacher, student, batch_of(), alpha=0.5, microbatches=parts)
+    for name in ("loss", "divergence", "ce", "grad_norm", "counted"):
+        assert also[name] == pytest.approx(told[name], rel=2e-6)
+    near(split.student, whole.student, 1e-5)
+
+
+def test_padding_and_packing_change_nothing():
+    teacher, student = pair()
+    batch = batch_of()
+    wider = data.Batch(
+        np.pad(batch.tokens, ((0, 2), (0, 5))),
+        np.pad(batch.segments, ((0, 2), (0, 5))),
+        np.pad(batch.mask, ((0, 2), (0, 5))),
+    )
+    reordered = data.Batch(*(part[::-1].copy() for part in wider))
+    _, told = stepped(teacher, student, batch, alpha=0.5)
+    for other in (wider, reordered):
+        _, also = stepped(teacher, student, other, alpha=0.5)
+        for name in ("loss", "divergence", "ce", "counted"):
+            assert also[name] == pytest.approx(told[name], rel=1e-6)
+
+
+def test_a_batch_with_nothing_to_count_changes_nothing():
+    teacher, student = pair()
+    batch = batch_of()
+    empty = batch._replace(mask=np.zeros_like(batch.mask))
+    objective = losses.Objective(steps=10)
+    optimizer = optim.make(optim.Config(weight_decay=0.0), 10)
+    state = distill.begin(jax.tree.map(jnp.copy, student), optimizer)
+    state, metrics = distill.step((teacher, empty), state, optimizer, objective)
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
+    near(state.student, student, 0)
+
+
+def test_without_a_teacher_it_is_the_cross_entropy():
+    teacher, student = pair()
+    alone, told = stepped(None, student, batch_of(), alpha=0.0)
+    beside, also = stepped(teacher, student, batch_of(), alpha=0.0)
+    assert told["loss"] == also["loss"] == told["ce"]
+    assert eqx.tree_equal(alone.student, beside.student)
+
+
+def test_an_update_that_is_not_finite_is_left_out():
+    teacher, student = pair()
+    broken = eqx.tree_at(lambda model: model.norm, teacher, teacher.norm.at[3].set(jnp.nan))
+    state, metrics = stepped(broken, student, batch_of(), steps=2)
+    assert metrics["skipped"] == 2 and int(state.step) == 2
+    assert eqx.tree_equal(state.student, student)
+    fresh = distill.begin(student, optim.make(ADAMW, 10))
+    assert eqx.tree_equal(state.opt_state, fresh.opt_state)
+
+
+def test_the_step_consumes_its_state_and_nothing_else():
+    teacher, student = pair("bloom")
+    before = jax.tree.map(np.array, teacher)
+    optimizer, objective = optim.make(ADAMW, 10), losses.Objective(steps=10)
+    state = distill.begin(student, optimizer)
+    lowered = distill.step.lower((teacher, batch_of()), state, optimizer, objective)
+    program = lowered.compile()
+    state_size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert program.compiled.memory_analysis().alias_size_in_bytes >= state_size
+    program((teacher, batch_of()), state, optimizer, objective)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.student))
+    jax.tree.map(np.testing.assert_array_equal, before, teacher)
+
+
+@pytest.mark.parametrize("name", ["bloom-6-heads", "qwen2-mixed"])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_on_a_mesh_the_step_is_the_same(name, sizes):
+    teacher, student = pair(name)
+    whole, told = stepped(teacher, student, batch_of(), steps=3, alpha=0.5)
+    mesh = sharding.make_mesh(*sizes)
+    teacher, student = (sharding.shard(m, sharding.specs(m, mesh)) for m in (teacher, student))
+    with jax.set_mesh(mesh):
+        batch = sharding.from_host(batch_of(), mesh)
+        split, also = stepped(teacher, student, batch, steps=3, alpha=0.5, microbatches=1)
+    for name in ("loss", "divergence", "ce"):
+        assert also[name] == pytest.approx(told[name], rel=1e-5)
+    near(split.student, whole.student, 1e-5)
+
+
+def test_norms_are_told_per_layer():
+    teacher, student = pair()
+    objective = losses.Objective(steps=10, norms=True)
+    optimizer = optim.make(ADAMW, 10)
+    state = distill.begin(jax.tree.map(jnp.copy, student), optimizer)
+    _, metrics = distill.step((teacher, batch_of()), state, optimizer, objective)
+    expected = np.sqrt((np.asarray(student.blocks.up) ** 2).sum(axis=(1, 2)))
+    np.testing.assert_allclose(metrics["param_norm/blocks.up"], expected, rtol=1e-5)
+    total = sum(np.sum(np.square(v)) for k, v in metrics.items() if k.startswith("grad_norm/"))
+    assert np.sqrt(total) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
+
+
+# ---- the run ----
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    config = Config(2048, 16, 32, 3, 8, 8, 8, max_positions=64, tied=True, eos=0, pad=0)
+    model = Llama(config, jax.random.key(3))
+    model = jax.tree.map(lambda leaf: leaf * (10.0 if jnp.std(leaf) > 0 else 1.0), model)
+    models.save(model, folder, tokenizer=ROOT / "demo" / "teacher")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "few.txt"
+    stories = (ROOT / "demo" / "stories.txt").read_text().split("\n\n")[:60]
+    path.write_text("\n\n".join(stories))
+    return path
+
+
+@pytest.fixture
+def config(teacher, text, tmp_path) -> distill.Config:
+    return distill.Config(
+        teacher=str(teacher),
+        student_layers=2,
+        seq_len=32,
+        batch_size=8,
+        steps=6,
+        eval_every=4,
+        eval_windows=8,
+        save_every=3,
+        log_every=1,
+        out=str(tmp_path / "run"),
+        data=distill.Data(source=(str(text),), documents="paragraph", cache=str(text.parent)),
+        optim=optim.Config(lr=1e-2),
+        quiet=True,
+    )
+
+
+def metrics_of(out: str | Path) -> list[dict]:
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines
+    ]
+
+
+def test_what_a_run_leaves(config, teacher, capsys):
+    before = {path.name: path.read_bytes() for path in teacher.iterdir()}
+    folder = distill.train(config)
+    out = Path(config.out)
+    assert before == {path.name: path.read_bytes() for path in teacher.iterdir()}
+    lines = metrics_of(out)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    needed = {"step", "loss", "divergence", "ce", "grad_norm", "lr", "tokens"}
+    assert all(needed <= line.keys() for line in steps)
+    assert steps[-1]["tokens"] == 6 * 8 * 32
+    held_out = [line for line in lines if "eval/kl" in line]
+    assert [line["step"] for line in held_out] == [0, 4, 6]
+    needed = {"eval/ce", "eval/kl", "eval/agreement", "eval/teacher_ce"}
+    assert all(needed <= line.keys() for line in held_out)
+    assert held_out[-1]["eval/kl"] < held_out[0]["eval/kl"]
+    assert json.loads((out / "config.json").read_text())["student_layers"] == 2
+    assert len(json.loads((out / "choice.json").read_text())["kept"]) == 2
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert folder == out / "student"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert "tiny" in (folder / "README.md").read_text()
+    exported = models.load(folder)
+    assert exported.config.layers == 2
+    printed = capsys.readouterr().out
+    assert "student at step 0" in printed and "student at step 6" in printed
+
+    student_before = (folder / "model.safetensors").stat().st_mtime_ns
+    again = dataclasses.replace(config, quiet=False)
+    distill.train(again)
+    assert "finished" in capsys.readouterr().err
+    assert (folder / "model.safetensors").stat().st_mtime_ns == student_before
+    shutil.rmtree(folder)
+    distill.train(config)
+    assert eqx.tree_equal(models.load(folder), exported)
+    assert metrics_of(out) == lines
+
+
+def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path):
+    whole = models.load(distill.train(config))
+    lines = metrics_of(config.out)
+    cut = tmp_path / "cut"
+    shutil.copytree(config.out, cut)
+    shutil.rmtree(cut / "student")
+    shutil.rmtree(cut / "checkpoints" / "6")
+    assert checkpoint.latest(cut / "checkpoints") == 3
+    (cut / "choice.json").write_text((cut / "choice.json").read_text())
+    continued = models.load(distill.train(dataclasses.replace(config, out=str(cut))))
+    assert eqx.tree_equal(continued, whole)
+    assert metrics_of(cut) == lines
+
+
+def test_on_another_mesh_a_run_continues(config, tmp_path):
+    whole = models.load(distill.train(config))
+    shutil.rmtree(Path(config.out) / "student")
+    shutil.rmtree(Path(config.out) / "checkpoints" / "6")
+    mesh = distill.Mesh(data=2, fsdp=2, tensor=2)
+    near(models.load(distill.train(dataclasses.replace(config, mesh=mesh))), whole, 1e-3)
+
+
+def test_other_mathematics_is_not_continued(config):
+    distill.train(config)
+    other = dataclasses.replace(config, loss=losses.Config(alpha=0.5), steps=8)
+    with pytest.raises(UserError, match="--loss.alpha was 1.0, is 0.5"):
+        distill.train(other)
+    distill.train(dataclasses.replace(other, resume=False))
+    assert (Path(config.out + ".1") / "student").exists()
+    assert metrics_of(config.out)[-1]["step"] == 8
+
+
+def test_cross_entropy_alone_needs_no_teacher(config, teacher, monkeypatch):
+    """The teacher is read for the cut and then freed; fresh weights need none of it."""
+    loaded = []
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda *a, **k: loaded.append(a[0]) or load(*a, **k))
+    plain = dataclasses.replace(config, loss=losses.Config(alpha=0.0), student_init="random")
+    distill.train(plain)
+    assert not loaded
+    assert "eval/kl" not in metrics_of(config.out)[-1]
+    measured = dataclasses.replace(plain, eval_teacher=True, out=config.out + "-measured")
+    distill.train(measured)
+    assert loaded and "eval/kl" in metrics_of(measured.out)[-1]
+
+
+def test_a_run_may_start_from_a_student(config, teacher):
+    first = distill.train(config)
+    second = dataclasses.replace(
+        config, student=str(first), student_layers=None, out=config.out + "-2", steps=2
+    )
+    distill.train(second)
+    ends, begins = metrics_of(config.out)[-1], metrics_of(second.out)[0]
+    assert begins["eval/kl"] == pytest.approx(ends["eval/kl"], rel=1e-5)
+
+
+def test_a_run_stops_when_nothing_is_finite(config, teacher, tmp_path):
+    broken = tmp_path / "broken"
+    model = models.load(teacher)
+    model = eqx.tree_at(lambda m: m.norm, model, model.norm.at[0].set(jnp.nan))
+    models.save(model, broken, tokenizer=teacher)
+    sick = dataclasses.replace(config, teacher=str(broken), student_init="first", steps=40)
+    with pytest.raises(UserError, match="not finite"):
+        distill.train(sick)
+    saved = checkpoint.latest(Path(config.out) / "checkpoints")
+    assert saved == distill.PATIENCE + 1  # the one that was under way when the last was told
+
+
+def test_sigterm_saves_and_says_how_to_go_on(config, teacher, text):
+    """In a process of its own: killed gently after its first line, continued to the end."""
+    out = Path(config.out)
+    command = [
+        sys.executable, "distill.py", "--teacher", str(teacher), "--student-layers", "2",
+        "--student-init", "last", "--data.source", str(text), "--data.documents", "paragraph",
+        "--data.cache", str(text.parent), "--seq-len", "32", "--batch-size", "4",
+        "--steps", "400", "--save-every", "1000", "--log-every", "1", "--out", str(out),
+    ]  # fmt: skip
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    run = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in run.stderr:
+        if line.startswith("step 3/"):
+            break
+    run.send_signal(signal.SIGTERM)
+    _, told = run.communicate(timeout=120)
+    assert run.returncode == 0, told
+    stopped = checkpoint.latest(out / "checkpoints")
+    assert f"stopped at step {stopped}" in told and "to continue: python" in told
+    command[command.index("400")] = str(stopped + 2)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(out)[-1]["step"] == stopped + 2
+    steps = [line["step"] for line in metrics_of(out) if "loss" in line]
+    assert steps == list(range(1, stopped + 3))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd", "muon"])
+def test_on_a_mesh_every_optimizer_takes_two_steps(config, name):
+    """The compiled step takes its own state back: what it returns lies where it was."""
+    mesh = distill.Mesh(data=2, fsdp=2, tensor=2)
+    chosen = optim.Config(name=name, lr=1e-3)
+    changed = dataclasses.replace(
+        config, optim=chosen, mesh=mesh, steps=3, student_init="first", eval_windows=1
+    )
+    distill.train(changed)
+    assert metrics_of(config.out)[-1]["step"] == 3
+
+
+def test_a_finished_run_that_goes_on_gives_up_its_student_first(config):
+    folder = distill.train(config)
+    shutil.copytree(folder, Path(config.out) / "kept")
+    longer = dataclasses.replace(config, steps=8)
+    distill.train(longer)
+    shutil.rmtree(Path(config.out) / "checkpoints" / "8")
+    # As a kill between the last step and the export leaves it.
+    shutil.rmtree(folder)
+    distill.train(longer)
+    old = models.load(Path(config.out) / "kept")
+    assert not eqx.tree_equal(models.load(folder), old)
+
+
+# ---- stopped, continued, kept ----
+
+
+@pytest.fixture
+def quick(config) -> distill.Config:
+    """Without a choice of blocks, which takes longer than the steps."""
+    return dataclasses.replace(config, student_init="last")
+
+
+def test_a_run_that_dies_while_it_ends_is_not_yet_finished(quick, monkeypatch):
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    out = Path(quick.out)
+    for module, name in ((report, "curves"), (models, "save")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, die)
+            distill.train(quick)
+        assert not (out / "student").exists()
+    assert (out / "curves.png").exists() and checkpoint.latest(out / "checkpoints") == 6
+    (out / "curves.png").unlink()
+    distill.train(quick)
+    assert (out / "curves.png").exists() and models.load(out / "student").config.layers == 2
+
+
+def test_a_time_limit_saves_and_the_run_goes_on_as_if_there_was_none(quick, capsys):
+    out = Path(quick.out)
+    for step in (1, 2):
+        with pytest.raises(SystemExit) as stopped:
+            distill.train(dataclasses.replace(quick, time_limit=1e-9))
+        assert stopped.value.code == 0
+        told = capsys.readouterr().err
+        assert f"stopped at step {step}, all is saved; to continue: python" in told
+        assert checkpoint.latest(out / "checkpoints") == step
+        assert not (out / "student").exists()
+    continued = models.load(distill.train(quick))
+    whole = dataclasses.replace(quick, out=quick.out + "-whole")
+    assert eqx.tree_equal(continued, models.load(distill.train(whole)))
+    assert metrics_of(out) == metrics_of(whole.out)
+
+
+def test_the_student_of_the_best_evaluation_is_kept(quick, tmp_path, monkeypatch):
+    """Figures are made up, with the best at step 2; after it the run is stopped and continued."""
+    figures, seen, moments = {0: 3.0, 2: 1.0, 4: 2.0, 6: 1.5}, [], set()
+    best = Path(quick.out) / "student-best"
+    for leftover in (".student-best.partial", ".student-best.old"):  # of a run that was killed
+        best.with_name(leftover).mkdir(parents=True)
+
+    def evaluate(run, student):
+        seen.append(jax.tree.map(np.array, student))
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return {"eval/kl": [*figures.values()][len(seen) - 1], "eval/ce": 1.0}
+
+    def files() -> frozenset | None:
+        if best.exists():
+            return frozenset((path.name, path.read_bytes()) for path in best.iterdir())
+
+    def spied(call):
+        def spy(*args, **options):
+            if threading.current_thread() is threading.main_thread():
+                moments.add(files())  # what a kill would leave
+            return call(*args, **options)
+
+        return spy
+
+    monkeypatch.setattr(distill.Run, "evaluate", evaluate)
+    for name in ("mkdir", "rename", "rmdir", "unlink"):
+        monkeypatch.setattr(os, name, spied(getattr(os, name)))
+    config = dataclasses.replace(quick, keep_best=True, eval_every=2)
+    with pytest.raises(SystemExit):
+        distill.train(config)
+    assert checkpoint.latest(Path(quick.out) / "checkpoints") == 3
+    kept = files()
+    distill.train(config)
+    held_out = [line for line in metrics_of(quick.out) if "eval/kl" in line]
+    assert {line["step"]: line["eval/kl"] for line in held_out} == figures
+    assert files() == kept and len(seen) == 4
+    assert eqx.tree_equal(jax.tree.map(np.array, models.load(best)), seen[1])
+    assert not eqx.tree_equal(seen[1], seen[3])
+    assert not list(best.parent.glob(".student*"))
+    assert {None, kept} < moments and len(moments) == 3  # absent, of step 0, of step 2
+    [before] = moments - {None, kept}
+    (tmp_path / "before").mkdir()
+    for name, content in before:
+        (tmp_path / "before" / name).write_bytes(content)
+    assert eqx.tree_equal(jax.tree.map(np.array, models.load(tmp_path / "before")), seen[0])
+
+
+def test_what_is_accepted_by_resume_anyway_is_said_and_done(quick, text, tmp_path, capsys):
+    out, source = Path(quick.out), tmp_path / "own.txt"
+    shutil.copy(text, source)
+    quick = dataclasses.replace(
+        quick, quiet=False, data=dataclasses.replace(quick.data, source=(str(source),))
+    )
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(quick, time_limit=1e-9))  # after its first step
+    lines = metrics_of(out)
+    source.write_text(source.read_text().replace("Once", "Twice"))
+    with pytest.raises(UserError, match=f"other text than {source} holds now"):
+        distill.train(quick)
+    other = dataclasses.replace(quick, loss=losses.Config(alpha=0.5))
+    with pytest.raises(UserError, match="--loss.alpha was 1.0, is 0.5"):
+        distill.train(other)
+    assert metrics_of(out) == lines
+    capsys.readouterr()
+    distill.train(dataclasses.replace(other, resume_anyway=True))
+    told = capsys.readouterr().err
+    assert "continued anyway: --loss.alpha was 1.0, is 0.5\n" in told
+    assert f"continued anyway: {out} was trained on other text than {source} holds now\n" in told
+    now = metrics_of(out)
+    assert now[: len(lines)] == lines
+    steps = [line for line in now if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        alpha = 1.0 if line["step"] == 1 else 0.5
+        mixed = alpha * line["divergence"] + (1 - alpha) * line["ce"]
+        assert line["loss"] == pytest.approx(mixed, rel=1e-5)
+        assert line["ce"] > 1.1 * line["divergence"]
+    with pytest.raises(UserError, match="--loss.alpha was 0.5, is 1.0"):  # the run is another now
+        distill.train(quick)
+
+
+def test_traced_steps_leave_a_trace(quick):
+    distill.train(dataclasses.replace(quick, profile_steps="2:3"))
+    found = [path for path in (Path(quick.out) / "trace").rglob("*") if path.is_file()]
+    assert any(path.name.endswith(".xplane.pb") and path.stat().st_size for path in found)
+
+
+@pytest.mark.parametrize("steps", ["1:2", "7:9"])
+def test_steps_to_trace_that_do_not_come_harm_no_run(quick, steps):
+    """The first of them was before the run was continued, or is after its end."""
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(quick, time_limit=1e-9))
+    folder = distill.train(dataclasses.replace(quick, profile_steps=steps))
+    assert folder.exists() and not (Path(quick.out) / "trace").exists()
+
+
+@pytest.mark.parametrize("steps", ["3", "3:2", "0:2", "a:b", "1:2:3", ":", "1:", "1.5:2", ""])
+def test_steps_that_cannot_be_traced(steps):
+    with pytest.raises(UserError, match="expected a:b, the first and last step"):
+        arguments("--profile-steps", steps)
+
+
+def test_damaged_notes_are_named(config):
+    distill.train(config)
+    (Path(config.out) / "config.json").write_text('{"teacher": ')
+    with pytest.raises(UserError, match="config.json is damaged"):
+        distill.train(config)
+
+
+def arguments(*words: str) -> distill.Config:
+    return errors.cli(distill.Config, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--loss.divergnce", "jsd"], "--loss.divergence"),
+        (["--loss.divergence", "forwardkl"], "forward_kl"),
+        (["--loss.alpha", "1.5"], "alpha"),
+        (["--steps", "0"], "--steps"),
+        (["--batch-size", "10", "--microbatches", "3"], "--microbatches"),
+        (["--student-init", "greeedy"], "greedy"),
+        (["--optim.lr", "-1"], "--optim.lr"),
+    ],
+)
+def test_flags_that_cannot_be(words, says):
+    with pytest.raises(UserError, match=says) as error:
+        arguments(*words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"student_layers": 9}, "--student-layers is 9"),
+        ({"seq_len": 65}, "--seq-len 65"),
+        ({"seq_len": 64, "batch_size": 4096}, "too little text"),
+        ({"batch_size": 12}, "do not divide over 8"),
+        ({"teacher": "/nowhere"}, "/nowhere"),
+        ({"student_embed": 32}, "--student-init random"),
+        ({"mesh": distill.Mesh(fsdp=3)}, "mesh"),
+        ({"out": "/proc/nothing"}, "--out"),
+        ({"out": __file__}, "--out"),
+    ],
+)
+def test_runs_that_cannot_be(config, change, says):
+    with pytest.raises(UserError, match=says) as error:
+        distill.train(dataclasses.replace(config, **change))
+    assert "\n" not in str(error.value)
+
+
+def test_other_tokenizers_are_refused_by_their_first_id(config, teacher, tmp_path):
+    other = tmp_path / "other"
+    models.save(models.load(teacher), other, tokenizer=teacher)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    by_id = {index: token for token, index in vocabulary.items()}
+    vocabulary[by_id[1500]], vocabulary[by_id[1501]] = 1501, 1500
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="id 1500"):
+        distill.train(dataclasses.replace(config, student=str(other), student_layers=None))
+
+
+# ---- eval.py ----
+
+
+def test_figures_do_not_depend_on_batches(config, teacher, text):
+    corpus = data.open_corpus(
+        dataclasses.replace(config.data, held_out=1.0), teacher, seq_len=32, seed=0, vocab=2048
+    )
+    model, other = models.load(teacher), distill.students.cut(models.load(teacher), (0, 2))
+    found = [
+        eval.evaluate(other, model, data.evaluation(corpus, rows), chunk=chunk)
+        for rows, chunk in ((8, 512), (5, 64))
+    ]
+    assert found[0]["tokens"] == found[1]["tokens"] == corpus_tokens(corpus)
+    for name in found[0]:
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
+
+
+def corpus_tokens(corpus) -> int:
+    batches = list(data.evaluation(corpus, 8))
+    return int(sum(batch.mask.sum() for batch in batches))
+
+
+def test_eval_prints_one_object(teacher, text, tmp_path, capsys, monkeypatch):
+    words = ["--model", str(teacher), "--teacher", str(teacher), "--data.source", str(text)]
+    words += ["--data.cache", str(tmp_path), "--seq-len", "32", "--json"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *words])
+    eval.main()
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == [
+        "tokens", "ce", "perplexity", "bits_per_byte", "kl", "reverse_kl", "agreement",
+        "teacher_ce", "teacher_perplexity",
+    ]  # fmt: skip
+    assert found["kl"] == pytest.approx(0, abs=1e-5) and found["agreement"] == 1
+    assert found["ce"] == found["teacher_ce"] == pytest.approx(np.log(found["perplexity"]))
+    size = len(text.read_bytes())  # one document: by file
+    assert found["bits_per_byte"] == pytest.approx(found["ce"] * found["tokens"] / np.log(2) / size)

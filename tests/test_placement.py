@@ -1,0 +1,265 @@
+"""Where a run's arrays lie, what moves between devices, and that neither changes a result."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_distill import batch_of, near, teacher, text  # noqa: F401
+
+import data
+import distill
+import losses
+import models
+import optim
+import plan
+import sharding
+from errors import UserError
+from models.bloom import Bloom
+from models.bloom import Config as BloomConfig
+from models.llama import Config as LlamaConfig
+from models.llama import Llama
+
+ADAMW = optim.make(optim.Config(lr=1e-2, warmup=0, schedule="constant", eps=1e-4), 10)
+OBJECTIVE = losses.Objective(losses.Config(alpha=0.5), steps=10)
+
+
+@functools.cache
+def weights_of(family: str, layers: int, vocab: int):
+    """Every leaf random, biases too."""
+    if family == "bloom":
+        kind, config = Bloom, BloomConfig(vocab, 32, layers, 8, tied=True)
+    else:
+        kind = Llama
+        config = LlamaConfig(vocab, 32, 64, layers, 8, 2, 4, qkv_bias=True, tied=False)
+    model = eqx.filter_eval_shape(kind, config, jax.random.key(0))
+    rng = np.random.default_rng(layers)
+    return jax.tree.map(lambda x: 0.15 * rng.standard_normal(x.shape).astype(np.float32), model)
+
+
+def model_of(family: str, layers: int, vocab: int = 96):
+    return jax.tree.map(jnp.array, weights_of(family, layers, vocab))
+
+
+def three_steps(family, mesh=None, layout=None, vocab=96, objective=OBJECTIVE):
+    teacher, student = model_of(family, 4, vocab), model_of(family, 2, vocab)
+    batches = [batch_of(seed=seed) for seed in range(3)]
+    if mesh is None:
+        state = distill.begin(student, ADAMW)
+        for batch in batches:
+            state, found = distill.step((teacher, batch), state, ADAMW, objective)
+        return state, jax.device_get(found)
+    with sharding.on(mesh, layout):
+        teacher, student = (sharding.shard(m, sharding.specs(m, mesh)) for m in (teacher, student))
+        state = distill.begin(student, ADAMW)
+        for batch in batches:
+            batch = sharding.from_host(batch, mesh)
+            state, found = distill.step((teacher, batch), state, ADAMW, objective)
+        return state, jax.device_get(found)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {family: three_steps(family) for family in ("bloom", "llama")}
+
+
+@pytest.mark.parametrize("zero", [3, 1])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_three_steps_are_those_of_one_device(alone, family, sizes, zero):
+    mesh, layout = sharding.make_mesh(*sizes), sharding.layout(zero)
+    state, found = three_steps(family, mesh, layout)
+    whole, expected = alone[family]
+    near(state.student, whole.student, 1e-5)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    where = plan.places(state, mesh, layout)
+    for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
+        assert leaf.sharding.is_equivalent_to(spec, leaf.ndim)
+    embedding, moment = state.student.embedding, state.opt_state.mu.embedding
+    ways = sizes[1] * sizes[2] if zero == 3 else sizes[2]
+    assert plan.bytes_of(embedding) * ways == embedding.nbytes
+    assert plan.bytes_of(moment) * (ways if zero == 3 else 8) == moment.nbytes
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_a_vocabulary_that_does_not_divide_works(family, sizes):
+    whole, expected = three_steps(family, vocab=97)
+    state, found = three_steps(family, sharding.make_mesh(*sizes), vocab=97)
+    assert state.student.embedding.shape == whole.student.embedding.shape
+    near(state.student, whole.student, 1e-5)
+    for name in ("loss", "divergence", "ce", "grad_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_rules_can_be_told():
+    layout = sharding.layout(3, ("vocab=tensor", "mlp=fsdp,tensor", "embed="))
+    mesh = sharding.make_mesh(1, 4, 2)
+    state, found = three_steps("llama", mesh, layout)
+    assert state.student.blocks.up.sharding.spec[:2] == (None, ("fsdp", "tensor"))
+    assert state.student.embedding.sharding.spec[0] == "tensor"
+    whole, expected = three_steps("llama")
+    near(state.student, whole.student, 1e-5)
+    for wrong in ("vocab", "words=fsdp", "vocab=pipe"):
+        with pytest.raises(UserError, match="--mesh.rules"):
+            sharding.layout(3, (wrong,))
+
+
+# ---- what the compiled program says --------------------------------------------------------------
+
+
+def program_of(mesh, vocab: int, embed: int, rows: int, seq: int):
+    def model(layers):
+        return lambda key: Bloom(BloomConfig(vocab, embed, layers, 8, tied=True), key)
+
+    with sharding.on(mesh):
+        layout = sharding.layout()
+        state = plan.outline(lambda key: distill.begin(model(4)(key), ADAMW), mesh, layout)
+        teacher = eqx.filter_eval_shape(model(8), jax.random.key(0))
+        teacher = plan.placed(teacher, sharding.specs(teacher, mesh))
+        split = jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp")))
+        ids = jax.ShapeDtypeStruct((rows, seq + 1), jnp.int32, sharding=split)
+        mask = jax.ShapeDtypeStruct((rows, seq), bool, sharding=split)
+        frozen = teacher, data.Batch(ids, ids, mask)
+        return plan.compiled(distill.step, (frozen, state), ADAMW, OBJECTIVE), state
+
+
+COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(")
+
+
+def collectives(program) -> list[tuple[str, tuple[int, ...]]]:
+    """The kind of every collective operation, with each shape that results."""
+    found = []
+    for shapes, kind in COLLECTIVE.findall(program.as_text()):
+        for dims in re.findall(r"\w+\[([\d,]*)\]", shapes):
+            found.append((kind, tuple(int(size) for size in dims.split(",") if size)))
+    return found
+
+
+def test_weights_are_gathered_and_heads_and_logits_stay_where_they_are():
+    vocab, embed = 4096, 64
+    program, _ = program_of(sharding.make_mesh(), vocab, embed, rows=8, seq=32)
+    found = collectives(program)
+    gathered = {shape for kind, shape in found if kind == "all-gather"}
+    assert any(set(shape) >= {4 * embed, embed} for shape in gathered), gathered
+    # Neither a head, nor its gradient, nor an activation over all words is ever in one place.
+    whole = [(kind, shape) for kind, shape in found if vocab in shape]
+    assert not whole
+    reduced = {shape for kind, shape in found if kind in ("reduce-scatter", "all-reduce")}
+    assert any(np.prod(shape) in (4 * embed * embed, 4 * embed * embed // 8) for shape in reduced)
+
+
+def test_eight_devices_hold_an_eighth_each():
+    sizes = {}
+    for count in (1, 8):
+        mesh = sharding.make_mesh(devices=jax.devices()[:count])
+        program, state = program_of(mesh, 250880, 256, rows=8, seq=128)
+        found = program.memory_analysis()
+        sizes[count] = plan.bytes_of(state), found.temp_size_in_bytes
+    for whole, part in zip(sizes[1], sizes[8], strict=True):
+        assert part <= whole / 6, sizes
+
+
+# ---- a teacher on devices of its own, and several processes --------------------------------------
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config(teacher, text, tmp_path) -> distill.Config:
+    return distill.Config(
+        teacher=str(teacher), student_layers=2, seq_len=32, batch_size=8, steps=6, eval_every=3,
+        eval_windows=8, save_every=3, log_every=1, quiet=True, out=str(tmp_path / "run"),
+        data=distill.Data(source=(str(text),), documents="paragraph", cache=str(text.parent)),
+        optim=optim.Config(lr=1e-2, eps=1e-4),
+    )  # fmt: skip
+
+
+def test_a_teacher_on_devices_of_its_own_teaches_the_same(config, monkeypatch):
+    together = models.load(distill.train(config))
+    apart = dataclasses.replace(
+        config, teacher_devices=4, microbatches=2, out=config.out + "-apart"
+    )
+    asked = []
+    ask = distill.ask
+
+    def noted(teacher, batch, dtype):
+        asked.append({d.id for leaf in jax.tree.leaves(teacher) for d in leaf.devices()})
+        return ask(teacher, batch, dtype)
+
+    monkeypatch.setattr(distill, "ask", noted)
+    near(models.load(distill.train(apart)), together, 1e-5)
+    assert len(asked) >= 6 and all(where == {4, 5, 6, 7} for where in asked)
+    for count, message in ((8, "the student needs"), (3, "does not divide")):
+        with pytest.raises(UserError, match=message):
+            distill.train(dataclasses.replace(config, teacher_devices=count, mesh=distill.Mesh(
+                fsdp=1, data=-1 if count == 8 else 1, tensor=1 if count == 8 else 5)))  # fmt: skip
+
+
+def commands(config: distill.Config, count: int, port: int) -> list[list[str]]:
+    flags = {
+        "teacher": config.teacher, "student-layers": 2, "seq-len": 32, "batch-size": 8,
+        "steps": config.steps, "eval-every": 3, "eval-windows": 8, "save-every": 3, "log-every": 1,
+        "data.source": config.data.source[0], "data.documents": "paragraph",
+        "data.cache": config.data.cache, "optim.lr": 1e-2, "optim.eps": 1e-4, "out": config.out,
+    }  # fmt: skip
+    words = [sys.executable, "distill.py", "--quiet"]
+    words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    together = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id"]
+    return [[*words, *together, str(i)] for i in range(count)]
+
+
+def started(config: distill.Config, count: int = 2) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(4 // count)}
+    return [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+        )
+        for command in commands(config, count, port)
+    ]  # fmt: skip
+
+
+def test_two_processes_are_one_and_survive_the_death_of_either(config):
+    mesh = sharding.make_mesh(devices=jax.devices()[:4])
+    four = dataclasses.replace(config, teacher_devices=None, out=config.out + "-one")
+    jax_devices, jax.devices = jax.devices, lambda *_: list(mesh.devices.flat)
+    try:
+        alone = models.load(distill.train(four))
+    finally:
+        jax.devices = jax_devices
+    pair = started(config)
+    for _ in range(600):  # until it has a checkpoint to go on from
+        if (Path(config.out) / "checkpoints" / "3").exists() or pair[0].poll() is not None:
+            break
+        time.sleep(0.2)
+    pair[1].kill()
+    said = pair[0].communicate(timeout=90)[1]
+    pair[1].communicate()
+    if pair[0].returncode:  # it may have been done already
+        assert pair[0].returncode == 2
+        assert "another process has ended" in said.splitlines()[-1]
+        for process in (pair := started(config)):
+            _, said = process.communicate(timeout=240)
+            assert process.returncode == 0, said
+    near(models.load(Path(config.out) / "student"), alone, 1e-6)
+    lines = [(Path(out) / "metrics.jsonl").read_text() for out in (config.out, four.out)]
+    ours, theirs = ([json.loads(line) for line in text.splitlines()] for text in lines)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-6)

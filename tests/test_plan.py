@@ -1,0 +1,270 @@
+"""What a run needs is told before a weight is read, and is what it then holds."""
+
+import dataclasses
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_distill import ROOT, teacher, text  # noqa: F401
+
+import distill
+import errors
+import models
+import plan
+import sharding
+from errors import UserError
+
+
+@pytest.fixture(scope="module")
+def half(teacher, tmp_path_factory) -> Path:
+    """The teacher as it is often stored, in two bytes a number."""
+    folder = tmp_path_factory.mktemp("half") / "tiny"
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models.load(teacher))
+    models.save(model, folder, tokenizer=teacher)
+    return folder
+
+
+@pytest.fixture
+def config(half, text, tmp_path) -> distill.Config:
+    return distill.Config(
+        teacher=str(half), student_layers=2, student_init="first", seq_len=32, batch_size=8,
+        steps=6, eval_windows=8, quiet=True, out=str(tmp_path / "run"),
+        data=distill.Data(source=(str(text),), documents="paragraph", cache=str(text.parent)),
+    )  # fmt: skip
+
+
+class Begun(Exception):
+    """A run has loaded all that it holds and would take its first step."""
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    def stop(run, state, *_):
+        raise Begun(run, state)
+
+    monkeypatch.setattr(distill, "loop", stop)
+
+
+def foreseen(config: distill.Config) -> plan.Need:
+    config = distill.resolved(config)
+    mesh, layout = distill.meshes(config)[0], sharding.layout(config.zero, config.mesh.rules)
+    optimizer, _ = distill.fixed(config)
+    with sharding.on(mesh, layout):
+        found = plan.arrays(config, mesh, layout, distill.beginning(config), optimizer)
+        return plan.held(*found, optimizer)
+
+
+@pytest.mark.parametrize("zero", [3, 1])
+@pytest.mark.parametrize(
+    ("sizes", "apart"), [((1, 8, 1), None), ((2, 2, 2), None), ((1, 4, 1), 4)], ids=str
+)
+def test_arrays_are_those_of_the_run(config, begun, sizes, apart, zero):
+    mesh = distill.Mesh(*sizes)
+    config = dataclasses.replace(config, mesh=mesh, zero=zero, teacher_devices=apart)
+    need = foreseen(config)
+    with pytest.raises(Begun) as held:
+        distill.train(config)
+    run, state = held.value.args
+    parts = {
+        "teacher": run.beside(), "student": state.student, "moments": state.opt_state,
+        "batch": run.batch(0),
+    }  # fmt: skip
+    for name, part in parts.items():
+        for device in run.mesh.devices.flat:
+            shards = [s for leaf in jax.tree.leaves(part) for s in leaf.addressable_shards]
+            found = sum(shard.data.nbytes for shard in shards if shard.device == device)
+            assert found == getattr(need, name), (name, device)
+    assert need.gradients == need.student
+    assert need.arrays == need.teacher + need.student + need.moments + need.batch
+
+
+def test_arguments_are_what_the_compiler_counts(config):
+    config = distill.resolved(config)
+    mesh, layout = sharding.make_mesh(2, 2, 2), sharding.layout()
+    (optimizer, objective), begin = distill.fixed(config), distill.beginning(config)
+    with sharding.on(mesh, layout):
+        frozen, state = plan.arrays(config, mesh, layout, begin, optimizer)
+        program = plan.compiled(distill.step, (frozen, state), optimizer, objective)
+    counters = plan.bytes_of((state.step, state.skipped))
+    known = plan.held(frozen, state, optimizer).arrays + counters
+    assert program.memory_analysis().argument_size_in_bytes == known
+
+
+def test_a_plan_needs_no_more_than_a_config(config, half, tmp_path, monkeypatch, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(half / "config.json", bare)
+    assert models.outline(bare) == models.outline(half)
+    monkeypatch.setattr(models, "load", None)
+    planned = dataclasses.replace(config, teacher=str(bare), plan=True)
+    distill.train(planned)
+    said = capsys.readouterr().out
+    need = foreseen(config)
+    assert "data 1 x fsdp 8 x tensor 1" in said and "vocab=fsdp,tensor" in said
+    for name in ("teacher", "student", "moments", "gradients"):
+        size = re.escape(plan.size(getattr(need, name)))
+        assert re.search(rf"^  {name} +{size}$", said, re.MULTILINE), said
+    assert "estimate" not in said and said.endswith("it fits\n")
+    assert not Path(config.out).exists()
+
+
+def test_a_plan_says_what_would_fit(config, monkeypatch, capsys):
+    """The flags that it tells are enough, and without them it is too much."""
+    words = ["--teacher", config.teacher, "--student-layers", "2", "--student-init", "first"]
+    words += ["--seq-len", "64", "--batch-size", "2", "--plan", "--devices", "1"]
+    known, need = {}, plan.need
+
+    def once(config, *told):
+        key = dataclasses.replace(config, device_memory=None)
+        known[key] = known.get(key) or need(config, *told)
+        return known[key]
+
+    monkeypatch.setattr(plan, "need", once)
+    monkeypatch.setattr(plan, "loss_bytes", lambda *_: 0)
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
+
+    def planned(*more: str) -> str:
+        distill.train(errors.cli(distill.Config, [*words, *more]))
+        return capsys.readouterr().out
+
+    said = planned()
+    assert "unknown" in said and "estimate" in said and "fit" not in said
+    whole = next(iter(known.values()))
+    less = ("--device-memory", str((whole.total - 1000) / 1e9))
+    said = planned(*less)
+    flags = re.search(r"it does not fit; with( .*) it does, in", said)
+    assert flags, said
+    assert planned(*less, *shlex.split(flags[1])).endswith("it fits\n")
+    monkeypatch.setattr(plan, "need", lambda *_: whole)
+    assert "it does not fit, nor with" in planned(*less)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_what_is_easier_is_what_its_flags_say(name):
+    words = ["--batch-size", "64", "--optim.name", name]
+    given = errors.cli(distill.Config, words)
+    tried = list(plan.easier(given, 8))
+    parts = [config.microbatches for _, config in tried]
+    assert parts == sorted(parts) and set(parts) == {1, 2, 4, 8}
+    assert (tried[-1][1].optim != given.optim) == (name == "adamw")
+    for flags, config in tried:
+        assert errors.cli(distill.Config, [*words, *shlex.split(flags)]) == config
+
+
+def test_what_cannot_fit_is_refused_but_not_by_force(config, begun, monkeypatch):
+    need = foreseen(config)
+    least = need.arrays + need.gradients
+    monkeypatch.setattr(plan, "host_memory", lambda: plan.PROGRAM + 8.0 * least)
+    with pytest.raises(Begun):
+        distill.train(config)
+    monkeypatch.setattr(plan, "host_memory", lambda: plan.PROGRAM + 8.0 * (least - 1))
+    with pytest.raises(UserError, match="this host.*--force"):
+        distill.train(config)
+    with pytest.raises(Begun):
+        distill.train(dataclasses.replace(config, force=True))
+    small = dataclasses.replace(config, device_memory=(least - 1) / 1e9)
+    with pytest.raises(UserError, match="--device-memory.*--force"):
+        distill.train(small)
+
+
+@pytest.mark.parametrize(
+    ("said", "limits", "expected"),
+    [
+        ("0::/\n", {}, None),
+        ("0::/\n", {"memory.max": "max"}, None),
+        ("0::/\n", {"memory.max": "4096"}, 4096),
+        ("0::/a/b\n", {"a/memory.max": "2048", "a/b/memory.max": "4096"}, 2048),
+        ("0::/a/b\n", {"memory.max": "4096", "a/b/memory.max": "max"}, 4096),
+        ("4:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "1024"}, 1024),
+        ("4:memory:/a\n", {"memory/a/memory.limit_in_bytes": str(2**63 - 4096)}, None),
+    ],
+)
+def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch, said, limits, expected):
+    monkeypatch.setattr(plan, "Path", lambda path: tmp_path / path.lstrip("/"))
+    note = tmp_path / "proc/self/cgroup"
+    note.parent.mkdir(parents=True)
+    note.write_text(said)
+    for name, limit in limits.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(limit + "\n")
+    monkeypatch.setattr(plan.os, "sysconf", lambda name: 2**20)
+    assert plan.host_memory() == (2**40 if expected is None else expected)
+
+
+# ---- what a placement cannot be ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--mesh.fsdp", "3"], "does not match 8 devices: choose sizes whose product is 8"),
+        (["--mesh.data", "-1"], "at most one is -1"),
+        (
+            "--mesh.fsdp 1 --mesh.tensor 8 --student-init random --student-heads 4"
+            " --student-kv-heads 4".split(),
+            "blocks.query: its 4 heads do not divide over 8 devices of the mesh axes tensor; the"
+            " nearest mesh that works has 4 there",
+        ),
+        (["--batch-size", "12"], "12 rows at a time, which do not divide over 8 devices"),
+        (["--batch-size", "16", "--microbatches", "4"], "gives 4 rows at a time"),
+        (["--zero", "2"], "--zero expects one of 1, 3"),
+        (["--devices", "8"], "--devices is for --plan"),
+        (["--device-memory", "0", "--plan"], "--device-memory is 0.0: it must be positive"),
+        (["--teacher-devices", "8"], "the student needs one of them"),
+        (["--teacher-devices", "4", "--distributed"], "leave it out with several"),
+        (["--teacher-devices", "4", "--targets", "x"], "has no teacher: leave one out"),
+    ],
+)
+def test_placements_that_cannot_be_end_in_one_line(config, words, says, monkeypatch, capsys):
+    monkeypatch.setattr(sharding, "start", lambda **_: None)  # the devices are there already
+    data = ["--data.source", *config.data.source, "--data.cache", config.data.cache]
+    given = ["distill.py", "--teacher", config.teacher, "--out", config.out, *data, *words]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as end:
+        errors.run(distill.main)
+    said = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert len(said) == 1 and said[0].startswith("error: ") and says in said[0], said
+    assert not said[0].startswith("error: mu.")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"coordinator": "here:1"}, "given together"),
+        ({"processes": 2, "process_id": 0}, "given together"),
+        ({"coordinator": "here", "processes": 2, "process_id": 0}, "host:port"),
+        ({"coordinator": "here:1", "processes": 2, "process_id": 2}, "0 to 1"),
+        ({"coordinator": "here:1", "processes": 2, "process_id": -1}, "0 to 1"),
+    ],
+)
+def test_processes_that_cannot_be(flags, says):
+    with pytest.raises(UserError, match=says):
+        sharding.start(**flags)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_meeting_of_processes_that_fails_ends_in_one_line(number):
+    """Neither the first, who waits for the second, nor the second, who finds no first."""
+    program = "import errors, distill, sharding; sharding.PATIENCE = 1; errors.run(distill.main)"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = ["--coordinator", where, "--processes", "2", "--process-id", str(number)]
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *flags],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 2 and not ended.stdout, ended
+    said = ended.stderr.splitlines()
+    assert len(said) == 1 and said[0].startswith("error: the processes could not meet"), said
+    assert where in said[0] and "did not answer in 1 s" in said[0]

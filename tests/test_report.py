@@ -1,0 +1,294 @@
+"""What a run leaves for its reader: valid lines, honest figures, nothing half-written."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import report
+from errors import UserError
+
+ROOT = Path(report.__file__).parent
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def step(number, **more):
+    known = {"loss": 2.5, "divergence": 0.4, "ce": 3.0, "grad_norm": 1.0, "lr": 1e-3}
+    return {"step": number, **known, "tokens": 100 * number, "tokens_per_second": 50.0, **more}
+
+
+def evaluation(number, ce, kl=0.5, agreement=0.6, teacher=2.0):
+    figures = {"eval/ce": ce, "eval/kl": kl, "eval/agreement": agreement}
+    return {"step": number, **figures, "eval/teacher_ce": teacher}
+
+
+def written(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_import_is_light():
+    heavy = "jax numpy matplotlib tqdm"
+    script = f"import report, sys; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.strip() == "[]", ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (999.6, "1.0k"), (1000, "1.0k"), (12_345, "12.3k")]
+    + [(999_949, "999.9k"), (999_950, "1.0M"), (1_234_567, "1.2M"), (1.72e9, "1.7B")]
+    + [(2e15, "2000.0T")],
+)  # fmt: skip
+def test_counts(number, text):
+    assert report.count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(512, "512 B"), (3.4e9, "3.4 GB"), (5_990_000, "6.0 MB")]
+)
+def test_sizes(number, text):
+    assert report.size(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.7, "1m00s"), (61, "1m01s"), (3599.6, "1h00m"), (3725, "1h02m")],
+)
+def test_durations(seconds, text):
+    assert report.duration(seconds) == text
+
+
+def test_every_line_is_valid_json_and_on_disk_at_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with report.Log(path, steps=10, quiet=True) as log:
+        log.step(step(1, loss=math.nan, ce=np.float32("inf"), grad_norm=jnp.float32(1.5)))
+        log.step(step(2, norms=jnp.array([1.0, jnp.nan])))
+
+        def refuse(constant):
+            raise AssertionError(f"{constant} is no JSON")
+
+        lines = [json.loads(x, parse_constant=refuse) for x in path.read_text().splitlines()]
+    assert lines[0] == step(1, loss=None, ce=None, grad_norm=1.5)
+    assert lines[1] == step(2, norms=[1.0, None])
+    assert isinstance(lines[0]["step"], int)
+    assert set(lines[0]) == set(
+        "step loss divergence ce grad_norm lr tokens tokens_per_second".split()
+    )
+
+
+def test_resuming_drops_what_came_after_and_a_cut_last_line(tmp_path):
+    path = written(
+        tmp_path / "m", evaluation(0, 5.0), step(1), step(2), evaluation(2, 4.0), step(3)
+    )
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    with report.Log(path, steps=10, start=2, quiet=True) as log:
+        log.step(step(3, loss=1.0))
+    lines = report.read(path)
+    assert lines == [evaluation(0, 5.0), step(1), step(2), evaluation(2, 4.0), step(3, loss=1.0)]
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_new_run_begins_with_an_empty_file(tmp_path):
+    path = written(tmp_path / "m", evaluation(0, 5.0), step(1))
+    with report.Log(path, steps=10, quiet=True):
+        assert report.read(path) == []
+
+
+def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = written(tmp_path / "m", step(1), step(2))
+
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="cannot be written .no space"):
+        report.Log(path, steps=10, start=1)
+    assert report.read(path) == [step(1), step(2)]
+
+
+def test_a_broken_line_that_is_not_the_last_is_named(tmp_path):
+    path = tmp_path / "m"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"m, line 2: .*'\{\"step\": '"):
+        report.read(path)
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    with report.Log(tmp_path / "m", steps=10) as log:
+        log.advance(1)
+        log.step(step(2), mfu=0.414)
+        log.evaluation(evaluation(2, 4.0))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        # 8 steps of 100 tokens are left, at 50 a second
+        "step 2/10  loss 2.5000  KL 0.4000  50 tok/s  MFU 41%  ETA 16s",
+        "held out at step 2  ce 4.0000  kl 0.5000  agreement 0.6000  teacher_ce 2.0000",
+    ]
+
+
+def test_plain_lines_of_a_run_without_a_teacher_or_a_finite_loss():
+    lone = step(10, divergence=None, loss=None, tokens_per_second=None)
+    assert report.progress(lone, 10) == "loss -"
+    assert report.progress(step(10), 10, divergence="JSD").split("  ")[1] == "JSD 0.4000"
+
+
+def test_quiet_prints_only_what_must_be_said(tmp_path, capsys, monkeypatch):
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        with report.Log(tmp_path / "m", steps=10, quiet=True) as log:
+            log.step(step(2))
+            log.evaluation(evaluation(2, 4.0))
+            log.say("skipped")
+        assert capsys.readouterr() == ("", "skipped\n")
+    assert len(report.read(tmp_path / "m")) == 2
+
+
+def test_a_bar_on_a_terminal_that_never_goes_back(tmp_path, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with report.Log(tmp_path / "m", steps=10, start=2) as log:
+        assert "2/10" in screen.getvalue()
+        log.advance(6)
+        log.step(step(5), mfu=0.414)
+        assert log.bar.n == 6
+        log.evaluation(evaluation(5, 4.0))
+        log.step(step(10))
+    shown = screen.getvalue().replace("\r", "\n").split("\n")
+    assert any("6/10  loss 2.5000  KL 0.4000  50 tok/s  MFU 41%  ETA 10s" in x for x in shown)
+    assert any(line.startswith("held out at step 5  ce 4.0000") for line in shown)
+    assert any(line.startswith("100%") and "10/10" in line for line in shown)
+
+
+def test_rows_compare_the_first_and_the_last_evaluation():
+    lines = [
+        evaluation(0, 6.0, kl=3.0),
+        step(1),
+        evaluation(5, 3.0),
+        evaluation(9, 2.5, 0.25, 0.75),
+    ]
+    teacher, before, now = report.rows(lines)
+    assert teacher == report.Row("teacher", 2.0)
+    assert before == report.Row("student at step 0", 6.0, 3.0, 0.6, 0.0)
+    assert now == report.Row("student at step 9", 2.5, 0.25, 0.75, 3.5 / 4)
+    assert report.rows(lines[:1]) == [teacher, before]
+
+
+def test_rows_without_a_teacher_or_a_gap():
+    alone = [{"step": n, "eval/ce": ce} for n, ce in ((0, 6.0), (9, 2.5))]
+    assert [row.recovered for row in report.rows(alone)] == [None, None]
+    assert [row.name for row in report.rows(alone)] == ["student at step 0", "student at step 9"]
+    ahead = [evaluation(0, 1.9), evaluation(9, 1.8)]
+    assert [row.recovered for row in report.rows(ahead)] == [None] * 3
+    lost = [evaluation(0, 6.0), evaluation(9, None)]
+    assert report.rows(lost)[-1].recovered is None
+
+
+def test_table_is_aligned_and_says_what_the_rows_say():
+    rows = report.rows([evaluation(0, 13.4, 9.0, 0.01), evaluation(1000, 2.5, 0.0004, 0.75)])
+    header, *lines = report.table(rows).splitlines()
+    assert {len(line) for line in lines} == {len(header)}
+    assert [line.split()[-5:] for line in lines] == [
+        ["2.0000", "7.39", "-", "-", "-"],
+        ["13.4000", "660.0k", "9.0000", "1.0%", "0.0%"],
+        ["2.5000", "12.18", "4.0e-04", "75.0%", "95.6%"],
+    ]
+    end = header.index("perplexity") + len("perplexity")
+    assert all(line[end - 1] != " " and line[end] == " " for line in lines)
+    cells = [line.split("|")[2:-1] for line in report.markdown(rows).splitlines()[2:]]
+    assert [[cell.strip() for cell in line] for line in cells] == [x.split()[-5:] for x in lines]
+
+
+def test_a_table_survives_a_student_that_diverged():
+    text = report.table([report.Row("lost", None), report.Row("lost", 1e4)])
+    assert text.splitlines()[1].split() == ["lost", "-", "-", "-", "-", "-"]
+
+
+def card(**changed):
+    start = "3 of the teacher's 24 blocks: 0, 2, 23"
+    given = {"teacher": "bigscience/bloom-1b7", "start": start}
+    told = {"data": "stories.txt", "loss": "forward KL at T = 1", "tokens": 1_234_567, "steps": 300}
+    rows = report.rows([evaluation(0, 6.0), evaluation(300, 3.0)])
+    return report.model_card(**(given | told | {"rows": rows} | changed))
+
+
+def test_model_card_states_the_facts():
+    text = card()
+    _, front, body = text.split("---\n", 2)
+    assert front.splitlines() == [
+        'base_model: "bigscience/bloom-1b7"',
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- distillation",
+    ]
+    for fact in ("bigscience/bloom-1b7", "3 of the teacher's 24 blocks: 0, 2, 23", "stories.txt"):
+        assert fact in body
+    for fact in ("forward KL at T = 1", "1.2M tokens in 300 optimizer steps", "| 75.0% |"):
+        assert fact in body
+
+
+def test_model_card_of_a_local_teacher_names_its_folder_only(tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    text = card(teacher=str(teacher))
+    assert "base_model" not in text
+    assert str(tmp_path) not in text
+    assert "- **Teacher**: teacher\n" in text
+
+
+def drawn(monkeypatch, tmp_path, *lines):
+    """The panels of the figure by title, as drawn into a PNG."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
+    )
+    report.curves(written(tmp_path / "m", *lines), tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.png", "m"]
+    return {panel.get_title(): panel for panel in figures[0].axes}
+
+
+def series(panel):
+    return {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+
+
+def test_curves_draw_what_the_file_says(monkeypatch, tmp_path):
+    lines = [evaluation(0, 5.0, 2.0), step(1), step(2, loss=None, ce=2.8), evaluation(2, 4.0, 0.01)]
+    panels = drawn(monkeypatch, tmp_path, *lines)
+    loss, ce, kl, rate = panels.values()
+    assert series(loss) == {"loss": [[1, 2.5]], "divergence": [[1, 0.4], [2, 0.4]]}
+    assert series(ce) == {
+        "training": [[1, 3.0], [2, 2.8]],
+        "held out": [[0, 5.0], [2, 4.0]],
+        "teacher, held out": [[0, 2.0], [1, 2.0]],
+    }
+    assert series(kl) == {"held out": [[0, 2.0], [2, 0.01]]}
+    assert kl.get_yscale() == "log"
+    assert list(series(rate).values()) == [[[1, 1e-3], [2, 1e-3]]]
+
+
+def test_curves_of_a_run_with_nothing_to_tell(monkeypatch, tmp_path):
+    panels = drawn(monkeypatch, tmp_path, {"step": 0, "eval/ce": 5.0}, step(1, divergence=None))
+    assert "teacher, held out" not in series(panels["cross entropy, nats per token"])
+    assert panels["KL from the teacher, nats per token"].get_yscale() == "linear"
+
+
+def test_curves_where_the_student_is_its_teacher(monkeypatch, tmp_path):
+    lines = evaluation(0, 2.0, 0.0), evaluation(5, 2.0, 0.0)
+    panels = drawn(monkeypatch, tmp_path, *lines)
+    assert panels["KL from the teacher, nats per token"].get_yscale() == "linear"
