@@ -1,0 +1,248 @@
+"""What a model wrote, on disk: a journal while it writes, then a data set, then perhaps the hub."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+
+Settings = Mapping[str, Any]
+
+
+def agree(out: Path, before: Settings | None, now: Settings) -> None:
+    """Refuses to go on with, or to take for finished, what was written by other settings."""
+    if before is None:
+        raise UserError(f"{out} is there, and not from here: give another --out, or --no-resume")
+    changed = [
+        f"{name} was {before.get(name)}, is {value}"
+        for name, value in now.items()
+        if before.get(name) != value and name not in ("model", "prompts")  # other names, same files
+    ]
+    if changed:
+        raise UserError(
+            f"{out} was begun with other settings ({'; '.join(changed)}): give the same, another"
+            " --out, or --no-resume"
+        )
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What goes wrong with the disk is told in a line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); answers that are finished are"
+            " kept: make room or give permission, and give the same command again"
+        ) from error
+
+
+# ---- while it writes -----------------------------------------------------------------------------
+
+
+class Journal:
+    """The answers that are finished, a line each, after a line of settings.
+
+    A line that a crash cut off is taken out; its answer is to be written again.
+    """
+
+    def __init__(self, out: Path, settings: Settings, *, resume: bool = True):
+        self.path = journal_path(out)
+        self.places: dict[tuple[int, int], int] = {}
+        with _writing(self.path):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("a+b")
+        try:
+            self._lock(out)
+            end = self._read(out, settings) if resume else 0
+            with _writing(self.path):
+                self.file.truncate(end)
+                if not end:
+                    self._append(settings)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _lock(self, out: Path) -> None:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another run is writing it; let that finish") from None
+        except OSError:  # no locks on this file system
+            pass
+
+    def _read(self, out: Path, settings: Settings) -> int:
+        """Notes where the answers are; returns where the last whole one ends."""
+        self.file.seek(0)
+        end = 0
+        for line in self.file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            if end:
+                self.places[record["prompt"], record["sample"]] = end
+            else:
+                agree(out, record, settings)
+            end += len(line)
+        return end
+
+    def _append(self, *records: Mapping[str, Any]) -> None:
+        self.file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+        self.file.flush()
+
+    def __contains__(self, answer: tuple[int, int]) -> bool:
+        return answer in self.places
+
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        with _writing(self.path):
+            for record in records:
+                self.places[record["prompt"], record["sample"]] = self.file.seek(0, os.SEEK_END)
+                self._append(record)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The answers by prompt and sample."""
+        for _, place in sorted(self.places.items()):
+            self.file.seek(place)
+            yield json.loads(self.file.readline())
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with _writing(self.path):
+            self.file.close()
+
+
+def journal_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.journal")
+
+
+# ---- the data set --------------------------------------------------------------------------------
+
+
+def schema(conversations: Sequence[Any]) -> Any:
+    """The columns of a data set; their messages have every key that one of these has."""
+    import pyarrow
+
+    try:
+        messages = pyarrow.infer_type([[{"role": "", "content": ""}], *conversations])
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"messages of these prompts differ too much for one column ({error}): give --out a"
+            " name that ends in .jsonl"
+        ) from error
+    columns = {"prompt": "string", "completion": "string", "messages": messages}
+    return pyarrow.schema([*columns.items(), ("finish_reason", "string"), ("n_tokens", "int32")])
+
+
+def save(out: Path, rows: Iterable[dict[str, Any]], conversations: Any, settings: Settings) -> None:
+    """A data set that is there whole or not at all, with the settings in it or beside it."""
+    import pyarrow.parquet
+
+    with _writing(out), _whole(out) as half:
+        if out.suffix == ".jsonl":
+            with half.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            with _whole(sidecar(out)) as beside:
+                beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            return
+        columns = schema(conversations).with_metadata({"generation": json.dumps(settings)})
+        rows = iter(rows)
+        with pyarrow.parquet.ParquetWriter(half, columns) as file:
+            while some := list(itertools.islice(rows, 1024)):
+                file.write(pyarrow.Table.from_pylist(some, columns))
+
+
+def sidecar(out: Path) -> Path:
+    """Where the settings of a jsonl file are, which holds records only."""
+    return out.with_suffix(".settings.json")
+
+
+def settings_of(out: Path) -> dict[str, Any] | None:
+    """The settings a data set was written by; None where it does not say."""
+    import pyarrow.parquet
+
+    try:
+        if out.suffix == ".jsonl":
+            return json.loads(sidecar(out).read_bytes())
+        return json.loads(pyarrow.parquet.read_schema(out).metadata[b"generation"])
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+        return None
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path to write to that takes the place of `path` once all is written."""
+    half = path.with_name(f"{path.name}.partial")
+    try:
+        yield half
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+# ---- the hub -------------------------------------------------------------------------------------
+
+CARD = """\
+---
+configs:
+- config_name: default
+  data_files: {file}
+---
+
+Written by {model} for the prompts of {prompts}.
+
+| setting | value |
+|---|---|
+{table}
+"""
+
+
+@contextlib.contextmanager
+def _hub(name: str) -> Iterator[Any]:
+    """The hub, whose refusals are told in a line."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        yield HfApi()
+    except errors.HFValidationError:
+        raise UserError(f"--push {name}: no hub id (owner/name)") from None
+    except (errors.HfHubHTTPError, errors.HTTPError, OSError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        cause = f"the hub cannot be reached ({' '.join(str(error).split())[:200]}): try again"
+        if status in (401, 403):
+            cause = "the hub refuses: log in with `hf auth login` or HF_TOKEN, with the right to"
+            cause += " write there"
+        elif status is not None:
+            cause = f"the hub answered {status}: try again later"
+        raise UserError(f"--push {name}: {cause}") from error
+
+
+def reserve(name: str) -> None:
+    """Makes a data set on the hub, private unless it is there: so a refusal comes early."""
+    with _hub(name) as hub:
+        hub.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
+
+
+def upload(name: str, out: Path, settings: Settings) -> str:
+    """Puts a data set on the hub, with a card where there is none; returns its address."""
+    from huggingface_hub import CommitOperationAdd
+
+    file = f"train{out.suffix}"
+    table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
+    card = CARD.format(file=file, table=table, **{k: settings[k] for k in ("model", "prompts")})
+    with _hub(name) as hub:
+        operations = [CommitOperationAdd(file, str(out))]
+        if not hub.file_exists(name, "README.md", repo_type="dataset"):
+            operations.append(CommitOperationAdd("README.md", card.encode()))
+        message = f"Text written by {settings['model']}"
+        hub.create_commit(name, operations, commit_message=message, repo_type="dataset")
+        return f"{hub.endpoint}/datasets/{name}"

@@ -1,0 +1,110 @@
+"""Greedy generation against transformers' own, each with its key-value cache.
+
+    python benchmarks/generation.py [--shapes L B] [--rows 32] [--new 128] [--runs 3]
+
+Each side runs in a process of its own, float32, random weights, prompts of 16 to 64 tokens. Shapes
+are those of step.py, with 8 layers. Compilation is told apart; the figure is the best of the runs.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+from step import SHAPES, settings
+
+LONGEST = 64
+
+
+def prompts(shape: str, rows: int):
+    """Right-padded tokens, and lengths."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, SHAPES[shape]["vocab_size"], (rows, LONGEST))
+    return tokens.astype(np.int32), rng.integers(16, LONGEST + 1, rows)
+
+
+def ours(shape: str, rows: int, new: int, runs: int) -> dict:
+    import jax
+
+    import generate
+    import models
+    from models.common import Settings
+
+    family = models.FAMILIES[SHAPES[shape]["model_type"]]
+    model = family(family.Config.read(Settings(settings(shape, 8))), jax.random.key(0))
+    tokens, lengths = prompts(shape, rows)
+    how = {"max_new": new, "sampling": generate.Sampling(temperature=0.0)}
+    begun = time.perf_counter()
+    program = generate.sample.lower(model, tokens, lengths, jax.random.key(0), **how).compile()
+    compiled = time.perf_counter() - begun
+
+    def run():
+        _, counts = program(model, tokens, lengths, jax.random.key(0), **how)
+        assert (jax.device_get(counts) == new).all()
+
+    return result(run, rows * new, runs, compiled)
+
+
+def plain(shape: str, rows: int, new: int, runs: int) -> dict:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings(shape, 8))).eval()
+    model.generation_config.eos_token_id = None  # every row has as many
+    tokens, lengths = (torch.tensor(array) for array in prompts(shape, rows))
+    mask = torch.arange(LONGEST) >= LONGEST - lengths[:, None]  # left-padded, as it expects
+
+    def run():
+        found = model.generate(
+            tokens.long(), attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
+        )
+        assert found.shape == (rows, LONGEST + new)
+
+    return result(run, rows * new, runs, 0.0)
+
+
+def result(run, tokens: int, runs: int, compiled: float) -> dict:
+    run()
+    seconds = []
+    for _ in range(runs):
+        begun = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begun)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"tokens/s": tokens / min(seconds), "peak memory MB": used / 1e3, "compile s": compiled}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["L"], choices=list(SHAPES))
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--child", choices=["ours", "plain"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        side = {"ours": ours, "plain": plain}[args.child]
+        print(json.dumps(side(args.shapes[0], args.rows, args.new, args.runs)))
+        return
+    print(f"{args.rows} rows x {args.new} tokens, load {os.getloadavg()[0]:.1f}")
+    print("| shape | figure | ours | transformers | ratio |\n|---|---|---:|---:|---:|")
+    for shape in args.shapes:
+        command = [sys.executable, __file__, "--shapes", shape]
+        command += [f"--{name}={getattr(args, name)}" for name in ("rows", "new", "runs")]
+        mine, theirs = (
+            json.loads(subprocess.check_output([*command, "--child", side]).splitlines()[-1])
+            for side in ("ours", "plain")
+        )
+        for name, value in mine.items():
+            ratio = f"{value / theirs[name]:.2f}" if theirs[name] else ""
+            print(f"| {shape} | {name} | {value:.2f} | {theirs[name]:.2f} | {ratio} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

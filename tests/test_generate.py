@@ -1,0 +1,674 @@
+"""Sampling: what is drawn and what it depends on. The program: what it leaves behind."""
+
+import base64
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet
+import pytest
+import scipy.stats
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as kinds
+
+import answers
+import data
+import errors
+import generate
+import models
+import sharding
+import text
+from errors import UserError
+from generate import Job, Sampling, choose, sample
+from models.llama import Config, Llama
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+
+logits_of = eqx.filter_jit(lambda model, tokens: model(tokens))
+
+
+def ragged(rows: int, longest: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, longest + 1, rows)
+    tokens = rng.integers(3, 96, (rows, longest)).astype(np.int32)
+    tokens[np.arange(longest) >= lengths[:, None]] = 0
+    return jnp.asarray(tokens), jnp.asarray(lengths)
+
+
+# ---- one token -----------------------------------------------------------------------------------
+
+DRAWS = 20_000
+
+
+def kept(p: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The distribution after the filters, by sorting."""
+    order = np.argsort(-p)
+    p = p[order]
+    if sampling.top_k:
+        p[sampling.top_k :] = 0
+        p /= p.sum()
+    if sampling.top_p < 1:
+        p[np.cumsum(p) - p >= sampling.top_p] = 0
+    p[p < sampling.min_p * p[0]] = 0
+    found = np.zeros_like(p)
+    found[order] = p / p.sum()
+    return found
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.5),
+        Sampling(top_k=9),
+        Sampling(top_p=0.7),
+        Sampling(min_p=0.2),
+        Sampling(repetition_penalty=2.0),
+        Sampling(temperature=1.5, top_k=30, top_p=0.9, min_p=0.03, repetition_penalty=1.2),
+    ],
+    ids=["plain", "temperature", "top-k", "top-p", "min-p", "repetition", "all"],
+)
+def test_tokens_are_drawn_from_the_filtered_distribution(sampling):
+    rng = np.random.default_rng(3)
+    logits, seen = rng.standard_normal(60), rng.random(60) < 0.3
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(7), jnp.arange(DRAWS))
+    drawn = eqx.filter_jit(choose)(
+        jnp.tile(jnp.asarray(logits, jnp.float32), (DRAWS, 1)),
+        keys,
+        jnp.full(DRAWS, 4),
+        jnp.tile(jnp.asarray(seen), (DRAWS, 1)) if sampling.remembers else None,
+        sampling,
+    )
+    by = np.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
+    scaled = np.where(seen, logits * by, logits) / sampling.temperature
+    expected = DRAWS * kept(np.exp(scaled) / np.exp(scaled).sum(), sampling)
+    found = np.bincount(np.asarray(drawn), minlength=60)
+    assert not found[expected == 0].any()
+    often = expected >= 5
+    cells = [(found[often], expected[often]), ([found[~often].sum()], [expected[~often].sum()])]
+    found, expected = (np.concatenate(parts) for parts in zip(*cells, strict=True))
+    found, expected = found[expected > 0], expected[expected > 0]
+    distance = ((found - expected) ** 2 / expected).sum()
+    assert distance < scipy.stats.chi2.isf(1e-3, len(found) - 1)
+
+
+def test_the_first_token_of_a_text_follows_the_model():
+    model = models.load(FIXTURES / "llama-2")
+    prompt = np.array([5, 33, 71])
+    p = np.asarray(jax.nn.softmax(logits_of(model, jnp.asarray(prompt)[None])[0, -1]), np.float64)
+    expected = DRAWS * kept(p / p.sum(), Sampling(top_k=20))
+    prompts = jnp.tile(jnp.asarray(prompt), (DRAWS, 1))
+    tokens, _ = sample(
+        model, prompts, jnp.full(DRAWS, 3), jax.random.key(1), max_new=1,
+        sampling=Sampling(top_k=20),
+    )  # fmt: skip
+    found = np.bincount(np.asarray(tokens[:, 0]), minlength=96)
+    assert not found[expected == 0].any()
+    found, expected = found[expected > 0], expected[expected > 0]
+    assert ((found - expected) ** 2 / expected).sum() < scipy.stats.chi2.isf(1e-3, 19)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["temperature=-1.0", "top_k=-1", "top_p=0.0", "top_p=1.5", "min_p=2.0"]
+)
+def test_settings_that_make_no_sense(wrong):
+    with pytest.raises(UserError, match=f"--{wrong.partition('=')[0].replace('_', '-')} is"):
+        eval(f"Sampling({wrong})")
+
+
+# ---- many texts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [256, 4])
+def test_greedy_text_is_that_of_full_passes(strict, monkeypatch, part):
+    """Rows of different lengths that end early or not; prompts read at once or in parts."""
+    monkeypatch.setattr(generate, "PART", part)
+    model, stop, new = models.load(FIXTURES / "qwen2-mixed"), tuple(range(0, 96, 7)), 9
+    prompts, lengths = ragged(8, 14)
+    tokens, counts = sample.__wrapped__(
+        model, prompts, lengths, jax.random.key(0),
+        max_new=new, stop=stop, sampling=Sampling(temperature=0.0),
+    )  # fmt: skip
+    ended = set()
+    for row, length in enumerate(lengths.tolist()):
+        said = prompts[row, :length].tolist()
+        for _ in range(new):
+            padded = np.zeros((1, 24), np.int32)
+            padded[0, : len(said)] = said
+            said.append(int(logits_of(model, jnp.asarray(padded))[0, len(said) - 1].argmax()))
+            if said[-1] in stop:
+                break
+        assert tokens[row, : counts[row]].tolist() == said[length:]
+        assert not tokens[row, counts[row] :].any()
+        ended.add(said[-1] in stop)
+    assert ended == {True, False}
+
+
+def texts(model, jobs, slots, **how):
+    how = {"max_new": 10, "stop": (2, 5, 7, 30, 44)} | how
+    found = [
+        (job[:2], tokens.tolist())
+        for some in generate.generate(model, jobs, jax.random.key(1), slots=slots, **how)
+        for job, tokens in some
+    ]
+    assert sorted(name for name, _ in found) == sorted(job[:2] for job in jobs)
+    return dict(found)
+
+
+def test_a_row_does_not_depend_on_the_others_nor_on_the_mesh(monkeypatch):
+    sampling = Sampling(0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.3)
+    folder, rng = FIXTURES / "llama-2", np.random.default_rng(0)
+    prompts = [rng.integers(3, 96, 1 + (7 * i) % 20).tolist() for i in range(6)]
+    jobs = [Job(3 * i, j, prompt) for i, prompt in enumerate(prompts) for j in range(2)]
+    model = models.load(folder)
+    together = texts(model, jobs, 16, sampling=sampling)
+    assert sum(together[3 * i, 0] != together[3 * i, 1] for i in range(6)) >= 5
+    assert len(set(map(len, together.values()))) > 2
+    alone = texts(model, jobs[4:5], 1, sampling=sampling)
+    assert alone == {jobs[4][:2]: together[jobs[4][:2]]}
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    traced = []
+
+    def counted(program, *given, **how):
+        traced.append(program.__name__)
+        return program(*given, **how)
+
+    for name in ("begin", "advance"):
+        monkeypatch.setattr(generate, name, partial(counted, getattr(generate, name)))
+    with sharding.on(mesh):  # four at a time: they take each other's places
+        assert texts(models.load(folder, mesh=mesh), jobs, 4, sampling=sampling) == together
+    assert sorted(traced) == ["advance", "begin"]  # one program each, however often it ran
+
+
+def test_a_sample_is_the_same_on_a_mesh():
+    prompts, lengths = ragged(8, 10)
+    how = {"max_new": 6, "stop": (2,), "sampling": Sampling(top_p=0.9)}
+    key, folder = jax.random.key(3), FIXTURES / "bloom"
+    whole = jax.device_get(sample(models.load(folder), prompts, lengths, key, **how))
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        model = models.load(folder, mesh=mesh)
+        program = eqx.filter_jit(lambda *given: sample(*given, **how))  # as part of another one
+        split = jax.device_get(program(model, prompts, lengths, key))
+    for a, b in zip(whole, split, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_short_texts_do_not_wait_for_long_ones(monkeypatch):
+    monkeypatch.setattr(generate, "STEPS", 1)  # so that every list is of one step
+    model, rng = models.load(FIXTURES / "llama-2"), np.random.default_rng(0)
+    jobs = [Job(i, 0, rng.integers(3, 96, 5).tolist()) for i in range(16)]
+    lists = list(
+        generate.generate(
+            model, jobs, jax.random.key(1), slots=4,
+            max_new=41, stop=tuple(range(0, 96, 12)), sampling=Sampling(),
+        )
+    )  # fmt: skip
+    counts = {job.prompt: len(tokens) for some in lists for job, tokens in some}
+    assert len(counts) == 16
+    # Four at a time, each four as long as its longest.
+    in_step = sum(max(counts[i] for i in range(k, k + 4)) for k in range(0, 16, 4))
+    assert len(lists) < 0.8 * in_step
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+CHATML = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+TALK = [
+    {"role": "system", "content": "be short"},
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "uno"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "the reference"},
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("plain"), chats=False)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("chat"), chats=True)
+
+
+@pytest.fixture(params=["plain", "chat"])
+def folder(request):
+    return request.getfixturevalue(request.param)
+
+
+def checkpoint(folder: Path, *, chats: bool) -> Path:
+    """A small model over the letters of ASCII, which ends an answer now and then."""
+    letters = {chr(i): i for i in range(128)}
+    encoder = Tokenizer(kinds.WordLevel(letters | {"Ġ": 128}, unk_token="~"))
+    encoder.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    encoder.decoder = decoders.Fuse()
+    encoder.add_special_tokens(["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"])
+    source = folder / "tokenizer"
+    source.mkdir()
+    encoder.save(str(source / "tokenizer.json"))
+    config = {"eos_token": "<eos>", "bos_token": "<bos>", "add_bos_token": True}
+    if chats:
+        (source / "chat_template.jinja").write_text(CHATML)
+        config |= {"eos_token": "<|im_end|>", "add_bos_token": False}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    shape = Config(
+        vocab=136, embed=16, mlp=16, layers=2, heads=2, kv_heads=1, head_dim=8, max_positions=128,
+        eos=(130, 132),
+    )  # fmt: skip
+    model = eqx.filter_jit(Llama)(shape, jax.random.key(0))
+    ends = model.head.at[jnp.array(shape.eos)].mul(20.0)
+    models.save(eqx.tree_at(lambda m: m.head, model, ends), folder / "model", tokenizer=source)
+    return folder / "model"
+
+
+def ran(*args, **flags) -> Path:
+    """The program, in this process; returns what it wrote."""
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
+    generate.run(errors.cli(generate.Config, [*map(str, args), *words]))
+    return Path(flags["out"])
+
+
+def read(path: Path) -> list[dict]:
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def prompts_file(folder: Path, count: int = 5) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("".join(f"{'tell me of ' * (i % 3)}{i}\n\n" for i in range(count)))
+    return path
+
+
+@pytest.fixture
+def base(plain, tmp_path):
+    return dict(model=plain, prompts=prompts_file(tmp_path), out=tmp_path / "out.jsonl", max_new=12)
+
+
+def test_records_and_settings(base, tmp_path):
+    lines = [line for line in Path(base["prompts"]).read_text().splitlines() if line]
+    rows = read(ran(**base, samples=2))
+    assert [row["prompt"] for row in rows] == [line for line in lines for _ in range(2)]
+    assert rows[0].keys() == {"prompt", "completion", "messages", "finish_reason", "n_tokens"}
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    assert len({row["completion"] for row in rows}) > 6
+    for row in rows:
+        ends = row["finish_reason"] == "stop"
+        assert row["n_tokens"] <= 12 if ends else row["n_tokens"] == 12
+        assert row["messages"] is None
+    settings = json.loads((tmp_path / "out.settings.json").read_text())
+    assert settings["samples"] == 2 and settings["stop"] == [130, 132] and settings["max-new"] == 12
+    table = ran(**base | {"out": tmp_path / "deep" / "out.parquet"}, samples=2, batch_size=3)
+    assert read(table) == rows
+    noted = json.loads(pyarrow.parquet.read_schema(table).metadata[b"generation"])
+    assert noted == settings
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
+        "prompts.txt", "out.jsonl", "out.settings.json", "out.parquet"
+    }  # fmt: skip
+    assert read(ran(**base | {"out": tmp_path / "other.jsonl"}, seed=1)) != rows[::2]
+
+
+def test_greedy_answers_are_those_of_the_model(base, plain):
+    rows = read(ran(**base, temperature=0))
+    tokenizer, model = text.load_tokenizer(plain), models.load(plain)
+    encode, decode = tokenizer.encoder.encode, tokenizer.encoder.decode
+    ids = [[129, *encode(row["prompt"], add_special_tokens=False).ids] for row in rows]
+    lengths = np.array(list(map(len, ids)))
+    prompts = np.zeros((len(ids), max(lengths)), np.int32)
+    prompts[np.arange(max(lengths)) < lengths[:, None]] = np.concatenate(ids)
+    tokens, counts = sample(
+        model, jnp.asarray(prompts), jnp.asarray(lengths), jax.random.key(0),
+        max_new=12, sampling=Sampling(temperature=0.0), stop=(130, 132),
+    )  # fmt: skip
+    for row, said, count in zip(rows, tokens.tolist(), counts.tolist(), strict=True):
+        assert row["n_tokens"] == count
+        assert row["completion"] == decode(said[:count])
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl"])
+def test_conversations(chat, tmp_path, ending):
+    """The whole history is in the prompt, the last answer is not."""
+    path = tmp_path / "talk.jsonl"
+    tool = {"role": "tool", "content": "3", "name": "sum"}
+    talks = [TALK, TALK[:2], [*TALK[1:3], tool, TALK[-1]]]
+    path.write_text("".join(json.dumps({"messages": talk, "id": 1}) + "\n" for talk in talks))
+    rows = read(ran(model=chat, prompts=path, out=tmp_path / f"out{ending}", max_new=12))
+    for row, history in zip(rows, [TALK[:4], TALK[:2], [*TALK[1:3], tool]], strict=True):
+        *before, last = [
+            {k: v for k, v in message.items() if v is not None} for message in row["messages"]
+        ]
+        assert before == history
+        assert last == {"role": "assistant", "content": row["completion"]}
+        assert row["prompt"].endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert all(message["content"] in row["prompt"] for message in history)
+        assert "the reference" not in row["prompt"]
+
+
+def test_a_prompt_is_what_the_user_says_to_a_model_that_chats(plain, chat, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "hi", "completion": "no", "text": "t", "other": "o"}\n')
+    asked = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    for model, flags, expected in (
+        (chat, {}, asked),
+        (plain, {}, "hi"),
+        (chat, {"column": "prompt"}, asked),
+        (chat, {"column": "other"}, "o"),
+    ):
+        out = tmp_path / "out.jsonl"
+        rows = read(ran("--no-resume", model=model, prompts=path, out=out, max_new=12, **flags))
+        assert [row["prompt"] for row in rows] == [expected]
+
+
+def test_long_prompts_are_left_out_and_counted(base, capsys):
+    everything = read(ran(**base))
+    rows = read(ran("--no-resume", **base, max_prompt=13))
+    assert "1 of 5 prompts left out: over 13 tokens" in capsys.readouterr().err
+    # What is said to a prompt does not depend on how many were left out before it.
+    assert rows == [row for row in everything if len(row["prompt"]) < 13]
+    assert len(rows) == 4
+
+
+@pytest.mark.parametrize("mask", ["all", "assistant"])
+def test_it_is_a_source_to_train_on(folder, tmp_path, mask):
+    """The mask covers the answer and its end, where it has one, and nothing else."""
+    chats = (folder / "chat_template.jinja").exists()
+    path = tmp_path / "p.jsonl"
+    records = [{"messages": [TALK[0], {"role": "user", "content": f"say {i}"}]} for i in range(6)]
+    if not chats:
+        records = [{"text": f"say {i}"} for i in range(6)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    out = ran(model=folder, prompts=path, out=tmp_path / "out.parquet", max_new=12)
+    rows = read(out)
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    config = data.Config(source=(str(out),), mask=mask, held_out=1.0, cache=str(tmp_path / "c"))
+    corpus = data.open_corpus(config, folder, seq_len=60, seed=0, vocab=136)
+    batches = list(data.evaluation(corpus, 1))
+    tokens = np.concatenate([b.tokens[0, 1:][b.segments[0, 1:] > 0] for b in batches])
+    masks = np.concatenate([b.mask[0][b.segments[0, 1:] > 0] for b in batches])
+    learned = text.load_tokenizer(folder).encoder.decode(
+        tokens[masks].tolist(), skip_special_tokens=False
+    )
+    end = "<|im_end|>" if chats else "<eos>"
+    answered = [row["completion"] + end * (row["finish_reason"] == "stop") for row in rows]
+    if mask == "assistant":
+        assert learned == "".join(answered)
+    else:
+        assert all(answer in learned for answer in answered)
+        assert learned.count("say ") == 6
+        asked = 2 * 6 if chats else 0
+        assert learned.count(end) == asked + sum(row["finish_reason"] == "stop" for row in rows)
+
+
+# ---- runs that end before they end ---------------------------------------------------------------
+
+
+def started(base: dict, tmp_path: Path, **flags) -> subprocess.Popen:
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in (base | flags).items()]
+    environment = {"JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "generate.py", *words],
+        cwd=ROOT, env=os.environ | environment, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_killed_at_any_moment_nothing_is_lost_or_written_twice(base, tmp_path):
+    prompts_file(tmp_path, 40)
+    flags = {"samples": 8, "batch_size": 2, "out": tmp_path / "out.parquet"}
+    expected = read(ran(**base | flags | {"out": tmp_path / "whole.parquet"}))
+    journal, rng = answers.journal_path(flags["out"]), random.Random(0)
+    for share in (0.1, 0.5, 0.8):
+        doomed = started(base, tmp_path, **flags)
+        enough = rng.uniform(share, share + 0.1) * 320
+        while not journal.exists() or journal.read_bytes().count(b"\n") < enough:
+            assert doomed.poll() is None, doomed.stderr.read()
+            time.sleep(0.002)
+        doomed.send_signal(signal.SIGKILL)
+        doomed.communicate()
+        assert not flags["out"].exists()
+        with journal.open("ab") as file:  # as a crash of the machine may leave it
+            file.write(b'{"prompt": 1, "sample"')
+    last = started(base, tmp_path, **flags)
+    assert last.wait(60) == 0, last.stderr.read()
+    last.communicate()
+    assert read(flags["out"]) == expected
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"prompt": 1, "sam', b'{"prompt": 1, "sample": 0, "n": 5}', b"\0\0\0\n"]
+)
+def test_a_journal_keeps_what_is_whole_and_goes_on_behind_it(tmp_path, torn):
+    out, records = tmp_path / "x.jsonl", [{"prompt": i, "sample": 0, "n": i} for i in range(3)]
+    with answers.Journal(out, {"seed": 1}) as journal:
+        journal.add(records[2:])
+    with journal.path.open("ab") as file:
+        file.write(torn)
+    with answers.Journal(out, {"seed": 1}) as journal:
+        assert list(journal) == records[2:] and (1, 0) not in journal
+        journal.add(records[:2])
+    with answers.Journal(out, {"seed": 1}) as journal:
+        assert list(journal) == records
+
+
+def test_a_full_disk_loses_nothing(base, tmp_path, monkeypatch):
+    expected = read(ran(**base, samples=3))
+    append, left = answers.Journal._append, 6
+
+    def fill(journal, record):
+        nonlocal left
+        left -= 1
+        if not left:
+            journal.file.write(b'{"prompt": 0, "sam')
+            journal.file.flush()
+            raise OSError(28, "No space left on device")
+        append(journal, record)
+
+    out = base | {"out": tmp_path / "again.jsonl"}
+    with monkeypatch.context() as patch:
+        patch.setattr(answers.Journal, "_append", fill)
+        with pytest.raises(UserError, match="No space left on device.*kept: make room"):
+            ran(**out, samples=3)
+    journal = answers.journal_path(out["out"]).read_text().splitlines()
+    assert len(journal) == 6 and not journal[-1].endswith("}")
+    calls = []
+    monkeypatch.setattr(answers.Journal, "_append", lambda *a: (calls.append(1), append(*a)))
+    assert read(ran(**out, samples=3)) == expected
+    assert len(calls) == 15 - 4
+
+    def full(path, target):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(UserError, match="last.jsonl: cannot be written"):
+            ran(**base | {"out": tmp_path / "last.jsonl"}, samples=3)
+    assert not list(tmp_path.glob("*.partial"))
+    calls.clear()
+    assert read(ran(**base | {"out": tmp_path / "last.jsonl"}, samples=3)) == expected
+    assert not calls
+
+
+def test_a_finished_run_is_not_repeated(base, monkeypatch, capsys):
+    ran(**base)
+    monkeypatch.setattr(generate, "write", None)
+    ran(**base | {"batch_size": 3})
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_only_the_same_run_is_continued(base, tmp_path, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ran(**base)
+    with pytest.raises(UserError, match=r"other settings \(top-k was 0, is 4\).*--no-resume"):
+        ran(**base, top_k=4)
+    first = read(ran(**base))
+    with pytest.raises(UserError, match=r"other settings \(samples was 1, is 2; seed was 0, is 3"):
+        ran(**base, samples=2, seed=3)
+    Path(base["prompts"]).write_text("something else\n")
+    with pytest.raises(UserError, match="text of the prompts was"):
+        ran(**base)
+    assert read(base["out"]) == first
+    ran("--no-resume", **base, seed=3)
+    assert [row["prompt"] for row in read(base["out"])] == ["something else"]
+    with pytest.raises(UserError, match="another run is writing"), answers.Journal(base["out"], {}):
+        ran("--no-resume", **base)
+
+
+WRONG = {
+    "too-long": (dict(max_prompt=1), "all 5 prompts are longer than 1 tokens .the shortest has 2"),
+    "no-room": (dict(max_new=128), "--max-new 128 leaves no room.*128 positions"),
+    "ending": (dict(out="x.csv"), "--out x.csv: expected the name of a .parquet or .jsonl file"),
+    "empty": (dict(content=" \n\n"), "prompts.txt: no prompts in it"),
+    "missing": (dict(prompts="nowhere.txt"), "nowhere.txt: no such file"),
+    "column": (dict(name="p.jsonl", content='{"a": 1}', column="b"), "no column b; it has a"),
+    "columns": (dict(name="p.jsonl", content='{"a": 1}'), "no column messages or prompt or text"),
+    "number": (dict(name="p.jsonl", content='{"text": 1}'), "record 1: expected text or messages"),
+    "template": (
+        dict(name="p.jsonl", content=json.dumps({"messages": TALK})),
+        "record 1: a conversation, but the tokenizer has no chat template",
+    ),
+    "answer": (
+        dict(name="p.jsonl", content=json.dumps({"messages": TALK[-1:]})),
+        "record 1: expected a turn of the user",
+    ),
+    "stop": (dict(stop=136), "--stop 136: expected token ids from 0 to 135"),
+    "samples": (dict(samples=0), "--samples is 0: it must be 1 or more"),
+    "temperature": (dict(temperature=-1), "--temperature is -1.0: it must be 0 or more"),
+    "mesh": (dict(**{"mesh.tensor": 3}), "does not match 8 devices|mesh data"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_are_told_in_a_line(base, tmp_path, name):
+    flags, message = WRONG[name]
+    flags = dict(flags)
+    if "content" in flags:
+        base["prompts"] = tmp_path / flags.pop("name", "prompts.txt")
+        base["prompts"].write_text(flags.pop("content"))
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message) as caught:
+        ran(**base | flags)
+    assert "\n" not in str(caught.value)
+    if name != "mesh":
+        assert set(tmp_path.iterdir()) == before
+
+
+def test_a_file_from_elsewhere_is_not_replaced(base):
+    base["out"].write_text("mine\n")
+    with pytest.raises(UserError, match="is there, and not from here"):
+        ran(**base)
+    assert base["out"].read_text() == "mine\n"
+
+
+# ---- the hub -------------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Takes data sets: as much of the hub as a commit of small files needs."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def answer(self, status, content=b""):
+        self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_HEAD(self):
+        file = self.path.rpartition("/")[2]
+        self.answer(200 if file in self.server.files else 404)
+
+    def do_POST(self):
+        body, server = self.rfile.read(int(self.headers["Content-Length"])), self.server
+        server.asked.append(self.path)
+        if server.status != 200:
+            return self.answer(server.status)
+        reply = {"status": "ok", "errors": [], "warnings": []}  # of its metadata
+        if self.path == "/api/repos/create":
+            server.created.append(json.loads(body))
+            reply = {"url": f"{server.endpoint}/datasets/me/set"}
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            reply = {"files": [{"path": name} | modes for name in names]}
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    server.files[value["path"]] = base64.b64decode(value["content"])
+            url = f"{server.endpoint}/datasets/me/set/commit/1"
+            reply = {"commitUrl": url, "commitOid": "1"}
+        self.answer(200, json.dumps(reply).encode())
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.created, server.asked, server.status = {}, [], [], 200
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.endpoint = f"http://127.0.0.1:{server.server_port}"
+    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_push(base, hub):
+    ran(**base, push="me/set")
+    (made,) = hub.created
+    assert (made["name"], made["type"]) == ("set", "dataset")
+    assert made.get("private") or made["visibility"] == "private"  # older clients, newer ones
+    assert hub.files["train.jsonl"] == base["out"].read_bytes()
+    card = hub.files["README.md"].decode()
+    assert "data_files: train.jsonl" in card and "| max-new | 12 |" in card
+    hub.files["README.md"] = b"my own words"
+    hub.files.pop("train.jsonl")
+    ran(**base, push="me/set")  # of what is finished
+    assert hub.files["train.jsonl"] == base["out"].read_bytes()
+    assert hub.files["README.md"] == b"my own words"
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(401, "log in with `hf auth login`"), (418, "answered 418")]
+)
+def test_a_hub_that_refuses_does_so_before_the_work(base, hub, status, message):
+    hub.status = status
+    with pytest.raises(UserError, match=f"--push me/set: .*{message}"):
+        ran(**base, push="me/set")
+    assert not answers.journal_path(base["out"]).exists()
+    with pytest.raises(UserError, match="no hub id"):
+        ran(**base, push="not/an/id")

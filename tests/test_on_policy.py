@@ -1,0 +1,257 @@
+"""Batches that a model writes: what they hold, which steps have one, and runs that use them."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_distill import FIXTURES, config, metrics_of, pair, stepped, teacher, text  # noqa: F401
+from test_features import Reached, brief  # noqa: F401
+
+import data
+import distill
+import generate
+import losses
+import models
+import on_policy
+import sharding
+from errors import UserError
+
+STEP = jnp.array(7, jnp.int32)
+SEED = 1  # draws steps of both kinds, before and after a cut
+STOP = 5  # of the small models, where a test ends texts early
+
+
+def rows_of(seed: int = 0) -> data.Batch:
+    """Every kind of row: one document, two, one that ends with the prompt, one all of padding."""
+    tokens = np.random.default_rng(seed).integers(6, 96, (8, 21)).astype(np.int32)
+    segments = np.ones((8, 21), np.int32)
+    segments[1, 3:] = 2
+    segments[2, 4:] = 0  # a text that is shorter than the prompt
+    segments[3] = 0
+    tokens[4, 7] = STOP  # ends just there
+    tokens[5, 7], segments[5, 7:] = STOP, 2  # begins just there
+    tokens[6, 2] = STOP
+    segments[6, 3:] = 2
+    return data.Batch(tokens, segments, segments[:, 1:] > 0)
+
+
+PROMPTS = [(0, 8), (3, 8), (0, 4), (0, 0), (0, 0), (7, 8), (3, 8), (0, 8)]  # in the rows above
+
+
+def ending(model):
+    shape = dataclasses.replace(model.config, eos=STOP)
+    leaves, _ = jax.tree.flatten(model)
+    empty = eqx.filter_eval_shape(lambda: type(model)(shape, jax.random.key(0)))
+    return jax.tree.unflatten(jax.tree.structure(empty), leaves)
+
+
+def written(writer, batch, step=STEP, vocab=96, seed=0, **settings):
+    how = on_policy.Config(prompt=8, **settings)
+    made = on_policy.write(writer, batch, step, config=how, seed=seed, vocab=vocab)
+    return data.Batch(*map(np.asarray, made))
+
+
+@pytest.mark.parametrize("name", ["llama-2", "bloom"])
+def test_the_likeliest_continuations_of_the_last_documents(name):
+    """Against the whole model, run anew for every token."""
+    model, batch = models.load(FIXTURES / name), rows_of()
+    # The token that most rows come to ends them: some at once, some later, some never.
+    found = written(model, batch, temperature=0.0)
+    often = np.bincount(found.tokens[found.segments > 0]).argmax()
+    batch.tokens[batch.tokens == STOP] = often
+    shape = dataclasses.replace(model.config, eos=int(often))
+    outline = eqx.filter_eval_shape(lambda: type(model)(shape, jax.random.key(0)))
+    model = jax.tree.unflatten(jax.tree.structure(outline), jax.tree.leaves(model))
+    made = written(model, batch, temperature=0.0)
+    assert made.tokens.dtype == made.segments.dtype == np.int32 and made.mask.dtype == bool
+    whole = eqx.filter_jit(model)
+    lengths = set()
+    for row, (first, last) in enumerate(PROMPTS):
+        text = batch.tokens[row, first:last].tolist()
+        size = len(text)
+        if row in (4,) or not text:
+            assert not made.segments[row].any() and not made.mask[row].any()
+            continue
+        while len(text) < size + 13:
+            padded = np.zeros((1, 21), np.int32)
+            padded[0, : len(text)] = text
+            text.append(int(whole(padded)[0, len(text) - 1].argmax()))
+            if text[-1] == often:
+                break
+        lengths.add(len(text) - size)
+        assert made.tokens[row].tolist() == text + [0] * (21 - len(text))
+        assert made.segments[row].tolist() == [1] * len(text) + [0] * (21 - len(text))
+        labels = made.tokens[row, 1:][made.mask[row]]
+        assert labels.tolist() == text[size:]
+        assert np.flatnonzero(made.mask[row])[0] == size - 1
+    assert len(lengths) > 1, "all rows are as long as each other"
+
+
+def test_as_many_as_are_asked_for():
+    model, batch = ending(models.load(FIXTURES / "llama-2")), rows_of()
+    made = written(model, batch, max_new=3)
+    counts = made.mask.sum(1)
+    assert counts.max() == 3 and counts[3] == counts[4] == 0
+    rest = on_policy.Config(prompt=8, max_new=99).lengths(20)
+    assert rest == (8, 13) and on_policy.Config().lengths(20) == (5, 16)
+
+
+def test_the_text_is_of_the_step_and_the_seed():
+    model, batch = models.load(FIXTURES / "llama-2"), rows_of()
+    made = written(model, batch)
+    assert np.array_equal(made.tokens, written(model, batch).tokens)
+    assert not np.array_equal(made.tokens, written(model, batch, step=STEP + 1).tokens)
+    assert not np.array_equal(made.tokens, written(model, batch, seed=1).tokens)
+    prompts, lengths = on_policy.beginnings(jax.tree.map(jnp.asarray, batch), 8, ())
+    found, counts = generate.sample(
+        model, prompts, lengths, on_policy.keys(0, STEP)[1], max_new=13,
+        stop=generate.stop_ids(model),
+    )  # fmt: skip
+    for row, size in enumerate(np.asarray(lengths)):
+        labels = made.tokens[row, size : size + int(counts[row])]
+        assert labels.tolist() == found[row, : counts[row]].tolist()
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_on_a_mesh_the_text_is_the_same(sizes):
+    model, batch = models.load(FIXTURES / "qwen2-mixed"), rows_of()
+    alone = written(model, batch, temperature=0.7)
+    mesh = sharding.make_mesh(*sizes)
+    model = sharding.shard(model, sharding.specs(model, mesh))
+    with sharding.on(mesh):
+        there = sharding.from_host(batch, mesh)
+        how = on_policy.Config(prompt=8, temperature=0.7)
+        split = on_policy.write(model, there, STEP, config=how, seed=0, vocab=96)
+    for mine, data_s, expected in zip(split, there, alone, strict=True):
+        assert mine.sharding.is_equivalent_to(data_s.sharding, mine.ndim)
+        assert mine.dtype == data_s.dtype
+        np.testing.assert_array_equal(mine, expected)
+
+
+def test_tokens_that_only_the_writer_has_are_not_written():
+    model, batch = models.load(FIXTURES / "llama-3.2-tied"), rows_of()
+    batch.tokens[:] %= 20
+    assert written(model, batch, temperature=9.0).tokens.max() > 20
+    assert written(model, batch, temperature=9.0, vocab=20).tokens.max() < 20
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_a_step_on_it_counts_what_was_written(divergence):
+    teacher, student = pair()  # noqa: F811
+    made = written(student, rows_of())
+    _, metrics = stepped(teacher, student, made, divergence=divergence)
+    assert metrics["counted"] == made.mask.sum()
+    # Prompts and padding are read, and judged by nobody.
+    other = made._replace(tokens=np.where(made.segments > 0, made.tokens, 9))
+    _, also = stepped(teacher, student, other, divergence=divergence)
+    assert also["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+    assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+
+
+def test_the_steps_that_have_one():
+    half = on_policy.Config(fraction=0.5)
+    drawn = on_policy.turns(half, 0, 0, 1000)
+    assert 430 < drawn.sum() < 570
+    np.testing.assert_array_equal(on_policy.turns(half, 0, 640, 700), drawn[640:700])
+    assert (on_policy.turns(half, 1, 0, 1000) != drawn).any()
+    fewer = on_policy.turns(on_policy.Config(fraction=0.2), 0, 0, 1000)
+    assert (fewer <= drawn).all() and 0 < fewer.sum() < drawn.sum()
+    assert on_policy.turns(on_policy.Config(fraction=1.0), 0, 0, 1000).all()
+    assert not on_policy.turns(on_policy.Config(), 0, 0, 1000).any()
+
+
+# ---- the run ----
+
+
+def asked(config, **settings):  # noqa: F811
+    loss = losses.Config("reverse_kl")
+    settings = on_policy.Config(**{"fraction": 0.5, "prompt": 8} | settings)
+    return dataclasses.replace(config, student_init="0,2", loss=loss, on_policy=settings, seed=SEED)
+
+
+def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, brief):  # noqa: F811
+    changed = asked(config)
+    folder = distill.train(changed)
+    whole, lines = models.load(folder), metrics_of(config.out)
+    turns = [line["on_policy"] for line in lines if "loss" in line]
+    assert set(turns[:3]) == set(turns[3:]) == {0, 1}
+    assert "text that the student writes" in (Path(folder) / "README.md").read_text()
+    cut = tmp_path / "cut"
+    shutil.copytree(config.out, cut)
+    shutil.rmtree(cut / "student")
+    shutil.rmtree(cut / "checkpoints" / "6")
+    continued = models.load(distill.train(dataclasses.replace(changed, out=str(cut))))
+    assert eqx.tree_equal(continued, whole)
+    assert metrics_of(cut) == lines
+
+
+@pytest.mark.parametrize("writer", ["student", "teacher"])
+def test_who_writes_at_a_step(config, teacher, brief, monkeypatch, writer):  # noqa: F811
+    """The student as the steps before have left it, or the teacher; on any mesh, in parts."""
+    asks = asked(config, fraction=1.0, writer=writer)
+    mesh = distill.Mesh(data=2, fsdp=2, tensor=2)
+    asks = dataclasses.replace(asks, microbatches=2, mesh=mesh)
+    seen = []
+    author = distill.author
+
+    def watched(run, state):
+        write = author(run, state)
+
+        def noted(state, batch):
+            if len(seen) == 2:
+                raise Reached
+            made = write(state, batch)
+            seen.append(jax.device_get((state.student, batch, made)))
+            return made
+
+        return noted
+
+    monkeypatch.setattr(distill, "author", watched)
+    with pytest.raises(Reached):
+        distill.train(asks)
+    students = [student for student, _, _ in seen]
+    for step, (student, batch, made) in enumerate(seen):
+
+        def same(model, step=step, batch=batch, made=made) -> float:
+            how = {"config": asks.on_policy, "seed": SEED, "vocab": 2048}
+            again = on_policy.write(model, batch, jnp.array(step), **how)
+            return np.mean(
+                np.asarray(again.tokens)[:, 1:][made.mask] == made.tokens[:, 1:][made.mask]
+            )
+
+        # Where sums are in another order a row may take another turn.
+        assert same(models.load(teacher) if writer == "teacher" else student) > 0.8
+        assert same(students[0] if writer == "teacher" else students[1 - step]) < 0.8
+
+
+def test_without_a_share_nothing_is_written(config, brief, monkeypatch):  # noqa: F811
+    plain = asked(config, fraction=0.0)
+    monkeypatch.setattr(distill, "author", None)
+    monkeypatch.setattr(on_policy, "write", None)
+    distill.train(dataclasses.replace(plain, steps=2, eval_every=2))
+    assert all("on_policy" not in line for line in metrics_of(config.out))
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "says"),
+    [
+        ({"fraction": 1.5}, {}, "--on-policy.fraction"),
+        ({"prompt": 0}, {}, "--on-policy.prompt"),
+        ({"max_new": 0}, {}, "--on-policy.max-new"),
+        ({"top_p": 0.0}, {}, "--on-policy.top-p"),
+        ({"prompt": 33}, {}, "--seq-len 32"),
+        ({}, {"loss": losses.Config(alpha=0.0)}, "--loss.alpha 0"),
+        ({}, {"loss": losses.Config(alpha=0.0, features="mse")}, "--loss.alpha 0"),
+        ({}, {"teacher_devices": 4}, "--teacher-devices"),
+        ({}, {"targets": "somewhere"}, "--targets"),
+    ],
+)
+def test_what_is_refused(config, settings, more, says):  # noqa: F811
+    with pytest.raises(UserError, match=says) as error:
+        distill.train(dataclasses.replace(asked(config, **settings), **more))
+    assert "\n" not in str(error.value) and not Path(config.out).exists()

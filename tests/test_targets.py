@@ -1,0 +1,511 @@
+"""Kept targets: their bits, the folder they lie in, how it is made, and what is refused."""
+
+import dataclasses
+import errno
+import os
+import resource
+import shutil
+import zlib
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data
+import distill
+import errors
+import losses
+import models
+import optim
+import sharding
+import student
+import targets
+from errors import UserError
+from models.llama import Config, Llama
+
+ROOT = Path(__file__).parents[1]
+VOCAB, SEQ = 2048, 16
+unhurried = settings(
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+# ---- numbers as bits ----
+
+
+@unhurried
+@given(st.integers(1, 32), st.integers(0, 40), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_ids_are_packed_bit_after_bit(width, n, rows, random):
+    values = [[random.getrandbits(width) for _ in range(n)] for _ in range(rows)]
+    packed = targets.pack(np.array(values, np.int64).reshape(rows, n), width)
+    assert packed.shape == (rows, -(-n // 8) * width)
+    for row, numbers in zip(packed, values, strict=True):
+        whole = sum(number << width * i for i, number in enumerate(numbers))
+        assert int.from_bytes(row.tobytes(), "little") == whole
+    if width < 32:
+        np.testing.assert_array_equal(targets.unpack(packed, width, n), values)
+
+
+def bound(log_p):
+    return 0.023 * np.sqrt(-log_p) + 0.0003
+
+
+def test_a_packed_value_is_within_its_bound():
+    log_p = np.append(-np.geomspace(1e-9, 32, 5001), 0).astype(np.float32)
+    off = np.abs(targets.decode(targets.encode(log_p)) - log_p)
+    assert (off <= bound(log_p)).all() and off.max() > 0.1
+    for u in np.float32([[0], [0.3], [0.999999]]):
+        off = np.abs(targets.decode(targets.encode(log_p, u)) - log_p)
+        assert (off <= 2 * bound(log_p)).all()
+    ends = np.float32([-np.inf, -1e9, -40, 1e-7])
+    for u in (None, np.float32([0.5])):
+        assert targets.decode(targets.encode(ends, u)).tolist() == [-np.inf, -32, -32, 0]
+
+
+def test_drawn_values_are_rounded_without_bias_and_in_order():
+    log_p = -np.sort(np.random.default_rng(0).uniform(0, 31, 500)).astype(np.float32)
+    u = ((np.arange(20_000) + 0.5) / 20_000).astype(np.float32)[:, None]
+    found = targets.decode(targets.encode(log_p, u))
+    means = np.exp(found.astype(np.float64)).mean(0)
+    np.testing.assert_allclose(means, np.exp(log_p.astype(np.float64)), rtol=1e-4)
+    assert (np.diff(found, axis=1) <= 0).all()  # so the larger of two stays the larger
+
+
+# ---- a folder of targets ----
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    config = Config(VOCAB, 16, 32, 2, 8, 8, 8, max_positions=64, tied=True, eos=0, pad=0)
+    model = Llama(config, jax.random.key(3))
+    model = jax.tree.map(lambda leaf: leaf * (10.0 if jnp.std(leaf) > 0 else 1.0), model)
+    models.save(model, folder, tokenizer=ROOT / "demo" / "teacher")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "few.txt"
+    stories = (ROOT / "demo" / "stories.txt").read_text().split("\n\n")[:12]
+    path.write_text("\n\n".join(stories))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(teacher, text) -> targets.Config:
+    return targets.Config(
+        teacher=str(teacher),
+        out="",
+        seq_len=SEQ,
+        batch_size=8,
+        top_k=6,
+        data=data.Config(source=(str(text),), documents="paragraph", cache=str(text.parent)),
+        quiet=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def kept(config, tmp_path_factory) -> targets.Targets:
+    """Targets of both kinds of values share this one; they are not to be changed."""
+    return made(config, tmp_path_factory.mktemp("kept") / "targets")
+
+
+def made(config, out: Path, **changes) -> targets.Targets:
+    targets.make(dataclasses.replace(config, out=str(out), **changes))
+    return targets.load(out)
+
+
+def corpus_of(config) -> data.Corpus:
+    return data.open_corpus(
+        config.data, config.teacher, seq_len=config.seq_len, seed=config.seed, vocab=VOCAB
+    )
+
+
+def computed(config, windows, dtype="float32", **changes) -> losses.Kept:
+    about = {"kind": "top-k", "entries": 6, "seed": 0, "temperature": 1.0, "chunk": 64} | changes
+    batch, model = data.read(corpus_of(config), windows), models.load(config.teacher)
+    return jax.device_get(targets.targets_of(model, batch, windows, **about, dtype=dtype))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != "."}
+
+
+@pytest.mark.parametrize("kind", ["top-k", "draws"])
+def test_what_is_read_is_what_the_teacher_says(config, tmp_path, kind):
+    entries = {"top_k": None, "draws": 9} if kind == "draws" else {"top_k": 9}
+    exact = made(config, tmp_path / "exact", values="float32", temperature=1.5, **entries)
+    packed = made(config, tmp_path / "packed", temperature=1.5, **entries)
+    windows = np.random.default_rng(0).permutation(corpus_of(config).windows)[:11]
+    wanted = computed(config, windows, kind=kind, entries=9, temperature=1.5)
+    found = targets.read(exact, windows)
+    assert type(found) is type(wanted) is {"top-k": losses.TopK, "draws": losses.Draws}[kind]
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    np.testing.assert_allclose(found.log_probs, wanted.log_probs, atol=1e-4)
+    np.testing.assert_allclose(found.rest, wanted.rest, atol=1e-4)
+    coarse = targets.read(packed, windows)
+    np.testing.assert_array_equal(coarse.ids, wanted.ids)
+    mass = np.exp(coarse.log_probs).sum(-1) + np.exp(coarse.rest)
+    if kind == "top-k":
+        np.testing.assert_allclose(mass, 1, atol=1e-5)
+    slack = 2 * bound(wanted.log_probs.min())
+    assert 0 < np.abs(coarse.log_probs - wanted.log_probs).max() < slack
+    assert 0 < np.abs(coarse.rest - wanted.rest).max() < slack
+
+
+def test_packed_draws_have_the_mean_of_exact_ones(tmp_path):
+    """What a draw stands for, over many seeds of the rounding."""
+    ids = np.arange(8, dtype=np.int32).reshape(1, 1, 8)
+    log_probs = np.log(np.float32([0.5, 0.2, 0.1, 0.05, 0.03, 0.021, 0.019, 0.001]))
+    rest = np.log(np.float32(0.02))
+    draws = losses.Draws(ids, log_probs.reshape(1, 1, 8), rest.reshape(1, 1))
+    blank = like(tmp_path, kind="draws", entries=8, seq_len=1, vocab=100)
+    found = []
+    for seed in range(3000):
+        folder = dataclasses.replace(blank, seed=seed)
+        (record,) = targets.records(folder, draws, np.array([7]))
+        values = targets.decode(record[folder.id_bytes : -4])
+        found.append(np.exp(np.maximum(values[:-1], values[-1]).astype(np.float64)))
+    wanted = np.exp(np.maximum(log_probs, rest).astype(np.float64))
+    spread = np.std(found, axis=0) / 3000**0.5
+    assert (np.abs(np.mean(found, axis=0) - wanted) < 4.5 * spread + 1e-6).all()
+    assert (spread > 0).all()
+
+
+def like(folder, **changes) -> targets.Targets:
+    about = {
+        "folder": folder, "windows": np.arange(1), "teacher": "", "teacher_name": "",
+        "tokenizer": "", "data": "", "data_flags": {}, "seq_len": 1024, "vocab": 250_880,
+        "temperature": 1.0, "dtype": "float32", "kind": "top-k", "entries": 32, "values": "packed",
+        "seed": 0, "shard": 1, "index": 0,
+    }  # fmt: skip
+    return targets.Targets(**about | changes)
+
+
+def test_bytes_per_token(kept):
+    assert like(Path()).record / 1024 <= 110
+    assert like(Path(), kind="draws", entries=16).record / 1024 <= 64
+    size = sum(path.stat().st_size for path in kept.folder.glob("*.targets"))
+    assert size == len(kept.windows) * kept.record
+
+
+def test_training_on_all_that_a_teacher_says_is_training_beside_it(config, teacher, tmp_path):
+    """Through the disk, the student and its gradients."""
+    whole = made(config, tmp_path, values="float32", top_k=VOCAB, steps=1, temperature=2.0)
+    corpus = corpus_of(config)
+    windows = data.windows(corpus, 0, config.batch_size)
+    batch, beside = data.read(corpus, windows), models.load(teacher)
+    shape = dataclasses.replace(beside.config, layers=1)
+    student = Llama(shape, jax.random.key(0))
+    objective = losses.Objective(losses.Config("jsd", 0.7, temperature=2.0, chunk=64))
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def step(student, teacher, batch, kept):
+        read, segments = batch.tokens[:, :-1], batch.segments[:, :-1]
+        sides = (None, None)
+        if teacher is not None:
+            sides = teacher.hidden(read, segments), teacher.unembedding
+        return losses.distill_loss(
+            student.hidden(read, segments), student.unembedding, *sides, batch.tokens[:, 1:],
+            batch.mask, objective=objective, step=0, kept=kept,
+        )[0]  # fmt: skip
+
+    wanted, gradients = step(student, beside, batch, None)
+    found, kept_gradients = step(student, None, batch, targets.read(whole, windows))
+    assert found == pytest.approx(float(wanted), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(kept_gradients), jax.tree.leaves(gradients), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+def test_a_run_learns_from_them_without_a_teacher(config, teacher, tmp_path, monkeypatch):
+    """As beside the teacher, and when it is continued."""
+    whole = made(config, tmp_path / "targets", values="float32", top_k=VOCAB, steps=4)
+    start = tmp_path / "start"
+    models.save(student.cut(models.load(teacher), (1,)), start, tokenizer=teacher)
+    run = distill.Config(
+        teacher=str(teacher), student=str(start), seq_len=SEQ, batch_size=8, steps=4,
+        eval_every=4, eval_windows=8, save_every=2, log_every=1, data=config.data, quiet=True,
+        optim=optim.Config(lr=1e-2, eps=1e-4), out=str(tmp_path / "beside"),
+    )  # fmt: skip
+    monkeypatch.setattr(distill.generate, "continuations", lambda *_, **__: ())
+    beside = models.load(distill.train(run))
+    alone = dataclasses.replace(
+        run, teacher=None, data=data.Config(cache=config.data.cache), seq_len=None,
+        targets=str(whole.folder), out=str(tmp_path / "alone"),
+    )  # fmt: skip
+    load, seen = models.load, []
+    monkeypatch.setattr(
+        models, "load", lambda source, **how: seen.append(source) or load(source, **how)
+    )
+    found = load(distill.train(alone))
+    assert seen == [str(start)]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(beside), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+    out = Path(alone.out)
+    shutil.rmtree(out / "student")
+    shutil.rmtree(out / "checkpoints" / "4")
+    continued = load(distill.train(alone))
+    assert eqx.tree_equal(continued, found)
+    with pytest.raises(UserError, match="would not be read"):
+        dataclasses.replace(alone, loss=losses.Config(alpha=0.0))
+
+
+def test_steps_keep_what_a_run_of_them_reads(config, kept, tmp_path):
+    few = made(config, tmp_path, steps=2, seed=4)
+    corpus = dataclasses.replace(corpus_of(config), seed=4)
+    asked = np.concatenate([data.windows(corpus, step, config.batch_size) for step in (0, 1)])
+    np.testing.assert_array_equal(few.windows, np.unique(asked))
+    assert len(few.windows) == 16 < len(kept.windows) == corpus.windows
+    for one, other in zip(targets.read(few, asked), targets.read(kept, asked), strict=True):
+        np.testing.assert_array_equal(one, other)
+    run = {"loss": losses.Config(), "tokenizer": Path(config.teacher), "vocab": VOCAB}
+    targets.check(few, corpus, rows=16, **run)
+    targets.check(kept, corpus, rows=10**6, **run)
+    for other, rows in ((corpus, 24), (dataclasses.replace(corpus, seed=5), 16)):
+        with pytest.raises(UserError, match="not among the 16 kept.*--steps"):
+            targets.check(few, other, rows=rows, **run)
+
+
+# ---- making them ----
+
+
+def test_on_a_mesh_and_in_other_batches_they_are_the_same(config, kept, tmp_path):
+    mesh = sharding.Sizes(data=2, fsdp=2, tensor=2)
+    other = made(config, tmp_path, mesh=mesh, batch_size=12, chunk=40)
+    windows = kept.windows
+    found, wanted = targets.read(other, windows), targets.read(kept, windows)
+    same = (found.ids == wanted.ids).all(-1)
+    assert same.mean() > 0.999  # but for near ties
+    # a value on an edge may be rounded the other way
+    assert np.abs(found.log_probs - wanted.log_probs)[same].max() < 2 * bound(-32.0)
+    assert np.abs(found.log_probs - wanted.log_probs)[same].mean() < 1e-3
+
+
+def write(folder: targets.Targets, index=0, count=1, stop=None) -> None:
+    """What `make` does, without its device programs: records of a formula."""
+    todo = targets.missing(folder, index, count)[:stop]
+    for i in range(0, len(todo), 3):
+        places = todo[i : i + 3]
+        targets.append(folder, formula(folder, folder.windows[places]), places)
+
+
+def formula(folder: targets.Targets, windows) -> losses.TopK:
+    rngs = [np.random.default_rng(window) for window in windows.tolist()]
+    shape = (folder.seq_len, folder.entries)
+    ids = np.stack([rng.integers(0, folder.vocab, shape) for rng in rngs])
+    log_p = np.stack([np.log(rng.dirichlet(np.ones(shape[1] + 1), shape[0])) for rng in rngs])
+    return losses.TopK(ids, log_p[..., :-1].astype("f4"), log_p[..., -1].astype("f4"))
+
+
+def small(folder: Path, **changes) -> targets.Targets:
+    windows = np.array([1, 2, 5, 6, 9, 13, 14, 20, 31, 40, 41])
+    about = {"windows": windows, "seq_len": 5, "vocab": 300, "entries": 3, "shard": 4}
+    about["index"] = zlib.crc32(windows.astype("<i8").tobytes())
+    return targets.begin(like(folder, **about | changes))
+
+
+@unhurried
+@given(st.data())
+def test_wherever_it_was_killed_it_goes_on(tmp_path_factory, draw):
+    whole = small(tmp_path_factory.mktemp("whole"))
+    write(whole)
+    wanted = contents(whole.folder)
+    folder = tmp_path_factory.mktemp("killed")
+    for _ in range(draw.draw(st.integers(1, 3))):  # killed so often
+        begun = small(folder)
+        write(begun, stop=draw.draw(st.integers(0, 11)))
+        shards = sorted(folder.glob("*.targets"))
+        if shards:  # the last write may have come to the disk in part, or as something else
+            size = shards[-1].stat().st_size
+            os.truncate(shards[-1], draw.draw(st.integers(max(0, size - 80), size)))
+            with open(shards[-1], "ab") as file:
+                file.write(draw.draw(st.binary(max_size=30)))
+    write(small(folder))
+    assert contents(folder) == wanted
+    assert len(targets.missing(targets.load(folder))) == 0
+
+
+def test_processes_write_shards_of_their_own(tmp_path):
+    one, three = small(tmp_path / "one"), small(tmp_path / "three")
+    write(one)
+    for index in (2, 0, 1):
+        before = set(contents(three.folder))
+        write(three, index, 3)
+        assert set(contents(three.folder)) - before == {f"{index:05}.targets"}
+    assert contents(one.folder) == contents(three.folder)
+
+
+def test_a_run_that_is_interrupted_is_continued(config, kept, tmp_path, monkeypatch):
+    append, calls = targets.append, []
+
+    def dying(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        append(*args)
+
+    monkeypatch.setattr(targets, "append", dying)
+    with pytest.raises(KeyboardInterrupt):
+        made(config, tmp_path)
+    with pytest.raises(UserError, match="00000.targets.*the same command"):
+        targets.load(tmp_path)
+    made(config, tmp_path)
+    assert len(calls) == 3 + -(-len(kept.windows) // 8) - 2  # none is computed twice
+    assert contents(tmp_path) == contents(kept.folder)
+    monkeypatch.setattr(models, "load", None)
+    made(config, tmp_path)  # there is nothing to be done, not even to load the teacher
+
+
+# ---- what is refused ----
+
+
+def refusal(call, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as error:
+        call(*args, **kwargs)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_any_flipped_bit_is_refused(tmp_path):
+    folder = small(tmp_path).folder
+    write(small(tmp_path))
+    windows = small(tmp_path).windows
+    everything = contents(folder)
+    rng = np.random.default_rng(0)
+    for name, content in everything.items():
+        for bit in rng.choice(8 * len(content), min(8 * len(content), 150), replace=False):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            (folder / name).write_bytes(changed)
+            text = refusal(lambda: targets.read(targets.load(folder), windows))
+            assert str(folder) in text
+            assert "altered" in text or name == targets.MANIFEST  # or of another version
+        (folder / name).write_bytes(content)
+    targets.read(targets.load(folder), windows)
+
+
+def test_records_of_another_place_or_of_other_targets_are_refused(tmp_path):
+    folder = small(tmp_path / "one")
+    other = small(tmp_path / "other", temperature=2.0)
+    write(folder), write(other)
+    one, two = folder.path(0), folder.path(1)
+    for source in (two, other.path(0)):
+        content = one.read_bytes()
+        shutil.copy(source, one)
+        assert "altered: remove the file" in refusal(targets.read, folder, folder.windows)
+        one.write_bytes(content)
+    one.unlink()
+    assert "00000.targets: a shard of" in refusal(targets.load, folder.folder)
+    assert "cannot be read" in refusal(targets.read, folder, folder.windows)
+    (folder.folder / targets.MANIFEST).unlink()
+    assert "no targets.json in it" in refusal(targets.load, folder.folder)
+    assert "no targets.json in it" in refusal(targets.load, tmp_path / "nowhere")
+
+
+def test_a_mismatch_names_both_sides(config, kept, teacher, text, tmp_path):
+    corpus = corpus_of(config)
+    run = {"loss": losses.Config(), "tokenizer": teacher, "vocab": VOCAB, "rows": 8}
+    targets.check(kept, corpus, teacher=teacher, **run)
+
+    def refused(corpus=corpus, **changes):
+        return refusal(targets.check, kept, corpus, **run | changes)
+
+    twin = tmp_path / "twin"  # of another name, but the same
+    shutil.copytree(teacher, twin)
+    targets.check(kept, corpus, teacher=twin, **run)
+    weights = twin / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    message = refused(teacher=twin)
+    assert str(teacher) in message and str(twin) in message
+
+    words = (teacher / "tokenizer.json").read_text()
+    (twin / "tokenizer.json").write_text(words.replace('"[PAD]"', '"[pad]"') + "\n")
+    message = refused(tokenizer=twin)
+    assert str(teacher) in message and str(twin) in message and "tokenizer" in message
+
+    message = refused(corpus=dataclasses.replace(corpus, seq_len=32))
+    assert f"windows of {SEQ}" in message and "--seq-len 32" in message
+    longer = tmp_path / "longer.txt"
+    longer.write_text(text.read_text() + "\n\nThe end of it all.")
+    source = dataclasses.replace(config.data, source=(str(longer),))
+    message = refused(corpus=corpus_of(dataclasses.replace(config, data=source)))
+    assert str(text) in message and "--data" in message
+    assert "2048 tokens, but this run has a student with 2000" in refused(vocab=2000)
+    message = refused(loss=losses.Config(temperature=2.0))
+    assert "temperature 1, but this run has --loss.temperature 2" in message
+    schedule = losses.Config(temperature_end=3.0, temperature_schedule="linear")
+    assert "--loss.temperature 1 to 3" in refused(loss=schedule)
+    draws = dataclasses.replace(kept, kind="draws")
+    jsd = run | {"loss": losses.Config("jsd")}
+    assert "--loss.divergence jsd" in refusal(targets.check, draws, corpus, **jsd)
+    for name in losses.DIVERGENCES:
+        targets.check(kept, corpus, **run | {"loss": losses.Config(name)})
+
+
+def test_other_targets_are_not_continued(config, kept, tmp_path):
+    shutil.copytree(kept.folder, tmp_path / "kept")
+    for changes, words in (
+        ({"temperature": 2.0}, "temperature was 1.0, is 2.0"),
+        ({"draws": 8, "top_k": None}, "kind was top-k, is draws"),
+        ({"steps": 1}, f"{len(kept.windows)} windows, now 8"),
+    ):
+        assert words in refusal(made, config, tmp_path / "kept", **changes)
+    assert contents(tmp_path / "kept") == contents(kept.folder)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--top-k", "4", "--draws", "9"], ["--top-k 4", "--draws 9", "one or the other"]),
+        (["--draws", "7"], ["--draws is 7", "8 or more"]),
+        (["--top-k", "0"], ["--top-k is 0"]),
+        (["--temperature", "0"], ["--temperature is 0.0"]),
+        (["--seq-len", "65"], ["--seq-len 65", "64 positions"]),
+        (["--top-k", "2049"], ["--top-k 2049", "2048 tokens"]),
+        (["--draws", "2048"], ["--draws 2048", "2048 tokens"]),
+        (["--values", "int4"], ["--values", "packed", "float32"]),
+        (["--mesh.data", "3"], ["mesh data 3"]),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(teacher, text, tmp_path, flags, words):
+    source = ["--data.source", str(text), "--data.cache", str(text.parent)]
+    args = ["--teacher", str(teacher), "--out", str(tmp_path / "out"), *source, *flags]
+    message = refusal(lambda: targets.make(errors.cli(targets.Config, args)))
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_must_be_named(teacher, tmp_path):
+    args = ["--teacher", str(teacher), "--out", str(tmp_path)]
+    assert "--data.source is missing" in refusal(errors.cli, targets.Config, args)
+
+
+def test_a_full_disk_loses_nothing(config, kept, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    shard = kept.path(0).stat().st_size
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (shard // 2, before[1]))
+        message = refusal(made, config, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(tmp_path) in message and os.strerror(errno.EFBIG) in message
+    assert (tmp_path / "00000.targets").stat().st_size > shard // 3
+    made(config, tmp_path)
+    assert contents(tmp_path) == contents(kept.folder)
+
+
+def test_a_folder_in_use_is_refused(config, tmp_path):
+    with targets.checkpoint.lock(tmp_path):
+        assert "in use by another run" in refusal(made, config, tmp_path)
