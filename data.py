@@ -633,10 +633,13 @@ def _marks(
     return before, marks
 
 
-def prefetch(load: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:
+def prefetch(
+    load: Callable[[int], T], start: int, stop: int, ahead: int = 2, patience: float = 10.0
+) -> Iterator[T]:
     """`load(step)` for each step, computed ahead in a thread; its exceptions are raised here.
 
-    Close the generator, or let it go, to end the thread.
+    Close the generator, or let it go, to end the thread; a `load` that takes longer than `patience`
+    seconds is then left behind.
     """
     ready: queue.SimpleQueue = queue.SimpleQueue()
     room, closed = threading.Semaphore(ahead), threading.Event()
@@ -651,7 +654,8 @@ def prefetch(load: Callable[[int], T], start: int, stop: int, ahead: int = 2) ->
         except BaseException as error:
             ready.put((None, error))
 
-    threading.Thread(target=work, name="prefetch", daemon=True).start()
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
     try:
         for _ in range(start, stop):
             result, error = ready.get()
@@ -662,3 +666,5 @@ def prefetch(load: Callable[[int], T], start: int, stop: int, ahead: int = 2) ->
     finally:
         closed.set()
         room.release()
+        # A thread that is inside native code when the interpreter ends would abort the process.
+        thread.join(patience)

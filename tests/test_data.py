@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -446,23 +447,41 @@ def test_an_exception_surfaces_where_the_batch_would():
     assert "load" in [entry.name for entry in caught.traceback]
 
 
-@pytest.mark.parametrize("stuck", [False, True])
-def test_closing_does_not_wait(stuck):
-    release = threading.Event()
+def prefetching():
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_closing_ends_the_thread():
+    """What is being loaded then is waited for: no thread is left to the end of the process."""
+    ended = threading.Event()
 
     def load(step):
-        if stuck and step:
-            release.wait()
+        if step:
+            time.sleep(0.3)
+            ended.set()
         return step
 
     steps = data.prefetch(load, 0, 1000)
     assert next(steps) == 0
     steps.close()
+    assert ended.is_set() and not prefetching()
+
+
+def test_closing_does_not_wait_for_what_is_stuck():
+    release = threading.Event()
+
+    def load(step):
+        if step:
+            release.wait()
+        return step
+
+    steps = data.prefetch(load, 0, 1000, patience=0.1)
+    assert next(steps) == 0
+    steps.close()
+    (thread,) = prefetching()
     release.set()
-    for thread in threading.enumerate():
-        if thread.name == "prefetch":
-            thread.join(timeout=20)
-            assert not thread.is_alive()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
 
 
 def test_nothing_heavy_at_import():
