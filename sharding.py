@@ -68,7 +68,8 @@ def layout(zero: int = 3, rules: Sequence[str] = ()) -> Layout:
 def _rule(text: str) -> tuple[str, tuple[str, ...]]:
     name, equals, axes = text.partition("=")
     axes = tuple(axis for axis in axes.split(",") if axis)
-    if not equals or name not in RULES or not set(axes) <= set(MESH_AXES):
+    known = set(axes) <= set(MESH_AXES) and len(set(axes)) == len(axes)
+    if not equals or name not in RULES or not known:
         raise UserError(
             f"--mesh.rules {text}: expected AXIS=MESH,AXES such as vocab=fsdp,tensor, with an axis"
             f" of {', '.join(RULES)} and mesh axes of {', '.join(MESH_AXES)} (or none)"
@@ -289,6 +290,13 @@ def compiled(lowered: Any) -> Any:
     with contextlib.suppress(OSError, AttributeError):  # hundreds of MB that the compiler had
         ctypes.CDLL(None).malloc_trim(0)
     return program
+
+
+def compute_dtype(asked: str = "auto") -> str:
+    """What models compute in: auto is bfloat16 on accelerators, float32 on CPUs."""
+    if asked != "auto":
+        return asked
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 # ---- several processes ---------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class Config:
     @classmethod
     def read(cls, settings: Settings) -> "Config":
         """From the fields of a Hugging Face config."""
+        settings = Settings({"bos_token_id": 1, "eos_token_id": 2} | settings.raw)
         embed = settings.count("hidden_size", "n_embed")
         settings.fixed("n_inner", 4 * embed)
         return cls(

@@ -1,13 +1,15 @@
 """A hub id or a folder to a model and back: safetensors, read and written in byte ranges."""
 
+import hashlib
 import json
 import math
 import os
 import re
 import reprlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,21 +227,33 @@ def place_leaf(leaf: Leaf, parts: list[Tensor], where: Any, dtype: Any) -> jax.A
     else:
         target = stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
-        out = aligned(tuple(map(len, ranges)), target)
-        whole = [(out, parts[0], shape, ranges)]
-        if leaf.stacked:
-            layers = zip(ranges[0], out, strict=True)
-            whole = [(row, parts[layer], shape[1:], ranges[1:]) for layer, row in layers]
-        jobs = [job for tensor in whole for job in split(*tensor)]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda job: fill(*job), jobs))
-        return out
-
+    everything = (slice(None),) * len(shape)
+    wanted = [everything]
+    if where is not None:
+        wanted = where.addressable_devices_indices_map(shape).values()
+    outs = {ranges(index, shape): None for index in wanted}
+    outs = {part: aligned(tuple(map(len, part)), target) for part in outs}
+    if leaf.stacked:
+        jobs = [
+            job
+            for layer, tensor in enumerate(parts)
+            for job in split(
+                [(p[1:], out[layer - p[0].start]) for p, out in outs.items() if layer in p[0]],
+                tensor, shape[1:],
+            )
+        ]  # fmt: skip
+    else:
+        jobs = split(list(outs.items()), parts[0], shape)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda job: fill(*job), jobs))
     if where is None:  # not bound to the device, so that it can be laid over a mesh later
-        return jax.device_put(read((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(shape, where, read, dtype=target)
+        return jax.device_put(outs[ranges(everything, shape)])
+    placed = lambda index: outs[ranges(index, shape)]  # noqa: E731
+    return jax.make_array_from_callback(shape, where, placed, dtype=target)
+
+
+def ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...]:
+    return tuple(range(*part.indices(size)) for part, size in zip(index, shape, strict=True))
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -252,32 +266,40 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 CHUNK = 1 << 24  # bytes read at a time
 
-Job = tuple[np.ndarray, Tensor, tuple[int, ...], list[range]]
+Part = tuple[tuple[range, ...], np.ndarray]  # which of a tensor's rows, columns ..., and for them
 
 
 def split(
-    out: np.ndarray, tensor: Tensor, shape: tuple[int, ...], ranges: list[range]
-) -> list[Job]:
-    """The arguments of calls of `fill` that do together what one with these would, in pieces."""
+    outs: list[Part], tensor: Tensor, shape: tuple[int, ...]
+) -> list[tuple[list[Part], Tensor, tuple[int, ...]]]:
+    """The arguments of calls of `fill` that fill all of `outs`, and read nothing twice."""
     step = max(1, CHUNK // (math.prod(shape[1:]) * tensor.dtype.itemsize))
+    alike: dict[range, list[Part]] = {}
+    for part, out in outs:
+        alike.setdefault(part[0], []).append((part, out))
     return [
-        (out[first : first + step], tensor, shape, [ranges[0][first : first + step], *ranges[1:]])
-        for first in range(0, len(out), step)
-    ]
+        (
+            [((rows[i : i + step], *part[1:]), out[i : i + step]) for part, out in some],
+            tensor, shape,
+        )
+        for rows, some in alike.items()
+        for i in range(0, len(rows), step)
+    ]  # fmt: skip
 
 
-def fill(out: np.ndarray, tensor: Tensor, shape: tuple[int, ...], ranges: list[range]) -> None:
-    """Reads into `out` the part of the tensor, seen in this shape, that lies in these ranges."""
-    rows, rest = ranges[0], tuple(slice(part.start, part.stop) for part in ranges[1:])
-    whole = all(len(part) == size for part, size in zip(ranges[1:], shape[1:], strict=True))
+def fill(outs: list[Part], tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Reads some rows of a tensor, seen in this shape, into arrays for parts of them."""
+    rows = outs[0][0][0]
     with open(tensor.file, "rb", buffering=0) as file:
         file.seek(tensor.start + rows.start * math.prod(shape[1:]) * tensor.dtype.itemsize)
-        if whole and out.dtype == tensor.dtype:
+        out = outs[0][1]
+        if out.shape[1:] == shape[1:] and out.dtype == tensor.dtype:  # then there is but this one
             read_exactly(file, out, tensor)
-        else:
-            part = np.empty((len(rows), *shape[1:]), tensor.dtype)
-            read_exactly(file, part, tensor)
-            out[:] = part[(slice(None), *rest)]
+            return
+        found = np.empty((len(rows), *shape[1:]), tensor.dtype)
+        read_exactly(file, found, tensor)
+        for part, out in outs:
+            out[:] = found[(slice(None), *(slice(axis.start, axis.stop) for axis in part[1:]))]
 
 
 def read_exactly(file: Any, out: np.ndarray, tensor: Tensor) -> None:
@@ -301,6 +323,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: a JSON object was expected, found a {type(found).__name__}")
     return found
+
+
+SAMPLE = 1 << 16  # bytes, of which a fingerprint takes up to a thousand from a file
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model's config and weights, wherever and since whenever they lie there."""
+    hash = hashlib.blake2b(digest_size=16)
+    for path in sorted({folder / "config.json", *folder.glob("*.safetensors")}):
+        size = path.stat().st_size
+        hash.update(f"{path.name} {size}\n".encode())
+        count = min(1 << 10, -(-size // SAMPLE))
+        with open(path, "rb", buffering=0) as file:
+            for start in np.linspace(0, max(0, size - SAMPLE), count).astype(int).tolist():
+                hash.update(os.pread(file.fileno(), SAMPLE, start))
+    return hash.hexdigest()
 
 
 def config(source: str | os.PathLike) -> Any:
@@ -404,10 +442,10 @@ def check_tied(head: Tensor, embedding: Tensor) -> None:
     equal = head.shape == embedding.shape and head.dtype == embedding.dtype
     rows = max(1, CHUNK // max(1, embedding.shape[1] * embedding.dtype.itemsize))
     for first in range(0, embedding.shape[0] if equal else 0, rows):
-        ranges = [range(first, min(first + rows, head.shape[0])), range(head.shape[1])]
-        a, b = (np.empty(tuple(map(len, ranges)), tensor.dtype) for tensor in (head, embedding))
-        fill(a, head, head.shape, ranges)
-        fill(b, embedding, head.shape, ranges)
+        part = range(first, min(first + rows, head.shape[0])), range(head.shape[1])
+        a, b = (np.empty(tuple(map(len, part)), tensor.dtype) for tensor in (head, embedding))
+        fill([(part, a)], head, head.shape)
+        fill([(part, b)], embedding, head.shape)
         equal = equal and a.tobytes() == b.tobytes()
     if not equal:
         raise UserError(f"{head.file}: {HEAD} differs from the embedding it is tied to")
@@ -456,8 +494,12 @@ def save(
     The folder appears when it is whole, with `notes` as further files in it; an older checkpoint of
     this name is replaced.
     """
-    folder = Path(folder).expanduser().resolve()
-    if not replaceable(folder):
+    try:
+        folder = Path(folder).expanduser().resolve()
+        free = replaceable(folder, notes or {})
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{folder}: it cannot be written, {error}") from None
+    if not free:
         raise UserError(
             f"{folder}: it exists and is more than a checkpoint, so it is not replaced: choose"
             " another name"
@@ -465,7 +507,8 @@ def save(
     texts = None if tokenizer is None else fetch(tokenizer, weights=False)
     if jax.process_index() != 0:  # the first one writes; the others lend what they hold
         for leaf in leaves(model):
-            sharding.whole(leaf.array)
+            for part in separate(leaf):
+                sharding.whole(part)
         return
     if texts is not None and not any((texts / name).exists() for name in TOKENIZER):
         raise UserError(f"{tokenizer}: it holds no tokenizer, none of {', '.join(TOKENIZER)}")
@@ -499,17 +542,29 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def replaceable(folder: Path) -> bool:
-    """There is nothing, or a checkpoint alone; a clone or a run, with folders inside, is more."""
+def replaceable(folder: Path, notes: Iterable[str] = ()) -> bool:
+    """There is nothing, or a checkpoint alone: a clone, a run, or somebody's own file is more."""
     if not folder.is_dir():
         return not folder.exists()
-    found = {path.name: path.is_dir() for path in folder.iterdir()}
+    found = {path.name: path.is_file() for path in folder.iterdir()}
+    ours = ("config.json", GENERATION, "README.md", *TOKENIZER, *WEIGHTS, *notes)
+    alone = all(found.values()) and all(any(fnmatch(name, own) for own in ours) for name in found)
     whole = "config.json" in found and not found.keys().isdisjoint(WEIGHTS)
-    return not found or (whole and not any(found.values()))
+    return not found or (alone and whole)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def separate(leaf: Leaf) -> Iterator[jax.Array]:
+    """The tensors of a leaf, each an array of its own: jax keeps what it has copied to the host as
+    long as the array lives that it was copied from."""
+    if not leaf.stacked:
+        yield jnp.copy(leaf.array)
+        return
+    for layer in range(len(leaf.names)):
+        yield leaf.array[layer]
 
 
 def write_weights(model: LanguageModel, folder: Path, shard_size: int) -> None:
@@ -544,12 +599,12 @@ def write_weights(model: LanguageModel, folder: Path, shard_size: int) -> None:
         for name, entry in part.items():
             starts[name] = (file, 8 + len(header) + entry["data_offsets"][0])
     for leaf in wanted:
-        values = sharding.whole(leaf.array)
-        for name, value in zip(leaf.names, values if leaf.stacked else [values], strict=True):
+        for name, part in zip(leaf.names, separate(leaf), strict=True):
             file, start = starts[name]
             with open(folder / file, "r+b") as out:
                 out.seek(start)
-                out.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+                value = np.ascontiguousarray(sharding.whole(part))
+                out.write(value.reshape(-1).view(np.uint8))
     for file in files:
         with open(folder / file, "rb") as out:
             os.fsync(out.fileno())

@@ -840,6 +840,23 @@ def test_a_config_of_bloom_as_published(tmp_path):
     same(plain, models.load(write(tmp_path / "renamed", renamed, tensors)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "ends"), [("llama", (1, 2)), ("mistral", (1, 2)), ("qwen2", (None, None))]
+)
+def test_what_a_config_leaves_out_is_what_transformers_takes(llama, kind, ends):
+    raw = json.loads((llama / "config.json").read_text())
+    for name in ("bos_token_id", "eos_token_id", "max_position_embeddings"):
+        raw.pop(name, None)
+    raw |= {"model_type": kind, "num_key_value_heads": raw["num_attention_heads"]}
+    (llama / "config.json").write_text(json.dumps(raw))
+    found = models.config(llama)
+    assert (found.bos, found.eos) == ends
+    usual = {"llama": 2048, "mistral": 131072, "qwen2": 32768}
+    assert found.max_positions == usual[kind]
+    (llama / "config.json").write_text(json.dumps(raw | {"eos_token_id": None}))
+    assert models.config(llama).eos is None
+
+
 def test_yarn_that_says_it_was_finetuned(llama):
     fields = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
     configure(llama, "llama", **rope(**fields))

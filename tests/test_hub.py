@@ -489,6 +489,39 @@ def test_a_model_on_a_mesh_is_saved_as_from_one_device(tmp_path):
     assert files_of(tmp_path / "eight") == files_of(tmp_path / "one")
 
 
+def test_saving_leaves_no_second_copy_behind(tmp_path):
+    """jax keeps what an array has become on the host for as long as the array lives."""
+    mesh = sharding.make_mesh(1, 8, 1)
+    model = checkpoint(SMALL)
+    model = sharding.shard(model, sharding.specs(model, mesh))
+    models.save(model, tmp_path / "x")
+    assert all(leaf._npy_value is None for leaf in jax.tree.leaves(model))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)])
+def test_no_byte_is_read_twice(tmp_path, monkeypatch, sizes):
+    """However the leaves are split, and by rows or columns of what is on disk."""
+    models.save(checkpoint(SMALL), tmp_path / "x")
+    read, sizes_read = models.hub.read_exactly, []
+
+    def noted(file, out, tensor):
+        sizes_read.append(out.nbytes)
+        read(file, out, tensor)
+
+    monkeypatch.setattr(models.hub, "read_exactly", noted)
+    loaded = models.load(tmp_path / "x", mesh=sharding.make_mesh(*sizes))
+    assert sum(sizes_read) == sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+    assert digest(loaded) == digest(checkpoint(SMALL))
+
+
+def test_a_fingerprint_is_of_what_is_there(tmp_path):
+    models.save(checkpoint(SMALL), tmp_path / "x")
+    models.save(checkpoint(SMALL), tmp_path / "y")
+    models.save(checkpoint(SMALL, seed=1), tmp_path / "z")
+    prints = [models.fingerprint(tmp_path / name) for name in "xyz"]
+    assert prints[0] == prints[1] != prints[2]
+
+
 def test_tokenizer_and_generation_settings_are_kept(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
@@ -528,6 +561,7 @@ def test_a_checkpoint_replaces_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "names",
     [["notes.txt"], ["config.json", "notes.txt"], ["model.safetensors"], [".git/config"]]
+    + [["config.json", "model.safetensors", "notes.txt"]]
     + [["config.json", "model.safetensors", ".git/config"], ["config.json", "runs/1/metrics"]],
 )
 def test_what_is_no_checkpoint_is_not_replaced(tmp_path, monkeypatch, names):

@@ -111,7 +111,7 @@ def test_rules_can_be_told():
     assert state.student.embedding.sharding.spec[0] == "tensor"
     whole, expected = three_steps("llama")
     near(state.student, whole.student, 1e-5)
-    for wrong in ("vocab", "words=fsdp", "vocab=pipe"):
+    for wrong in ("vocab", "words=fsdp", "vocab=pipe", "vocab=fsdp,fsdp"):
         with pytest.raises(UserError, match="--mesh.rules"):
             sharding.layout(3, (wrong,))
 
