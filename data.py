@@ -66,12 +66,12 @@ class Config:
     def __post_init__(self):
         if not 0 <= self.held_out <= 1:
             raise ValueError(f"--data.held-out: expected a share of 0 to 1, found {self.held_out}")
-        if any(weight <= 0 for weight in self.weights):
+        if not all(0 < weight < math.inf for weight in self.weights):
             raise ValueError("--data.weights: expected positive numbers")
-        if self.weights and self.source and len(self.weights) != len(self.source):
+        if self.weights and len(self.weights) != len(self.source):
             raise ValueError(
-                f"--data.weights: expected one for each of the {len(self.source)} sources,"
-                f" found {len(self.weights)}"
+                f"--data.weights: expected one for each --data.source, of which there are"
+                f" {len(self.source)}, found {len(self.weights)}"
             )
 
 
@@ -320,11 +320,11 @@ def _store(name: str, tokenizer: text.Tokenizer, config: Config, held_out: float
     cache = Path(
         config.cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "compact-distill")
     )
-    folder = cache.expanduser() / key
-    if store := _load(folder):
-        return store
     try:
-        cache = folder.parent
+        cache = cache.expanduser()
+        folder = cache / key
+        if store := _load(folder):
+            return store
         cache.mkdir(parents=True, exist_ok=True)
         with _alone(cache):
             if store := _load(folder):  # another process has built it meanwhile
@@ -336,9 +336,10 @@ def _store(name: str, tokenizer: text.Tokenizer, config: Config, held_out: float
                 os.rename(partial, folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{cache}: cannot keep tokenized text there ({error.strerror or error}): make room,"
+            f"{cache}: cannot keep tokenized text there ({reason}): make room,"
             " give permission, or choose another folder with --data.cache"
         ) from error
     return _load(folder)
@@ -441,7 +442,10 @@ def _split(store: Store, share: float, seq_len: int) -> tuple[Part, Part]:
     held = store.tokens - cut
     # Too few documents for their hashes to divide them as asked: hold out the last windows.
     if share > 0 and not seq_len < held <= max(4 * share, 2 / total) * store.tokens:
-        cut = max(0, total - max(1, round(share * total))) * seq_len
+        held = max(1, round(share * total))
+        if held == 1 and total > 2 and (store.tokens - 1) % seq_len:
+            held = 2  # the last one is not whole, and may be a few tokens only
+        cut = max(0, total - held) * seq_len
     return _part(store, 0, cut, seq_len), _part(store, cut, store.tokens, seq_len)
 
 

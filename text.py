@@ -67,6 +67,13 @@ class Source:
 
 def find(name: str, *, streaming: bool = False) -> Source:
     """The source that `name`, a file, folder, glob or `id[:config][:split]`, stands for."""
+    try:
+        return _find(name, streaming)
+    except (OSError, RuntimeError) as error:  # a path may be too long, forbidden, of nobody's home
+        raise UserError(f"{name}: cannot be read ({_line(error)})") from error
+
+
+def _find(name: str, streaming: bool) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
         files = _within(path, path.rglob("*"))
@@ -116,18 +123,28 @@ def check_links(folder: Path, paths: Iterable[Path]) -> None:
             )
 
 
+@contextlib.contextmanager
+def _from_hub(told: str) -> Iterator[None]:
+    """What the hub's libraries raise is `told`, with the reason in it."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
+        raise UserError(told.format(_line(error))) from error
+
+
 def _find_on_hub(name: str, streaming: bool) -> Source:
     import datasets
 
     repository, config, split = (*name.split(":", 2), "", "")[:3]
     split = split or "train"
-    try:
+    with _from_hub(
+        f"{name}: neither a local file nor a hub data set that can be read"
+        " ({}); check the name and the network, or give a local file"
+    ):
         hub = datasets.load_dataset_builder(repository, config or None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"{name}: neither a local file nor a hub data set that can be read"
-            f" ({_line(error)}); check the name and the network, or give a local file"
-        ) from error
     splits = hub.info.splits or {}
     size = splits[split].num_examples if split in splits else None
     facts = [repository, hub.config.name, str(hub.info.version), hub.hash, split]
@@ -196,7 +213,8 @@ def prompts(source: Source, tokenizer: "Tokenizer", column: str | None = None) -
     """The prompts of a source in order: lines of plain text, or a column of records.
 
     A column holds text, or messages: then what the assistant said last is left out. Without a
-    column, it is `messages`, `prompt` (for a model that chats the words of its user) or `text`.
+    column, it is `messages`, `prompt` (for a model that chats the words of its user) or `text`,
+    the first of these that a record has.
     """
     choose = partial(_prompt_fields, column)
     for file in source.files:
@@ -379,29 +397,24 @@ def _length(value: Any) -> int:
 
 
 def _hub_records(source: Source, choose: Choose, progress: Progress) -> Iterator[tuple[str, dict]]:
-    import datasets
-
-    try:
+    with _from_hub(f"{source.name}: cannot be read ({{}})"):
         if source.streaming:
             rows = source.hub.as_streaming_dataset(source.split)
         else:
             source.hub.download_and_prepare()
             rows = source.hub.as_dataset(source.split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{source.name}: cannot be read ({_line(error)})") from error
     if rows.column_names:
         rows = rows.select_columns(choose(rows.column_names, source.name))
-    number = 0
-    try:
-        for batch in rows.with_format("arrow").iter(batch_size=1024):
-            for i, record in enumerate(batch.to_pylist(), start=number + 1):
-                yield f"{source.name} record {i}", record
-            number += len(batch)
-            progress(len(batch))
-    except OSError as error:
-        raise UserError(
-            f"{source.name}: reading stopped at row {number} ({_line(error)})"
-        ) from error
+    batches, number = iter(rows.with_format("arrow").iter(batch_size=1024)), 0
+    while True:
+        with _from_hub(f"{source.name}: reading stopped at row {number} ({{}})"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        for i, record in enumerate(batch.to_pylist(), start=number + 1):
+            yield f"{source.name} record {i}", record
+        number += len(batch)
+        progress(len(batch))
 
 
 def _document_fields(text_field: str, names: Iterable[str], where: Any) -> list[str]:
@@ -422,9 +435,8 @@ def _document_fields(text_field: str, names: Iterable[str], where: Any) -> list[
 def _prompt_fields(column: str | None, names: Iterable[str], where: Any) -> list[str]:
     names = list(names)
     choices = ["messages", "prompt", "text"] if column is None else [column]
-    for choice in choices:
-        if choice in names:
-            return [choice]
+    if found := [choice for choice in choices if choice in names]:
+        return found
     raise UserError(
         f"{where}: no column {' or '.join(choices)}; it has"
         f" {_line(', '.join(map(str, names)) or 'none')}: choose one with --column"
@@ -463,7 +475,9 @@ def _record(
 
 def _messages(found: list, field: str, place: str) -> list[dict[str, Any]]:
     """Messages as they were before a columnar file filled in every key that some message has."""
-    if not all(isinstance(message, dict) and "role" in message for message in found):
+    if not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in found
+    ):
         raise UserError(f"{place}: expected messages with role and content in {field!r}")
     return [{k: v for k, v in message.items() if v is not None} for message in found]
 
@@ -478,11 +492,15 @@ def _answer(record: Mapping[str, Any], tokenizer: "Tokenizer", mask: str, place:
         text = start + completion + ("" if reason == "length" else tokenizer.special["eos_token"])
         spans = None if mask == "all" else ((len(start), len(text)),)
         return Piece(text, rendered=True, spans=spans)
-    piece = tokenizer.conversation(_messages(messages, "messages", place), mask, place)
-    body = completion.strip()
-    if reason != "length" or body not in piece.text:
+    messages = _messages(messages, "messages", place)
+    piece = tokenizer.conversation(messages, mask, place)
+    if reason != "length":
         return piece
-    stop = piece.text.rindex(body) + len(body)
+    asked, body = tokenizer.question(messages[:-1], place).text, completion.strip()
+    # Behind the question: as few letters as an answer may have could be those of its end token.
+    start = len(os.path.commonprefix([asked, piece.text]))
+    found = piece.text.find(body, start) if body else start
+    stop = start if found < 0 else found + len(body)  # a template may have made it another text
     spans = piece.spans and tuple((a, min(b, stop)) for a, b in piece.spans if a < stop)
     return piece._replace(text=piece.text[:stop], spans=spans)
 
@@ -490,13 +508,15 @@ def _answer(record: Mapping[str, Any], tokenizer: "Tokenizer", mask: str, place:
 def _prompt(
     record: Mapping[str, Any], tokenizer: "Tokenizer", choose: Choose, place: str
 ) -> Iterator[Prompt]:
-    (field,) = choose(record, place)
+    fields = choose(record, place)
+    field = next((field for field in fields if record[field] is not None), fields[0])
     value = record[field]
+    if isinstance(value, str) and not value.strip():
+        return
     if isinstance(value, str) and field == "prompt" and tokenizer.template is not None:
         value = [{"role": "user", "content": value}]
     if isinstance(value, str):
-        if value.strip():
-            yield Prompt(Piece(value), None)
+        yield Prompt(Piece(value), None)
     elif isinstance(value, list):
         messages = _messages(value, field, place)
         while messages and messages[-1]["role"] == "assistant":
@@ -529,6 +549,8 @@ class Tokenizer:
     """Special tokens by their role, such as `eos_token`: templates refer to them."""
     closing: tuple[str, ...]
     """The special tokens, one of which ends a turn."""
+    added: tuple[str, ...]
+    """All tokens that stand for a text of their own, special or not."""
     template: Any
     """The compiled chat template, or None."""
     marks: bool
@@ -566,7 +588,7 @@ class Tokenizer:
     def question(self, messages: Sequence[Mapping[str, Any]], place: str) -> Piece:
         """Messages as the chat template writes them, up to where the assistant goes on."""
         with self._rendering(place):
-            return Piece(_unmarked(self.render(messages, prompt=True))[0], rendered=True)
+            return Piece(self._written(messages, prompt=True), rendered=True)
 
     @contextlib.contextmanager
     def _rendering(self, place: str) -> Iterator[None]:
@@ -589,26 +611,40 @@ class Tokenizer:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = _unmarked(self.render(messages[:i], prompt=True))[0]
-            start = len(prompt)
-            if not text.startswith(prompt):
-                # It opens a thought that the turn lacks, though both may begin with some letters.
-                shared = os.path.commonprefix([prompt, text])
-                heads = [end for end in ("\n", *self.closing) if end in shared]
-                start = max((shared.rfind(end) + len(end) for end in heads), default=0)
-            if not text.startswith(_unmarked(self.render(messages[:i]))[0]):
+            start = self._begin(messages, i, text)
+            through = self._written(messages[: i + 1])
+            stop = len(through)
+            if not text.startswith(through):
+                rest = text[start:]
+                ends = [rest.find(token) + len(token) for token in self.closing if token in rest]
+                stop = start + min(ends, default=len(rest))
+            body = text[start:stop].rstrip()
+            spans.append((start, start + len(body) if body.endswith(self.closing) else stop))
+        return tuple(spans)
+
+    def _begin(self, messages: list, i: int, text: str) -> int:
+        """Where in `text` the assistant's words of message `i` begin: behind what opens a turn."""
+        if i:
+            before = self._written(messages[:i])
+            if not text.startswith(before):
                 raise UserError(
                     "the chat template writes a turn differently when others follow, so that the"
                     " assistant's cannot be found: put {% generation %} around them in it"
                 )
-            before = _unmarked(self.render(messages[: i + 1]))[0]
-            stop = len(before)
-            if not text.startswith(before):
-                ends = [text.find(token, start) + len(token) for token in self.closing]
-                stop = min((end for end in ends if end > start), default=len(text))
-            body = text[start:stop].rstrip()
-            spans.append((start, start + len(body) if body.endswith(self.closing) else stop))
-        return tuple(spans)
+            start = len(before)
+            opening = self._written(messages[:i], prompt=True)[start:]
+        else:  # a template may refuse to write nothing: what opens a turn opens this one too
+            opening = self._written(messages, prompt=True)[len(text) :]
+            start = max(text.find(opening), 0)
+        shared = os.path.commonprefix([opening, text[start:]])
+        if shared != opening:
+            # It opens a thought that the turn lacks, though both may begin with some letters.
+            heads = [end for end in ("\n", *self.added) if end in shared]
+            shared = shared[: max((shared.rfind(end) + len(end) for end in heads), default=0)]
+        return start + len(shared)
+
+    def _written(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
+        return _unmarked(self.render(messages, prompt))[0]
 
 
 def _unmarked(rendered: str) -> tuple[str, tuple[tuple[int, int], ...]]:
@@ -621,19 +657,24 @@ def _unmarked(rendered: str) -> tuple[str, tuple[tuple[int, int], ...]]:
     return text, tuple(spans)
 
 
-def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer of a model's folder: tokenizer.json and what the configs beside it say."""
+def _encoder(path: Path) -> Any:
     import tokenizers
 
+    with _refusing(f"{path}: not a tokenizer"), _muted():
+        encoder = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        encoder.no_truncation()  # either may have been saved with it
+        encoder.no_padding()
+        return encoder
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """The tokenizer of a model's folder: tokenizer.json and what the configs beside it say."""
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder}: no tokenizer.json in it; save the model's fast tokenizer there")
-    content = path.read_bytes()
+    encoder = _encoder(path)
     with _refusing(f"{path}: not a tokenizer"), _muted():
-        encoder = tokenizers.Tokenizer.from_buffer(content)
-        encoder.no_truncation()  # either may have been saved with it
-        encoder.no_padding()
         sample = encoder.encode("a").ids
     config = _config(folder / "tokenizer_config.json")
     special = {
@@ -655,8 +696,15 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     if added is None:  # then the tokenizer's own post-processor says so
         added = bos is not None and sample[:1] == [bos]
     source = _template(folder, config)
-    closing = {t.content for t in encoder.get_added_tokens_decoder().values() if t.special}
-    facts = [hashlib.blake2b(content).hexdigest(), eos, bos if added else None, source, special]
+    own = encoder.get_added_tokens_decoder().values()
+    closing = {token.content for token in own if token.special}
+    facts = [
+        hashlib.blake2b(path.read_bytes()).hexdigest(),
+        eos,
+        bos if added else None,
+        source,
+        special,
+    ]
     return Tokenizer(
         encoder,
         size=max(encoder.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
@@ -664,6 +712,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         eos=eos,
         special=special,
         closing=tuple(sorted(closing | {special["eos_token"]})),
+        added=tuple(token.content for token in own),
         template=source and Template(source, folder),
         marks=bool(source and re.search(r"\{%-?\s*generation\s*-?%\}", source)),
         fingerprint=digest(facts),
@@ -698,8 +747,8 @@ def _muted() -> Iterator[None]:
 def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({_line(error)})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON that can be read ({_line(error)})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object")
     return config
@@ -744,7 +793,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
         template = config.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    except (UnicodeDecodeError, TypeError, KeyError) as error:
+    except (OSError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise UserError(f"{folder}: its chat template cannot be read ({_line(error)})") from error
     if template is not None and not (isinstance(template, str) and _encodable(template)):
         raise UserError(f"{folder}: its chat template is not text")
@@ -868,14 +917,11 @@ def _environment() -> Any:
 
 def same_tokenizer(one: Path, other: Path) -> None:
     """Refuses two folders whose tokenizers give a token different ids."""
-    from tokenizers import Tokenizer
-
     files = [folder / "tokenizer.json" for folder in (one, other)]
-    if not files[1].exists() or files[0].read_bytes() == files[1].read_bytes():
+    if not all(file.exists() for file in files) or files[0].read_bytes() == files[1].read_bytes():
         return
     first, second = (
-        {index: token for token, index in Tokenizer.from_file(str(file)).get_vocab().items()}
-        for file in files
+        {index: token for token, index in _encoder(file).get_vocab().items()} for file in files
     )
     for index in sorted(first.keys() | second.keys()):
         if first.get(index) != second.get(index):

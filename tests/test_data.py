@@ -269,6 +269,27 @@ def test_held_out_documents_are_never_trained_on(tokenizer, tmp_path, stories):
     assert not sides[0][0] & sides[1][1] and not sides[1][0] & sides[0][1]
 
 
+def test_a_last_window_of_a_few_tokens_is_not_all_that_is_held_out(tokenizer, tmp_path, stories):
+    corpus = opened(tokenizer, tmp_path, stories, documents="file", held_out=1e-6)
+    store = corpus.held_out[0].store
+    for seq_len in range(16, 24):
+        corpus = opened(
+            tokenizer, tmp_path, stories, documents="file", held_out=1e-6, seq_len=seq_len
+        )
+        (held,) = corpus.held_out
+        assert seq_len < held.stop - held.start <= 2 * seq_len and held.stop == store.tokens
+
+
+@pytest.mark.parametrize(
+    "weights", [(1.0, float("nan")), (float("inf"), 1.0), (1.0,), (0.0, 1.0), (-1.0, 1.0)]
+)
+def test_weights_that_make_no_mixture(weights):
+    with pytest.raises(ValueError, match="--data.weights"):
+        data.Config(source=("a", "b"), weights=weights)
+    with pytest.raises(ValueError, match="--data.weights: expected"):
+        data.Config(weights=weights)
+
+
 def test_one_document_gives_its_last_windows(tokenizer, tmp_path, stories):
     corpus = opened(tokenizer, tmp_path, stories, documents="file", held_out=0.1)
     (train,), (held,) = corpus.groups[0], corpus.held_out

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import data
 import text
@@ -262,6 +262,91 @@ def test_a_template_that_thinks(encoder, tmp_path):
     assert learned(thinking, TALK) == turns
     told = [*TALK[:2], {"role": "assistant", "content": "<think>hm</think><the end>"}, *TALK[3:]]
     assert learned(thinking, told)[0] == "<the end><|im_end|>"
+
+
+REASONING = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- ('<|Asks|>' if message.role == 'user' else '<|Answers|>') + message.content }}
+{%- if message.role == 'assistant' %}{{- eos_token }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|Answers|><think>\\n' }}{%- endif %}
+"""
+
+
+def test_turns_behind_tokens_that_are_not_special(encoder, tmp_path):
+    encoder = Tokenizer.from_str(encoder.to_str())
+    encoder.add_tokens([AddedToken(name, special=False) for name in ("<|Asks|>", "<|Answers|>")])
+    thinks = tokenizer(encoder, tmp_path, chat_template=REASONING)
+    talk = [
+        {"role": role, "content": content}
+        for role, content in (
+            ("user", "one\nline"), ("assistant", "uno"), ("user", "two"), ("assistant", "dos"),
+        )
+    ]  # fmt: skip
+    piece = thinks.conversation(talk, "assistant", "here")
+    assert [piece.text[a:b] for a, b in piece.spans] == ["uno<eos>", "dos<eos>"]
+
+
+def test_a_conversation_that_the_assistant_begins(encoder, tmp_path):
+    """Templates may look at the first message without asking whether there is one."""
+    looks = "{%- if messages[0].role == 'system' %}{%- endif %}" + CHATML
+    begins = tokenizer(encoder, tmp_path, chat_template=looks)
+    piece = begins.conversation(TALK[2:], "assistant", "here")
+    learned = [piece.text[a:b] for a, b in piece.spans]
+    assert learned == ["uno\n<|im_end|>", "dos ünd<|im_end|>"]
+
+
+def test_a_token_that_does_not_occur_ends_no_turn(encoder, tmp_path):
+    encoder = Tokenizer.from_str(encoder.to_str())
+    encoder.add_special_tokens(["<|" + "reserved" * 20 + "|>"])
+    other = "('uno, uno' if message.role == 'assistant' and not loop.last else message.content)"
+    template = CHATML.replace("message['content']", other)
+    varies = tokenizer(encoder, tmp_path, chat_template=template)
+    talk = [{"role": "assistant", "content": "uno, due"}, *TALK[3:]]
+    piece = varies.conversation(talk, "assistant", "here")
+    assert piece.text[slice(*piece.spans[0])] == "uno, uno<|im_end|>"
+
+
+@pytest.mark.parametrize("said", ["t", "", " of", "end", "what was cut off"])
+@pytest.mark.parametrize("mask", ["all", "assistant"])
+def test_of_an_answer_that_was_cut_off_no_end_is_learned(encoder, tmp_path, said, mask):
+    chats = tokenizer(encoder, tmp_path, chat_template=CHATML)
+    path, asked = tmp_path / "x.jsonl", TALK[:2]
+    question = chats.question(asked, "here").text
+    record = {
+        "prompt": question, "completion": said, "finish_reason": "length", "n_tokens": 1,
+        "messages": [*asked, {"role": "assistant", "content": said}],
+    }  # fmt: skip
+    path.write_text(json.dumps(record) + "\n")
+    (piece,) = text.pieces(text.find(str(path)), chats, mask=mask)
+    assert piece.text == question + said
+    if mask == "assistant":
+        assert "".join(piece.text[a:b] for a, b in piece.spans) == said
+
+
+def test_a_prompt_is_the_first_column_that_a_record_has(plain, tmp_path):
+    path = tmp_path / "x.jsonl"
+    records = [{"messages": None, "prompt": "one"}, {"prompt": " ", "text": "no"}, {"text": "two"}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = [prompt.piece.text for prompt in text.prompts(text.find(str(path)), plain)]
+    assert found == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x.txt", "x" * 300])
+def test_paths_that_the_system_refuses(name):
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        text.find(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizers_that_cannot_be_compared(encoder, tmp_path):
+    good, bad = saved(encoder, tmp_path / "good"), tmp_path / "bad"
+    bad.mkdir()
+    text.same_tokenizer(good, bad)  # none is there to differ
+    (bad / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not a tokenizer"):
+        text.same_tokenizer(good, bad)
 
 
 def test_a_template_that_marks_what_it_generates(encoder, tmp_path):
