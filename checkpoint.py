@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree, Shaped, UInt32
+from jaxtyping import Array, Int, PyTree, Shaped, UInt, UInt32
 
 from errors import UserError
 
@@ -274,29 +274,54 @@ def _kind(array) -> list:
 
 
 def _checksums(arrays: dict[str, Array]) -> dict[str, int]:
-    return {name: int(found) for name, found in jax.device_get(_sums(arrays)).items()}
+    alone = all(
+        array.is_fully_addressable and len(array.devices()) == 1 for array in arrays.values()
+    )
+    return {name: int(found) for name, found in jax.device_get(_sums(arrays, alone)).items()}
 
 
-@jax.jit
-def _sums(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
-    return {name: _checksum(array) for name, array in arrays.items()}
+SLABS = 64
 
 
-def _checksum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-    """Of values and their positions in the whole array: the same however devices split it.
+@functools.partial(jax.jit, static_argnums=1)
+def _sums(arrays: dict[str, Array], alone: bool) -> dict[str, UInt32[Array, ""]]:
+    """On one device a slab at a time: XLA on CPU writes out all words that it is to add."""
+
+    def checksum(array):
+        if not alone or array.size < SLABS or array.size % SLABS:
+            return _checksum(_words(array))
+        # Half-precision floats would go through the loop as float32, and NaNs come out as others.
+        slabs = (array if array.dtype.itemsize == 4 else _words(array)).reshape(SLABS, -1)
+
+        def one(i):
+            words = _words(slabs[i])
+            return _checksum(words, i * words.size)
+
+        return jnp.sum(jax.lax.map(one, jnp.arange(SLABS)), dtype=jnp.uint32)
+
+    return {name: checksum(array) for name, array in arrays.items()}
+
+
+def _words(array: Shaped[Array, "..."]) -> UInt[Array, "..."]:
+    if array.dtype == jnp.bool_:
+        return array.astype(jnp.uint8)
+    word = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+    return jax.lax.bitcast_convert_type(array, word)
+
+
+def _checksum(words: UInt[Array, "..."], first: Int[Array, ""] | int = 0) -> UInt32[Array, ""]:
+    """Of words and their positions, from `first`, in the whole array: the same however devices
+    split it.
 
     A bijection mixes each word with its position, then all are added modulo 2^32. So a change
     within one word always shows, any other in all but one case of 2^32.
     """
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    word = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-    words = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
     position = jnp.zeros(words.shape, jnp.uint32)
     for dimension, size in enumerate(words.shape):
         along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, dimension)
         position = position * jnp.uint32(size) + along
-    return jnp.sum(_mix(words ^ _mix(position)), dtype=jnp.uint32)
+    position += jnp.asarray(first).astype(jnp.uint32)
+    return jnp.sum(_mix(words.astype(jnp.uint32) ^ _mix(position)), dtype=jnp.uint32)
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -52,6 +52,7 @@ from options import (
     described,
     distils,
     looks,
+    note,
     resolved,
     say,
     student_config,
@@ -272,7 +273,9 @@ class Run(NamedTuple):
 
     def evaluate(self, student: LanguageModel) -> dict[str, int | float]:
         """Figures on held-out windows, as metrics."""
-        rows = -(-self.config.batch_size // self.config.microbatches)
+        rows = self.config.batch_size
+        if self.teacher_mesh is None:  # else they are to divide over its devices too
+            rows //= self.config.microbatches
         batches = islice(
             data.evaluation(self.corpus, rows, jax.process_index(), jax.process_count()),
             -(-self.config.eval_windows // rows),
@@ -345,9 +348,15 @@ def beginning(config: Config) -> Callable[[LanguageModel, optim.Optimizer], Stat
 
 def choose(config: Config, teacher: LanguageModel, windows: data.Batch, out: Path) -> list[int]:
     """Which of the teacher's blocks the student keeps; decided once in the life of a run."""
-    note = out / "choice.json"
-    if note.exists():
-        found = report.read_json(note)
+    path = out / "choice.json"
+    if path.exists():
+        found = report.read_json(path)
+        kept = found.get("kept")
+        if not isinstance(kept, list) or len(kept) != config.student_layers or "kl" not in found:
+            raise UserError(
+                f"{path}: expected the choice of {config.student_layers} blocks, found {kept}: give"
+                " the --student-layers that the run was begun with, or begin anew with --no-resume"
+            )
     else:
         begun = time.monotonic()
         seen = students.Calibration(windows.tokens[:, :-1], windows.segments[:, :-1], windows.mask)
@@ -359,10 +368,10 @@ def choose(config: Config, teacher: LanguageModel, windows: data.Batch, out: Pat
         seconds = round(time.monotonic() - begun, 1)
         found = {"kept": list(choice.kept), "kl": choice.kl, "seconds": seconds}
         if jax.process_index() == 0:
-            report.write_json(note, found)
+            report.write_json(path, found)
     cost = "" if found["kl"] is None else f", which leaves a KL of {found['kl']:.3f}"
     blocks = " ".join(map(str, found["kept"]))
-    say(config, f"student   blocks {blocks}{cost} (chosen in {found['seconds']}s)")
+    say(config, f"student   blocks {blocks}{cost} (chosen in {found.get('seconds')}s)")
     return found["kept"]
 
 
@@ -377,7 +386,7 @@ def train(config: Config) -> Path:
     layout = sharding.layout(config.zero, config.mesh.rules)
     if config.plan:
         with sharding.on(mesh, layout):
-            print(plan.table(config, mesh, layout, step, beginning(config), fixed))
+            print(plan.table(config, mesh, layout, step, beginning(config), fixed, teacher_mesh))
         return Path(config.out)
     out = Path(config.out)
     if jax.process_index() == 0:
@@ -426,6 +435,8 @@ def prepare(
     if last is not None and last >= config.steps and (out / "student").exists():
         say(config, f"this run is finished: the student is in {out / 'student'}")
         return None, None, None
+    if last is None:
+        note(config, out)
     (optimizer, _), born = fixed(config), beginning(config)
     cuts = config.student is None and config.student_init != "random"
     tokenizer = models.fetch(config.teacher, weights=False)
@@ -439,7 +450,7 @@ def prepare(
     if looking:
         vocab = min(vocab, models.config(config.teacher).vocab)
     if not config.force:
-        plan.refuse(config, mesh, layout, born, optimizer)
+        plan.refuse(config, mesh, layout, born, optimizer, teacher_mesh)
     corpus = data.open_corpus(
         config.data, tokenizer, seq_len=config.seq_len, seed=config.seed, vocab=vocab
     )
@@ -465,7 +476,8 @@ def prepare(
 
     teacher, kept = None, None
     with sharding.on(teacher_mesh or mesh, layout):
-        if looking or (cuts and not (out / "choice.json").exists()):
+        chosen = (out / "choice.json").exists()
+        if looking or (cuts and (last is None or not chosen)):
             teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
         if cuts:
             windows = data.batch(corpus, 0, min(config.calibration_windows, corpus.windows))
@@ -474,6 +486,8 @@ def prepare(
         student = None
         if last is None and cuts:
             student = students.cut(teacher, tuple(kept))
+    if not looking:
+        teacher = None
     family = models.FAMILIES[shape.model_type]
     if last is not None:
         outline = plan.outline(lambda key: born(family(shape, key), optimizer), mesh, layout)
@@ -486,6 +500,7 @@ def prepare(
                     " --resume-anyway"
                 )
             say(config, f"continued anyway: {other}")
+        note(config, out)  # only now: what is refused leaves the run as it was
         state = eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
     else:
         if config.student is not None:
@@ -494,9 +509,8 @@ def prepare(
             student = students.fresh(family, shape, jax.random.key(config.seed), mesh)
         student = jax.device_put(student, sharding.specs(student, mesh))
         state = born(student, optimizer)
-        state = sharding.shard(state, plan.places(state, mesh, layout))
-    if not looking:
-        teacher = None
+        # What lies there already stays: `sharding.shard` would hold all of it twice for a moment.
+        state = jax.device_put(state, plan.places(state, mesh, layout))
     run = Run(
         config, out, mesh, layout, teacher, teacher_mesh, made, tokenizer, corpus,
         *fixed(config, kept),
@@ -587,7 +601,8 @@ def loop(
         found = {"step": number} | run.evaluate(state.student)
         name = "eval/kl" if "eval/kl" in found else "eval/ce"
         told = report.read(metrics) if config.keep_best else []
-        before = [line[name] for line in told if name in line and line["step"] < number]
+        lines = [line for line in told if line["step"] < number]
+        before = [line[name] for line in lines if line.get(name) is not None]
         if config.keep_best and found[name] <= min(before, default=float("inf")):
             export(run, state, run.out / "student-best", kept, [*told, found])
         log.evaluation(found)
@@ -626,13 +641,14 @@ def loop(
             if behind is not None:
                 tell(*behind)
             behind = number, found
-            if start < first <= number == min(last, config.steps):  # it was begun here
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
-                log.say(f"steps {first} to {number} are traced in {run.out / 'trace'}")
             evaluates = number % config.eval_every == 0 or number == config.steps
             saves = number % config.save_every == 0 or number == config.steps
             ends = stops(number)
+            traces = start < first <= number <= last  # else it was not begun here
+            if traces and (ends or number == min(last, config.steps)):
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                log.say(f"steps {first} to {number} are traced in {run.out / 'trace'}")
             if not (evaluates or saves or ends):
                 continue
             tell(*behind)
@@ -658,6 +674,7 @@ def author(run: Run, state: State) -> Callable[[State, data.Batch], data.Batch]:
         "config": config.on_policy,
         "seed": config.seed,
         "vocab": min(state.student.config.vocab, run.teacher.config.vocab),
+        "stop": generate.stop_ids(run.tokenizer),
         "dtype": run.objective.dtype,
     }
 
@@ -725,8 +742,16 @@ def export(
 def finish(run: Run, state: State, kept: list[int] | None) -> Path:
     """Curves, the exported student, samples and the table."""
     config, folder, metrics = run.config, run.out / "student", run.out / "metrics.jsonl"
-    lines = report.read(metrics) if jax.process_index() == 0 else []
-    if jax.process_index() == 0:
+    number, first = int(state.step), jax.process_index() == 0
+    lines = report.read(metrics) if first else []
+    told = any(line["step"] == number and "eval/ce" in line for line in lines)
+    if sharding.gathered(first and not told).any():  # where --steps has moved to an earlier save
+        with report.Log(
+            metrics if first else None, steps=number, start=number, quiet=config.quiet
+        ) as log:
+            log.evaluation({"step": number} | run.evaluate(state.student))
+        lines = report.read(metrics) if first else []
+    if first:
         report.curves(metrics, run.out / "curves.png")
     # Last of all files: a run that has its student is finished.
     export(run, state, folder, kept, lines)
@@ -734,8 +759,8 @@ def finish(run: Run, state: State, kept: list[int] | None) -> Path:
     begins, ends = windows.segments[:, 0], windows.segments[:, length - 1]
     within = np.argsort(begins != ends, kind="stable")[:2]  # one document's, where there are such
     windows = windows.tokens[within[ends[within] > 0], :length]
-    writers = {"student": (state.student, run.mesh)}
-    if run.teacher is not None:
+    writers = {"student": (state.student, run.mesh)} if len(windows) else {}
+    if writers and run.teacher is not None:
         writers = {"teacher": (run.teacher, run.teacher_mesh or run.mesh)} | writers
     for line in generate.continuations(
         writers, run.tokenizer, windows, layout=run.layout, dtype=run.objective.dtype
@@ -747,7 +772,7 @@ def finish(run: Run, state: State, kept: list[int] | None) -> Path:
         best = run.out / "student-best"
         if config.keep_best and best.exists():
             name = "eval/kl" if any("eval/kl" in line for line in lines) else "eval/ce"
-            told = [line for line in lines if name in line]
+            told = [line for line in lines if line.get(name) is not None]
             at = min(reversed(told), key=lambda line: line[name])["step"]
             print(f"best     {best} (step {at})")
         print(f"curves   {run.out / 'curves.png'}")
@@ -762,12 +787,8 @@ def main() -> None:
         distributed=config.distributed, coordinator=config.coordinator,
         processes=config.processes, process_id=config.process_id, devices=config.devices,
     )  # fmt: skip
-    try:
-        with sharding.peers():
-            train(config)
-    except KeyboardInterrupt:  # during a step it is a wish to stop after it, handled there
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+    with sharding.peers():
+        train(config)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import data
 import errors
 import losses
 import models
+import report
 import sharding
 import text
 from models.common import LanguageModel
@@ -38,6 +39,7 @@ class Config:
     """Tokens a window predicts; each window is read without those before it."""
     batch_size: int = 8
     """Windows at a time."""
+    mesh: sharding.Sizes = dataclasses.field(default_factory=sharding.Sizes)
     json: bool = False
     """Print one JSON object and nothing else."""
 
@@ -107,15 +109,17 @@ def main() -> None:
     config = errors.cli(Config)
     folder = models.fetch(config.model)
     shape = models.config(folder)
-    if shape.max_positions is not None and config.seq_len > shape.max_positions:
-        raise errors.UserError(
-            f"--seq-len {config.seq_len}: the model was made for {shape.max_positions} positions"
-        )
+    for name in filter(None, (config.model, config.teacher)):
+        longest = models.config(name).max_positions
+        if longest is not None and config.seq_len > longest:
+            raise errors.UserError(
+                f"--seq-len {config.seq_len}: {name} was made for {longest} positions"
+            )
     if config.teacher is not None:
         text.same_tokenizer(models.fetch(config.teacher, weights=False), folder)
     everything = dataclasses.replace(config.data, held_out=1.0, eval_source=None)
     corpus = data.open_corpus(everything, folder, seq_len=config.seq_len, seed=0, vocab=shape.vocab)
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(**config.mesh.sizes)
     model = models.load(folder, mesh=mesh)
     teacher = None if config.teacher is None else models.load(config.teacher, mesh=mesh)
     rows = -(-config.batch_size // mesh.size) * mesh.size  # each device has as many
@@ -125,12 +129,13 @@ def main() -> None:
             teacher,
             data.evaluation(corpus, rows),
             to_device=partial(sharding.from_host, mesh=mesh),
+            dtype=sharding.compute_dtype(),
         )
     if not found["tokens"]:
         raise errors.UserError(f"{' '.join(config.data.source)}: no token to score")
     figures = summary(found, corpus.bytes)
     if config.json:
-        print(json.dumps(figures))
+        print(json.dumps({name: report.plain(value) for name, value in figures.items()}))
     else:
         width = max(map(len, figures))
         for name, value in figures.items():
@@ -145,12 +150,12 @@ def summary(found: dict[str, int | float], size: int) -> dict[str, int | float]:
     figures = {
         "tokens": found["tokens"],
         "ce": found["ce"],
-        "perplexity": math.exp(found["ce"]),
+        "perplexity": math.exp(min(found["ce"], 700)),
         "bits_per_byte": nats / math.log(2) / size,
     }
     if "kl" in found:
         figures |= {name: found[name] for name in ("kl", "reverse_kl", "agreement", "teacher_ce")}
-        figures["teacher_perplexity"] = math.exp(found["teacher_ce"])
+        figures["teacher_perplexity"] = math.exp(min(found["teacher_ce"], 700))
     return figures
 
 

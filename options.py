@@ -11,6 +11,7 @@ import jax
 
 import checkpoint
 import data
+import errors
 import features
 import losses
 import models
@@ -115,7 +116,7 @@ class Config:
     devices: int | None = None
     """With --plan: reckon for so many devices, which need not be there."""
     device_memory: float | None = None
-    """With --plan: GB that each of them has; by default what is found here."""
+    """GB that each device has, for --plan and what a start refuses; by default what is found."""
     force: bool = False
     """Start even though arrays and gradients alone are more than a device has."""
     distributed: bool = False
@@ -147,6 +148,7 @@ class Config:
                 f"--batch-size {self.batch_size} does not divide into {self.microbatches}"
                 " --microbatches"
             )
+        errors.check_seed(self.seed)
         students.parse(self.student_init)
         sharding.layout(self.zero, self.mesh.rules)
         if self.profile_steps is not None:
@@ -205,14 +207,18 @@ FREE = {
 def resolved(config: Config) -> Config:
     """The configuration with every default that depends on another spelled out."""
     source, made = config.data, None if config.targets is None else targets.load(config.targets)
+    embedded = config.teacher is None and made is None  # the text is, whatever stands for a teacher
     if config.teacher is None and config.student is not None and not looks(config):
         # Nobody asks the teacher for more than a shape and a tokenizer.
         config = dataclasses.replace(config, teacher=config.student)
     elif config.teacher is None and made is not None:
         config = dataclasses.replace(config, teacher=made.teacher_name)
     if made is not None and not source.source:
-        source = dataclasses.replace(made.data_config, cache=source.cache)
-    elif not source.source and config.teacher is None:
+        fields = dataclasses.fields(source)
+        given = {f.name: getattr(source, f.name) for f in fields}
+        given = {f.name: given[f.name] for f in fields if given[f.name] != f.default}
+        source = dataclasses.replace(made.data_config, **given)
+    elif not source.source and embedded:
         source = dataclasses.replace(
             source, source=(str(DEMO / "stories.txt"),), documents="paragraph"
         )
@@ -226,7 +232,7 @@ def resolved(config: Config) -> Config:
     longest = min((limit for limit in limits if limit is not None), default=None)
     if config.seq_len is not None and longest is not None and config.seq_len > longest:
         raise UserError(f"--seq-len {config.seq_len}: the model was made for {longest} positions")
-    usual = 128 if config.teacher is None else min(1024, longest or 1024)
+    usual = min(128 if embedded else 1024, longest or 1024)
     usual = usual if made is None else made.seq_len
     layers, listed = config.student_layers, students.parse(config.student_init)
     if listed is not None:
@@ -239,6 +245,8 @@ def resolved(config: Config) -> Config:
                 f" {layers}; leave the flag out"
             )
     layers = layers or max(1, settings.layers // 2)
+    if config.student is None and config.student_init != "random":
+        students.check(settings.layers, layers, config.student_init)
     if config.loss.features != "off":
         features.pairs(config.loss.feature_pairs, layers, settings.layers)
     if config.on_policy.fraction:
@@ -247,11 +255,9 @@ def resolved(config: Config) -> Config:
     if config.teacher is not None:
         folder = Path(config.teacher)
         name = (folder.resolve() if folder.exists() else Path(teacher.partition("@")[0])).name
-    compute = config.compute_dtype
-    if compute == "auto":
-        elsewhere = config.plan and (config.devices or config.device_memory)  # accelerators
-        here = jax.default_backend() == "cpu" and not elsewhere
-        compute = "float32" if here else "bfloat16"
+    compute = sharding.compute_dtype(config.compute_dtype)
+    if config.compute_dtype == "auto" and config.plan and (config.devices or config.device_memory):
+        compute = "bfloat16"  # for accelerators elsewhere
     return dataclasses.replace(
         config,
         teacher=teacher,
@@ -265,26 +271,23 @@ def resolved(config: Config) -> Config:
 
 def student_config(config: Config) -> Any:
     """The model a run trains, before blocks are chosen."""
-    if config.student is not None:
-        return models.config(config.student)
-    teacher = models.config(config.teacher)
     widths = {
         name: getattr(config, f"student_{name}") for name in ("embed", "mlp", "heads", "kv_heads")
     }
-    if config.student_init == "random":
-        return students.resized(teacher, config.student_layers, **widths)
+    if config.student is None and config.student_init == "random":
+        return students.resized(models.config(config.teacher), config.student_layers, **widths)
     for name, width in widths.items():
         if width is not None:
-            flag = name.replace("_", "-")
-            raise UserError(f"--student-{flag} is for fresh weights: add --student-init random")
-    return teacher
+            flag, remedy = name.replace("_", "-"), "add --student-init random"
+            remedy = remedy if config.student is None else "leave it out beside --student"
+            raise UserError(f"--student-{flag} is for fresh weights: {remedy}")
+    return models.config(config.teacher if config.student is None else config.student)
 
 
 def agree(config: Config, out: Path) -> None:
-    """Writes down the configuration; a run that is to be continued must have the same."""
-    note = out / "config.json"
-    content = json.loads(json.dumps(dataclasses.asdict(config)))
-    now, before = flags(content), flags(report.read_json(note) if note.exists() else content)
+    """A run that is to be continued must have the configuration that is noted there."""
+    path, content = out / "config.json", as_json(config)
+    now, before = flags(content), flags(report.read_json(path) if path.exists() else content)
     changed = [
         f"{flag} was {before.get(flag)}, is {value}"
         for flag, value in now.items()
@@ -300,10 +303,18 @@ def agree(config: Config, out: Path) -> None:
         say(config, f"continued anyway: {'; '.join(changed)}")
     if begun and now["--steps"] != before.get("--steps"):
         say(config, f"--steps was {before.get('--steps')}: schedules now end at {config.steps}")
+    if changed and not begun and jax.process_index() == 0:
+        (out / "choice.json").unlink(missing_ok=True)
+
+
+def note(config: Config, out: Path) -> None:
+    """Writes down the configuration."""
     if jax.process_index() == 0:
-        if changed and not begun:
-            (out / "choice.json").unlink(missing_ok=True)
-        report.write_json(note, content)
+        report.write_json(out / "config.json", as_json(config))
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def flags(content: dict[str, Any], prefix: str = "--") -> dict[str, Any]:

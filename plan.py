@@ -21,7 +21,7 @@ import sharding
 import targets
 from errors import UserError
 from eval import Head, Seen
-from options import Config, distils, student_config
+from options import Config, distils, looks, student_config
 from report import size
 
 PROGRAM = 600_000_000  # bytes of a process that computes on the CPU, beside its arrays
@@ -146,6 +146,27 @@ def held(frozen: tuple[Any, Any], state: PyTree, optimizer: optim.Optimizer) -> 
     )
 
 
+class Aside(NamedTuple):
+    """Bytes of a teacher that no step is given: on a device of the student, on one of its own."""
+
+    here: int = 0
+    there: int = 0
+
+
+def beside(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    layout: sharding.Layout,
+    teacher_mesh: jax.sharding.Mesh | None,
+) -> Aside:
+    if not looks(config) or (teacher_mesh is None and config.targets is None):
+        return Aside()
+    teacher = models.outline(config.teacher)
+    where = sharding.specs(teacher, mesh if teacher_mesh is None else teacher_mesh, layout.params)
+    size = bytes_of(placed(teacher, where))
+    return Aside(here=size) if teacher_mesh is None else Aside(there=size)
+
+
 def need(
     config: Config,
     mesh: jax.sharding.Mesh,
@@ -239,11 +260,13 @@ def refuse(
     layout: sharding.Layout,
     begin: Start,
     optimizer: optim.Optimizer,
+    teacher_mesh: jax.sharding.Mesh | None = None,
 ) -> None:
     """Ends a run that cannot fit before it begins."""
     found = held(*arrays(config, mesh, layout, begin, optimizer), optimizer)
     has, what = room(config)
-    least = found.arrays + found.gradients
+    aside = beside(config, mesh, layout, teacher_mesh)
+    least = max(found.arrays + found.gradients + aside.here, aside.there)
     if least > has:
         raise UserError(
             f"a device has {size(has)} ({what}), and arrays and gradients alone need {size(least)}:"
@@ -286,6 +309,7 @@ def table(
     step: Callable,
     begin: Start,
     fixed: Callable,
+    teacher_mesh: jax.sharding.Mesh | None = None,
 ) -> str:
     """The plan of a run, for people."""
     told = (mesh, layout, step, begin, fixed)
@@ -293,6 +317,8 @@ def table(
     loss = loss_bytes(config, mesh, layout, begin, fixed)
     guess = jax.default_backend() == "cpu" and (config.devices or config.device_memory)
     blocks = found.temporaries - loss - found.gradients
+    aside = beside(config, mesh, layout, teacher_mesh)
+    found = found._replace(teacher=found.teacher + aside.here)
     lines = [
         "mesh       " + " x ".join(f"{name} {count}" for name, count in mesh.shape.items()),
         "rules      " + written(layout.params),
@@ -311,16 +337,20 @@ def table(
         ("in all", found.total, "an estimate, compiled for CPUs" if guess else ""),
         ("there is", has, what),
     ]
+    if teacher_mesh is not None:
+        rows.append(("its own", aside.there, "of each device that is the teacher's alone"))
     lines += [
         f"  {name:14}{size(number) if math.isfinite(number) else 'unknown':>10}  {remark}".rstrip()
         for name, number, remark in rows
     ]
     lines.append("")
+    if aside.there > has:
+        return "\n".join([*lines, "it does not fit: give the teacher more --teacher-devices"])
     if found.total <= has:
         return "\n".join([*lines, "it fits"] if math.isfinite(has) else lines[:-1])
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for flags, other in easier(config, ways):
-        less = need(other, *told).total
+        less = need(other, *told).total + aside.here
         if less <= has:
             lines.append(f"it does not fit; with{flags} it does, in {size(less)}")
             return "\n".join(lines)

@@ -113,7 +113,7 @@ class Log:
             print(text, file=sys.stderr, flush=True)
 
     def _record(self, metrics: Metrics) -> dict[str, Any]:
-        metrics = {name: _plain(value) for name, value in metrics.items()}
+        metrics = {name: plain(value) for name, value in metrics.items()}
         if self.file is None:
             return metrics
         line = _encode(metrics).encode()
@@ -195,11 +195,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON can say it: arrays as numbers and lists, what is not finite as null."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

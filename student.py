@@ -51,6 +51,20 @@ def parse(how: str) -> tuple[int, ...] | None:
     return kept
 
 
+def check(depth: int, layers: int, how: str) -> None:
+    """Refuses what no choice among `depth` blocks can give."""
+    listed = parse(how)
+    if listed is not None and (len(listed) != layers or listed[-1] >= depth):
+        raise UserError(
+            f"--student-init {how} must list {layers} of the teacher's blocks, 0 to {depth - 1}"
+        )
+    if not 1 <= layers <= depth:
+        raise UserError(
+            f"--student-layers is {layers}: the teacher has {depth} blocks to keep (--student-init"
+            " random can have more)"
+        )
+
+
 def choose(
     teacher: LanguageModel,
     layers: int,
@@ -66,15 +80,7 @@ def choose(
     `influence` removes those that turn their input least, all at once; both look at `calibration`.
     """
     depth, listed = teacher.config.layers, parse(how)
-    if listed is not None and (len(listed) != layers or listed[-1] >= depth):
-        raise UserError(
-            f"--student-init {how} must list {layers} of the teacher's blocks, 0 to {depth - 1}"
-        )
-    if not 1 <= layers <= depth:
-        raise UserError(
-            f"--student-layers is {layers}: the teacher has {depth} blocks to keep (--student-init"
-            " random can have more)"
-        )
+    check(depth, layers, how)
     if listed is not None:
         return Choice(listed)
     if layers == depth:
@@ -101,7 +107,7 @@ def choose(
 def _greedy(teacher, layers, calibration, dtype, progress) -> Choice:
     kept, found = list(range(teacher.config.layers)), 0.0
     total = sum(range(layers + 1, len(kept) + 1))
-    done, goal = 0, None
+    done = 0
     start = _embedded(teacher, calibration, dtype)
     goal = _finished(teacher, start, calibration)
     while len(kept) > layers:

@@ -545,6 +545,89 @@ def test_damaged_notes_are_named(config):
         distill.train(config)
 
 
+def test_a_run_that_needs_no_teacher_is_continued_from_nothing(quick, monkeypatch):
+    """Killed after its blocks were chosen, before its first checkpoint."""
+    alone = dataclasses.replace(quick, loss=losses.Config(alpha=0.0))
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill, "loop", die)
+        distill.train(alone)
+    assert (Path(alone.out) / "choice.json").exists()
+    continued = models.load(distill.train(alone))
+    whole = dataclasses.replace(alone, out=alone.out + "-whole")
+    assert eqx.tree_equal(continued, models.load(distill.train(whole)))
+
+
+def test_a_held_out_text_too_short_for_samples(quick, tmp_path, capsys):
+    short = tmp_path / "short.txt"
+    short.write_text("The fox ran.")
+    with_it = dataclasses.replace(
+        quick, data=dataclasses.replace(quick.data, eval_source=str(short))
+    )
+    assert distill.train(with_it).exists()
+    assert "gap recovered" in capsys.readouterr().out
+
+
+def test_what_is_refused_leaves_the_run_as_it_was(quick, text, tmp_path):
+    distill.train(quick)
+    note = Path(quick.out) / "config.json"
+    before = note.read_bytes()
+    lion = dataclasses.replace(quick.optim, name="lion")
+    other = dataclasses.replace(quick, optim=lion, steps=8, resume_anyway=True)
+    with pytest.raises(UserError, match="opt_state"):
+        distill.train(other)
+    assert note.read_bytes() == before
+    distill.train(dataclasses.replace(quick, steps=4))  # finished beyond that
+    assert note.read_bytes() == before
+    shallow = dataclasses.replace(quick, student_layers=1, steps=8, resume_anyway=True)
+    with pytest.raises(UserError, match="expected the choice of 1 blocks"):
+        distill.train(shallow)
+    distill.train(dataclasses.replace(quick, steps=7))
+    assert json.loads(note.read_text())["steps"] == 7
+
+
+def test_an_end_that_moves_to_an_earlier_save_is_evaluated(quick):
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(quick, time_limit=1e-9))
+    distill.train(dataclasses.replace(quick, steps=1))
+    told = [line["step"] for line in metrics_of(quick.out) if "eval/ce" in line]
+    assert told == [0, 1]
+
+
+def test_a_trace_ends_with_its_run(quick):
+    stopped = dataclasses.replace(quick, profile_steps="1:5", time_limit=1e-9)
+    with pytest.raises(SystemExit):
+        distill.train(stopped)
+    assert list((Path(quick.out) / "trace").rglob("*.xplane.pb"))
+
+
+def test_a_student_alone_reads_what_it_would_read_beside_its_teacher():
+    words = ["--student", str(ROOT / "demo" / "teacher")]
+    beside, alone = (
+        distill.resolved(arguments(*words, *more)) for more in ([], ["--loss.alpha", "0"])
+    )
+    assert (alone.data, alone.seq_len) == (beside.data, beside.seq_len)
+
+
+def test_figures_that_are_not_finite_are_null(teacher, text, tmp_path, capsys, monkeypatch):
+    model = models.load(teacher)
+    wild = eqx.tree_at(lambda model: model.norm, model, model.norm * 1e6)
+    none = eqx.tree_at(lambda model: model.norm, model, model.norm * jnp.nan)
+    for name, broken in (("wild", wild), ("none", none)):
+        models.save(broken, tmp_path / name, tokenizer=teacher)
+        monkeypatch.setattr(sys, "argv", [
+            "eval.py", "--model", str(tmp_path / name), "--data.source", str(text), "--json",
+            "--seq-len", "32", "--data.documents", "paragraph", "--data.cache", str(text.parent),
+        ])  # fmt: skip
+        eval.main()
+        printed = capsys.readouterr().out
+        found = json.loads(printed, parse_constant=lambda word: pytest.fail(word))
+        assert (found["perplexity"] is None) == (name == "none")
+
+
 def arguments(*words: str) -> distill.Config:
     return errors.cli(distill.Config, words)
 
@@ -576,6 +659,12 @@ def test_flags_that_cannot_be(words, says):
         ({"batch_size": 12}, "do not divide over 8"),
         ({"teacher": "/nowhere"}, "/nowhere"),
         ({"student_embed": 32}, "--student-init random"),
+        (
+            {"student_embed": 32, "student": str(FIXTURES / "llama-2"), "student_layers": 3},
+            "beside --student",
+        ),
+        ({"student_init": "0,7"}, "must list 2 of the teacher's blocks"),
+        ({"seed": -1}, "--seed is -1"),
         ({"mesh": distill.Mesh(fsdp=3)}, "mesh"),
         ({"out": "/proc/nothing"}, "--out"),
         ({"out": __file__}, "--out"),

@@ -147,6 +147,23 @@ def test_a_plan_says_what_would_fit(config, monkeypatch, capsys):
     assert "it does not fit, nor with" in planned(*less)
 
 
+def test_a_teacher_that_no_step_is_given_counts(config, monkeypatch, capsys):
+    """One with devices of its own, on these."""
+    planned = dataclasses.replace(config, plan=True, teacher_devices=4, quiet=False)
+    distill.train(planned)
+    assert "its own" in capsys.readouterr().out
+    monkeypatch.setattr(plan, "beside", lambda *_: plan.Aside(there=10**15))
+    distill.train(planned)
+    assert "give the teacher more --teacher-devices" in capsys.readouterr().out
+
+
+def test_a_teacher_apart_reads_microbatches_too(config):
+    run = dataclasses.replace(
+        config, teacher_devices=4, batch_size=8, microbatches=4, steps=1, mesh=distill.Mesh(1, 2, 2)
+    )
+    assert distill.train(run).exists()
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_what_is_easier_is_what_its_flags_say(name):
     words = ["--batch-size", "64", "--optim.name", name]
