@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -56,7 +57,7 @@ class Journal:
         self.places: dict[tuple[int, int], int] = {}
         with _writing(self.path):
             out.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a+b")
+            self.file = self.path.open("a+b", buffering=0)  # else closing writes again
         try:
             self._lock(out)
             end = self._read(out, settings) if resume else 0
@@ -83,20 +84,21 @@ class Journal:
         for line in self.file:
             try:
                 record = json.loads(line)
-            except ValueError:
+                if not line.endswith(b"\n"):
+                    break
+                if end:
+                    self.places[record["prompt"], record["sample"]] = end
+            except (ValueError, KeyError, TypeError):
                 break
-            if not line.endswith(b"\n"):
-                break
-            if end:
-                self.places[record["prompt"], record["sample"]] = end
-            else:
-                agree(out, record, settings)
+            if not end:
+                agree(out, record if isinstance(record, dict) else None, settings)
             end += len(line)
         return end
 
     def _append(self, *records: Mapping[str, Any]) -> None:
-        self.file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
-        self.file.flush()
+        left = memoryview(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+        while left:
+            left = left[self.file.write(left) :]
 
     def __contains__(self, answer: tuple[int, int]) -> bool:
         return answer in self.places
@@ -129,22 +131,28 @@ def journal_path(out: Path) -> Path:
 
 
 def schema(conversations: Sequence[Any]) -> Any:
-    """The columns of a data set; their messages have every key that one of these has."""
-    import pyarrow
+    """The columns of a parquet file; their messages have every key that one of these has."""
+    import pyarrow.parquet
 
+    said = [[{"role": "", "content": ""}], *conversations]
     try:
-        messages = pyarrow.infer_type([[{"role": "", "content": ""}], *conversations])
-    except pyarrow.ArrowException as error:
+        column = pyarrow.array(said)
+        # Not all that fits into a column fits into a file.
+        pyarrow.parquet.write_table(pyarrow.table({"messages": column}), io.BytesIO())
+    except (pyarrow.ArrowException, OverflowError) as error:
         raise UserError(
-            f"messages of these prompts differ too much for one column ({error}): give --out a"
-            " name that ends in .jsonl"
+            f"messages of these prompts do not fit into one column of .parquet ({error}): give"
+            " --out a name that ends in .jsonl"
         ) from error
-    columns = {"prompt": "string", "completion": "string", "messages": messages}
+    columns = {"prompt": "string", "completion": "string", "messages": column.type}
     return pyarrow.schema([*columns.items(), ("finish_reason", "string"), ("n_tokens", "int32")])
 
 
-def save(out: Path, rows: Iterable[dict[str, Any]], conversations: Any, settings: Settings) -> None:
-    """A data set that is there whole or not at all, with the settings in it or beside it."""
+def save(out: Path, rows: Iterable[dict[str, Any]], columns: Any, settings: Settings) -> None:
+    """A data set that is there whole or not at all, with the settings in it or beside it.
+
+    `columns` are the `schema` of a parquet file.
+    """
     import pyarrow.parquet
 
     with _writing(out), _whole(out) as half:
@@ -154,8 +162,7 @@ def save(out: Path, rows: Iterable[dict[str, Any]], conversations: Any, settings
             with _whole(sidecar(out)) as beside:
                 beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             return
-        columns = schema(conversations).with_metadata({"generation": json.dumps(settings)})
-        rows = iter(rows)
+        columns, rows = columns.with_metadata({"generation": json.dumps(settings)}), iter(rows)
         with pyarrow.parquet.ParquetWriter(half, columns) as file:
             while some := list(itertools.islice(rows, 1024)):
                 file.write(pyarrow.Table.from_pylist(some, columns))

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,16 +17,29 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call `main`; a `UserError` ends the program with one line on stderr and exit status 2."""
+    """Call `main`; a `UserError` ends the program with one line on stderr and exit status 2.
+
+    So does Ctrl-C, with status 130.
+    """
     try:
         main()
     except UserError as error:
         tell(error)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        told = "interrupted; the same command goes on from what is finished"
+        print(told, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # under a program that still computes, a tidy end of Python crashes
 
 
 def tell(error: UserError) -> None:
     print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}: it must be from 0 to 2^63 - 1")
 
 
 def cli(

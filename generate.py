@@ -279,14 +279,14 @@ def continuations(
     dtype: Any = None,
 ) -> Iterator[str]:
     """Lines that show what each model makes of the same beginnings, by its likeliest tokens."""
-    encoder = text.load_tokenizer(tokenizer).encoder
+    encoder, stop = text.load_tokenizer(tokenizer).encoder, stop_ids(tokenizer)
     lengths = np.full(len(prompts), prompts.shape[1])
     told = {}
     for name, (model, mesh) in writers.items():
         with sharding.on(mesh, layout):
             found = sample(
                 model, prompts, lengths, jax.random.key(0), max_new=max_new,
-                sampling=Sampling(temperature=0.0), stop=stop_ids(model), dtype=dtype,
+                sampling=Sampling(temperature=0.0), stop=stop, dtype=dtype,
             )  # fmt: skip
             told[name] = tuple(map(sharding.whole, found))
     for row, prompt in enumerate(prompts):
@@ -295,10 +295,9 @@ def continuations(
             yield f"{name:8}  {encoder.decode(tokens[row, : counts[row]].tolist())!r}"
 
 
-def stop_ids(model: LanguageModel) -> tuple[int, ...]:
-    """The tokens after which a model has ended."""
-    eos = model.config.eos
-    return eos if isinstance(eos, tuple) else () if eos is None else (eos,)
+def stop_ids(folder: Path) -> tuple[int, ...]:
+    """The tokens after which the model of a folder has ended."""
+    return tuple(sorted({*text.stop_ids(folder), text.load_tokenizer(folder).eos}))
 
 
 # ---- many texts ----------------------------------------------------------------------------------
@@ -439,7 +438,8 @@ class Config(Sampling):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is {getattr(self, name)}: it must be 1 or more")
-        if not self.out.endswith((".parquet", ".jsonl")):
+        errors.check_seed(self.seed)
+        if Path(self.out).suffix not in (".parquet", ".jsonl"):
             raise UserError(f"--out {self.out}: expected the name of a .parquet or .jsonl file")
 
     @property
@@ -467,9 +467,10 @@ def prepare(config: Config, folder: Path, tokenizer: text.Tokenizer) -> Task:
     for token in config.stop:
         if not 0 <= token < shape.vocab:
             raise UserError(f"--stop {token}: expected token ids from 0 to {shape.vocab - 1}")
-    room = config.max_prompt
-    if shape.max_positions is not None:
-        room = min(room, shape.max_positions - config.max_new)
+    room, remedy = config.max_prompt, "raise --max-prompt"
+    if shape.max_positions is not None and shape.max_positions - config.max_new < room:
+        room = shape.max_positions - config.max_new
+        remedy = f"lower --max-new (the model has {shape.max_positions} positions)"
         if room < 1:
             raise UserError(
                 f"--max-new {config.max_new} leaves no room for prompts: the model was made for"
@@ -491,22 +492,19 @@ def prepare(config: Config, folder: Path, tokenizer: text.Tokenizer) -> Task:
     if not fits:
         raise UserError(
             f"{config.prompts}: all {len(prompts)} prompts are longer than {room} tokens (the"
-            f" shortest has {min(lengths)}): give shorter ones, or raise --max-prompt"
+            f" shortest has {min(lengths)}): give shorter ones, or {remedy}"
         )
     if len(fits) < len(prompts):
         count = len(prompts) - len(fits)
         print(f"{count} of {len(prompts)} prompts left out: over {room} tokens", file=sys.stderr)
-    dtype = config.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    stop = tuple(sorted({*text.stop_ids(folder), tokenizer.eos, *config.stop}))
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.glob("*.safetensors")]
+    dtype = sharding.compute_dtype(config.compute_dtype)
+    stop = tuple(sorted({*stop_ids(folder), *config.stop}))
     settings = {
         "model": config.model, "prompts": config.prompts,
         "samples": config.samples, "max-prompt": room, "max-new": config.max_new,
         "seed": config.seed, "stop": list(stop), "compute-dtype": dtype,
         **{name.replace("_", "-"): value for name, value in vars(config.sampling).items()},
-        "text of the prompts": text.digest(tokens), "weights": text.digest(sorted(files)),
+        "text of the prompts": text.digest(tokens), "weights": models.fingerprint(folder),
     }  # fmt: skip
     jobs = [Job(i, j, tokens[i]) for i in fits for j in range(config.samples)]
     return Task(prompts, jobs, stop, dtype, settings)
@@ -584,9 +582,9 @@ def run(config: Config) -> None:
     folder = models.fetch(config.model)
     tokenizer = text.load_tokenizer(folder)
     task = prepare(config, folder, tokenizer)
-    conversations = [prompt.messages for prompt in task.prompts if prompt.messages is not None]
-    if out.suffix == ".parquet":
-        answers.schema(conversations)  # what does not fit is refused now, not in the end
+    columns = None
+    if out.suffix == ".parquet":  # what does not fit is refused now, not in the end
+        columns = answers.schema([prompt.messages for prompt in task.prompts if prompt.messages])
     if config.push is not None:
         answers.reserve(config.push)
     if out.exists() and config.resume and not answers.journal_path(out).exists():
@@ -595,7 +593,7 @@ def run(config: Config) -> None:
     else:
         with answers.Journal(out, task.settings, resume=config.resume) as journal:
             write(config, task, folder, tokenizer, journal)
-            answers.save(out, rows(task, journal), conversations, task.settings)
+            answers.save(out, rows(task, journal), columns, task.settings)
             journal.path.unlink()
         print(f"{len(task.jobs)} answers  {out}")
     if config.push is not None:
@@ -605,11 +603,7 @@ def run(config: Config) -> None:
 def main() -> None:
     config = errors.cli(Config)
     sharding.start()
-    try:
-        run(config)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    run(config)
 
 
 if __name__ == "__main__":

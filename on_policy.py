@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 import data
 import sharding
 from errors import UserError
-from generate import Sampling, sample, stop_ids
+from generate import Sampling, sample
 from models.common import LanguageModel
 
 
@@ -91,6 +91,7 @@ def write(
     config: Config,
     seed: int,
     vocab: int,
+    stop: tuple[int, ...],
     dtype: Any = None,
 ) -> data.Batch:
     """The batch of a step, continued by `writer` after the beginnings of its rows.
@@ -100,7 +101,6 @@ def write(
     ended is not continued: its row counts nothing.
     """
     rows, width = batch.tokens.shape
-    stop = stop_ids(writer)
     longest, new = config.lengths(width - 1)
     prompts, lengths = beginnings(batch, longest, stop)
     if len(writer.unembedding) > vocab:  # tokens that only the writer has

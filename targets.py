@@ -11,7 +11,6 @@ where its last whole record ends.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
@@ -40,7 +39,6 @@ from models.common import LanguageModel
 VERSION = 1
 MANIFEST, INDEX = "targets.json", "windows"
 SHARD = 1 << 28  # bytes
-BLOCK = 1 << 16  # bytes of a file that is fingerprinted
 ROWS = 1 << 16  # rows whose windows are looked up at once
 Data = data.Config  # a field of a config hides the module it is named after
 
@@ -70,7 +68,8 @@ class Config:
     """Divides the teacher's logits; the run must use the same."""
     values: Literal["packed", "float32"] = "packed"
     """Log-probabilities as a byte each, off by at most 0.023 sqrt(-log p) + 0.0003 (draws by twice
-    that, but not in the mean), or as they are."""
+    that, but not in the mean; the entries of top-k, made to add up to 1 again, by the mean of that
+    more), -32 being the least; or as they are."""
     chunk: int | None = None
     """Tokens whose logits exist at once; by default what suits the device and the vocabulary."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -98,6 +97,7 @@ class Config:
             raise UserError(
                 f"--top-k {self.top_k} and --draws {self.draws}: targets are one or the other"
             )
+        errors.check_seed(self.seed)
         if not 0 < self.temperature < math.inf:
             raise UserError(f"--temperature is {self.temperature}: it must be positive")
         if not self.data.source:
@@ -242,19 +242,6 @@ class Targets:
         return bool((record[-4:] == self.seal(record[:-4], window)).all())
 
 
-def fingerprint(model: Path) -> str:
-    """Of a model's config and weights, of which at most 64 MB of a file are read."""
-    facts = []
-    for path in sorted({model / "config.json", *model.glob("*.safetensors")}):
-        hash, size = hashlib.blake2b(digest_size=16), path.stat().st_size
-        count = min(1 << 10, -(-size // BLOCK))
-        with open(path, "rb", buffering=0) as file:
-            for start in np.linspace(0, max(0, size - BLOCK), count).astype(int).tolist():
-                hash.update(os.pread(file.fileno(), BLOCK, start))
-        facts.append([path.name, size, hash.hexdigest()])
-    return text.digest(facts)
-
-
 def windows_of(corpus: data.Corpus) -> str:
     """A fingerprint of what the windows of a corpus are, by their numbers."""
     parts = [part for group in corpus.groups for part in group]
@@ -306,7 +293,7 @@ def check(
     teacher: Path | None = None,
 ) -> None:
     """Refuses targets that are not what a run of `rows` windows would have asked its teacher."""
-    model = targets.teacher if teacher is None else fingerprint(teacher)
+    model = targets.teacher if teacher is None else models.fingerprint(teacher)
     tokens, windows = text.load_tokenizer(tokenizer).fingerprint, windows_of(corpus)
     name, source = targets.teacher_name, " ".join(targets.data_config.source)
     heat = f"{loss.temperature:g}"
@@ -510,9 +497,7 @@ def make(config: Config) -> Targets:
     mesh = sharding.make_mesh(**config.mesh.sizes)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-config.batch_size // ways) * ways  # each device has as many
-    dtype = config.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = sharding.compute_dtype(config.compute_dtype)
     corpus = data.open_corpus(
         config.data, model, seq_len=seq_len, seed=config.seed, vocab=shape.vocab
     )
@@ -523,11 +508,11 @@ def make(config: Config) -> Targets:
     targets = Targets(
         Path(config.out),
         windows,
-        teacher=fingerprint(model),
-        teacher_name=config.teacher,
+        teacher=models.fingerprint(model),
+        teacher_name=_located(config.teacher),
         tokenizer=text.load_tokenizer(model).fingerprint,
         data=windows_of(corpus),
-        data_flags=json.loads(json.dumps(dataclasses.asdict(config.data) | {"cache": None})),
+        data_flags=_flags(config.data),
         seq_len=seq_len,
         vocab=shape.vocab,
         temperature=config.temperature,
@@ -549,6 +534,19 @@ def make(config: Config) -> Targets:
             f"{error.filename or targets.folder}: {error.strerror or error}; make room or give"
             " permission, and the same command goes on from what is there"
         ) from error
+
+
+def _located(name: str) -> str:
+    """A name that means the same from another folder, where it is one of a file."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() or set(name) & set("*?[") else name
+
+
+def _flags(config: Data) -> dict[str, Any]:
+    names = tuple(map(_located, config.source))
+    beside = config.eval_source and _located(config.eval_source)
+    config = dataclasses.replace(config, source=names, eval_source=beside, cache=None)
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _make(
@@ -616,12 +614,8 @@ def main() -> None:
         distributed=config.distributed, coordinator=config.coordinator,
         processes=config.processes, process_id=config.process_id,
     )  # fmt: skip
-    try:
-        with sharding.peers():
-            targets = make(config)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    with sharding.peers():
+        targets = make(config)
     if jax.process_index() == 0 and not config.quiet:
         tokens = len(targets.windows) * targets.seq_len
         print(

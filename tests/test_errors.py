@@ -334,7 +334,7 @@ def test_a_bug_keeps_its_traceback():
     assert done.stderr.endswith("ValueError: a bug\n")
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, BrokenPipeError, SystemExit])
+@pytest.mark.parametrize("kind", [BrokenPipeError, SystemExit])
 def test_what_is_no_mistake_of_the_user_passes_through(kind):
     def main():
         raise kind
@@ -342,6 +342,19 @@ def test_what_is_no_mistake_of_the_user_passes_through(kind):
     with pytest.raises(kind) as caught:
         run(main)
     assert caught.value.args == ()
+
+
+def test_an_interruption_ends_with_a_line_while_threads_go_on():
+    done = python(
+        "import errors, threading\n"
+        "def main():\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        "    print('said')\n"
+        "    raise KeyboardInterrupt\n"
+        "errors.run(main)"
+    )
+    assert (done.returncode, done.stdout) == (130, "said\n")
+    assert done.stderr == "interrupted; the same command goes on from what is finished\n"
 
 
 def test_importing_errors_does_not_import_tyro():

@@ -542,6 +542,12 @@ def test_only_the_same_run_is_continued(base, tmp_path, monkeypatch):
 WRONG = {
     "too-long": (dict(max_prompt=1), "all 5 prompts are longer than 1 tokens .the shortest has 2"),
     "no-room": (dict(max_new=128), "--max-new 128 leaves no room.*128 positions"),
+    "taken": (
+        dict(max_new=100, content="tell me " * 9),
+        r"longer than 28 tokens.*lower --max-new .the model has 128 positions",
+    ),
+    "seed": (dict(seed=-1), "--seed is -1: it must be from 0"),
+    "hidden": (dict(out=".jsonl"), "--out .jsonl: expected the name of"),
     "ending": (dict(out="x.csv"), "--out x.csv: expected the name of a .parquet or .jsonl file"),
     "empty": (dict(content=" \n\n"), "prompts.txt: no prompts in it"),
     "missing": (dict(prompts="nowhere.txt"), "nowhere.txt: no such file"),
@@ -645,6 +651,49 @@ def hub(monkeypatch):
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.parametrize(
+    "odd", [{"calls": [{"arguments": {}}]}, {"id": 2**70}, {"id": [1, "a"]}], ids=str
+)
+def test_messages_that_fit_into_no_column_are_refused_before_the_work(chat, tmp_path, odd):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"messages": [TALK[0] | odd, TALK[1]]}) + "\n")
+    flags = dict(model=chat, prompts=prompts, max_new=4)
+    with pytest.raises(UserError, match="a name that ends in .jsonl"):
+        ran(**flags, out=tmp_path / "x.parquet")
+    assert not answers.journal_path(tmp_path / "x.parquet").exists()
+    (row,) = read(ran(**flags, out=tmp_path / "x.jsonl"))
+    assert row["messages"][0] == TALK[0] | odd
+
+
+def test_a_disk_that_is_full_from_the_start(base, tmp_path):
+    """Every write fails, that of the settings too, and so would one at closing."""
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in base.items()]
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); import signal;"
+    code += " signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import sys, errors, generate;"
+    code += " errors.run(generate.main)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--mesh.data=1"], cwd=ROOT, capture_output=True,
+        text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    assert "cannot be written" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_journal_of_something_else_is_refused(base):
+    journal = answers.journal_path(Path(base["out"]))
+    journal.write_text("[1]\n")
+    with pytest.raises(UserError, match="not from here"):
+        ran(**base)
+    assert journal.read_text() == "[1]\n"
+
+
+def test_the_same_weights_of_another_day_go_on(base, plain, monkeypatch):
+    ran(**base)
+    os.utime(plain / "model.safetensors", (1, 1))
+    monkeypatch.setattr(generate, "write", None)
+    ran(**base)
 
 
 def test_push(base, hub):

@@ -50,9 +50,15 @@ def ending(model):
     return jax.tree.unflatten(jax.tree.structure(empty), leaves)
 
 
+def ends(model) -> tuple[int, ...]:
+    eos = model.config.eos
+    return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+
+
 def written(writer, batch, step=STEP, vocab=96, seed=0, **settings):
     how = on_policy.Config(prompt=8, **settings)
-    made = on_policy.write(writer, batch, step, config=how, seed=seed, vocab=vocab)
+    told = {"config": how, "seed": seed, "vocab": vocab, "stop": ends(writer)}
+    made = on_policy.write(writer, batch, step, **told)
     return data.Batch(*map(np.asarray, made))
 
 
@@ -110,7 +116,7 @@ def test_the_text_is_of_the_step_and_the_seed():
     prompts, lengths = on_policy.beginnings(jax.tree.map(jnp.asarray, batch), 8, ())
     found, counts = generate.sample(
         model, prompts, lengths, on_policy.keys(0, STEP)[1], max_new=13,
-        stop=generate.stop_ids(model),
+        stop=ends(model),
     )  # fmt: skip
     for row, size in enumerate(np.asarray(lengths)):
         labels = made.tokens[row, size : size + int(counts[row])]
@@ -126,7 +132,7 @@ def test_on_a_mesh_the_text_is_the_same(sizes):
     with sharding.on(mesh):
         there = sharding.from_host(batch, mesh)
         how = on_policy.Config(prompt=8, temperature=0.7)
-        split = on_policy.write(model, there, STEP, config=how, seed=0, vocab=96)
+        split = on_policy.write(model, there, STEP, config=how, seed=0, vocab=96, stop=ends(model))
     for mine, data_s, expected in zip(split, there, alone, strict=True):
         assert mine.sharding.is_equivalent_to(data_s.sharding, mine.ndim)
         assert mine.dtype == data_s.dtype
@@ -218,7 +224,7 @@ def test_who_writes_at_a_step(config, teacher, brief, monkeypatch, writer):  # n
     for step, (student, batch, made) in enumerate(seen):
 
         def same(model, step=step, batch=batch, made=made) -> float:
-            how = {"config": asks.on_policy, "seed": SEED, "vocab": 2048}
+            how = {"config": asks.on_policy, "seed": SEED, "vocab": 2048, "stop": (0,)}
             again = on_policy.write(model, batch, jnp.array(step), **how)
             return np.mean(
                 np.asarray(again.tokens)[:, 1:][made.mask] == made.tokens[:, 1:][made.mask]
