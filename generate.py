@@ -57,6 +57,11 @@ class Sampling:
                 raise UserError(f"--{flag} is {getattr(self, name)}: it must be {expected}")
 
     @property
+    def sampling(self) -> "Sampling":
+        """These settings alone, of a config that holds more."""
+        return Sampling(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sampling)})
+
+    @property
     def remembers(self) -> bool:
         """Whether it matters which tokens have occurred."""
         return self.repetition_penalty != 1
@@ -442,10 +447,6 @@ class Config(Sampling):
         if Path(self.out).suffix not in (".parquet", ".jsonl"):
             raise UserError(f"--out {self.out}: expected the name of a .parquet or .jsonl file")
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sampling)})
-
 
 class Task(NamedTuple):
     """What is to be written, and by which settings."""
@@ -523,7 +524,7 @@ def write(
         return
     mesh = sharding.make_mesh(**config.mesh.sizes)
     model = models.load(folder, dtype=task.dtype, mesh=mesh)
-    begun, told, done, count = time.monotonic(), time.monotonic(), 0, 0
+    begun, done, count = time.monotonic(), 0, 0
     with sharding.on(mesh), report.counting("generating", quiet=config.quiet) as show:
         for finished in generate(
             model, jobs, jax.random.key(config.seed), slots=config.batch_size,
@@ -533,13 +534,8 @@ def write(
                 [answer(job, tokens.tolist(), task.stop, tokenizer) for job, tokens in finished]
             )
             done, count = done + len(finished), count + sum(len(tokens) for _, tokens in finished)
-            now = time.monotonic()
-            speed = f"{report.count(count / (now - begun))} tok/s"
-            show(done, len(jobs), speed)
-            if now - told > 10 and done and not (config.quiet or sys.stderr.isatty()):
-                left = report.duration((now - begun) / done * (len(jobs) - done))
-                print(f"{done}/{len(jobs)} answers  {speed}  ETA {left}", file=sys.stderr)
-                told = now
+            speed = count / (time.monotonic() - begun)
+            show(done, len(jobs), f"{report.count(speed)} tok/s")
 
 
 def answer(

@@ -138,29 +138,26 @@ class Objective:
 
     def alpha(self, step: Int[Array, ""] | int) -> Float32[Array, ""] | float:
         """Weight of the divergence at an optimizer step: a Python float where it is constant."""
-        config = self.config
-        return _at(step, self.steps, config.alpha, config.alpha_end, config.alpha_schedule)
+        return self._at(step, "alpha")
 
     def temperature(self, step: Int[Array, ""] | int) -> Float32[Array, ""] | float:
         """Temperature of the divergence at an optimizer step: a float where it is constant."""
-        config = self.config
-        end, schedule = config.temperature_end, config.temperature_schedule
-        return _at(step, self.steps, config.temperature, end, schedule)
+        return self._at(step, "temperature")
 
     def feature_weight(self, step: Int[Array, ""] | int) -> Float32[Array, ""] | float:
         """Weight of the matched states at an optimizer step: a float where it is constant."""
-        config = self.config
-        end, schedule = config.feature_weight_end, config.feature_weight_schedule
-        return _at(step, self.steps, config.feature_weight, end, schedule)
+        return self._at(step, "feature_weight")
 
-
-def _at(step, steps: int, start: float, end: float | None, schedule: Schedule):
-    if end is None or end == start:
-        return float(start)
-    progress = jnp.clip(jnp.asarray(step, jnp.float32) / max(steps, 1), 0.0, 1.0)
-    if schedule == "cosine":
-        progress = (1 - jnp.cos(jnp.pi * progress)) / 2
-    return start + (end - start) * progress
+    def _at(self, step, name: str):
+        start, end, schedule = (
+            getattr(self.config, name + part) for part in ("", "_end", "_schedule")
+        )
+        if end is None or end == start:
+            return float(start)
+        progress = jnp.clip(jnp.asarray(step, jnp.float32) / max(self.steps, 1), 0.0, 1.0)
+        if schedule == "cosine":
+            progress = (1 - jnp.cos(jnp.pi * progress)) / 2
+        return start + (end - start) * progress
 
 
 # The terms of a KL carry -p + q, which add nothing to a sum over the vocabulary: so every term is

@@ -19,8 +19,8 @@ from generate import Sampling, sample
 from models.common import LanguageModel
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Sampling):
     fraction: float = 0.0
     """Share of the steps whose text is written by a model instead of read; they are drawn by the
     seed."""
@@ -31,14 +31,6 @@ class Config:
     a quarter of the row."""
     max_new: int | None = None
     """Tokens written in a row at most; by default its rest."""
-    temperature: float = 1.0
-    """Divides the writer's logits; 0 takes the likeliest token."""
-    top_k: int = 0
-    """Write with this many of the likeliest tokens; 0 is all of them."""
-    top_p: float = 1.0
-    """Write with the fewest tokens whose probabilities add up to this."""
-    min_p: float = 0.0
-    """Write with tokens of at least this share of the likeliest one's probability."""
 
     def __post_init__(self):
         if not 0 <= self.fraction <= 1:
@@ -49,13 +41,9 @@ class Config:
                 flag = name.replace("_", "-")
                 raise UserError(f"--on-policy.{flag} is {value}: it must be 1 or more")
         try:
-            _ = self.sampling
+            super().__post_init__()
         except UserError as error:
             raise UserError(str(error).replace("--", "--on-policy.", 1)) from None
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
 
     def lengths(self, seq_len: int) -> tuple[int, int]:
         """Of prompts and of what follows them, at most, in rows that predict `seq_len` tokens."""

@@ -123,18 +123,29 @@ class Log:
         return metrics
 
 
+SECONDS = 10  # between two lines
+
+
 @contextmanager
 def counting(name: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar for counted work on a terminal: called with what is done, of how much, and a remark."""
+    """A bar for counted work, elsewhere than on a terminal a line now and then; called with what is
+    done, of how much, and a remark."""
     from tqdm import tqdm
 
     off = quiet or not sys.stderr.isatty()
+    begun = told = time.monotonic()
     with tqdm(desc=name, disable=off, leave=False, dynamic_ncols=True) as bar:
 
         def show(done: int, total: int, remark: str) -> None:
+            nonlocal told
             bar.total = total
             bar.set_postfix_str(remark, refresh=False)
             bar.update(done - bar.n)
+            now = time.monotonic()
+            if off and not quiet and done and now - told > SECONDS:
+                left = duration((now - begun) / done * (total - done))
+                print(f"{name}  {done}/{total}  {remark}  ETA {left}", file=sys.stderr, flush=True)
+                told = now
 
         yield show
 

@@ -1,6 +1,6 @@
 """Greedy generation against transformers' own, each with its key-value cache.
 
-    python benchmarks/generation.py [--shapes L B] [--rows 32] [--new 128] [--runs 3]
+    python -m benchmarks.generation [--shapes L B] [--rows 32] [--new 128] [--runs 3]
 
 Each side runs in a process of its own, float32, random weights, prompts of 16 to 64 tokens. Shapes
 are those of step.py, with 8 layers. Compilation is told apart; the figure is the best of the runs.
@@ -10,11 +10,9 @@ import argparse
 import json
 import os
 import resource
-import subprocess
-import sys
 import time
 
-from step import SHAPES, settings
+from benchmarks.step import SHAPES, compare, settings
 
 LONGEST = 64
 
@@ -95,15 +93,7 @@ def main() -> None:
     print(f"{args.rows} rows x {args.new} tokens, load {os.getloadavg()[0]:.1f}")
     print("| shape | figure | ours | transformers | ratio |\n|---|---|---:|---:|---:|")
     for shape in args.shapes:
-        command = [sys.executable, __file__, "--shapes", shape]
-        command += [f"--{name}={getattr(args, name)}" for name in ("rows", "new", "runs")]
-        mine, theirs = (
-            json.loads(subprocess.check_output([*command, "--child", side]).splitlines()[-1])
-            for side in ("ours", "plain")
-        )
-        for name, value in mine.items():
-            ratio = f"{value / theirs[name]:.2f}" if theirs[name] else ""
-            print(f"| {shape} | {name} | {value:.2f} | {theirs[name]:.2f} | {ratio} |", flush=True)
+        compare("benchmarks.generation", shape, rows=args.rows, new=args.new, runs=args.runs)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Reverse KL on the student's own text against forward KL on the data, on the demo.
 
-    python benchmarks/on_policy.py [--steps 300] [--seeds 0 1 2]
+    python -m benchmarks.on_policy [--steps 300] [--seeds 0 1 2]
 
 All students are cut alike and trained by as many steps of as many tokens, of which prompts are a
 part that counts nothing. The figures are of all held-out windows; the last row of a seed tells what

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-Part = Literal["kills", "devices", "meshes", "sigterm", "disk", "overhead"]
+Part = Literal["kills", "devices", "meshes", "answers", "sigterm", "disk", "overhead"]
 STEPS, SAVE, EVALUATE = 60, 7, 9
 
 
@@ -328,6 +328,45 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+def answers(home: Path, config: Config) -> Iterator[str]:
+    """A data set that is killed while it is written has every answer once, the same as ever."""
+    prompts, count, samples = home / "prompts.txt", 60, 5
+    stories = (ROOT / "demo" / "stories.txt").read_text().split("\n\n")[:count]
+    prompts.write_text("".join(f"{i}: {story.split('.')[0]}.\n" for i, story in enumerate(stories)))
+
+    def start(name: str) -> subprocess.Popen:
+        words = ["--model=demo/teacher", f"--prompts={prompts}", f"--out={home / name}"]
+        words += [f"--samples={samples}", "--batch-size=4", "--max-new=48", "--quiet"]
+        environment = os.environ | {"XDG_CACHE_HOME": str(home / "cache")}
+        return subprocess.Popen(
+            [sys.executable, "generate.py", *words], cwd=ROOT, env=environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    if start("whole.jsonl").wait():
+        raise RuntimeError("the uninterrupted run failed")
+    journal, chosen = home / "killed.jsonl.journal", random.Random(config.seed)
+    for enough in sorted(chosen.uniform(0, count * samples) for _ in range(config.moments)):
+        doomed = start("killed.jsonl")
+        while doomed.poll() is None and (
+            not journal.exists() or journal.read_bytes().count(b"\n") < enough
+        ):
+            time.sleep(0.001)
+        time.sleep(chosen.uniform(0, 0.05))
+        doomed.kill()
+        doomed.wait()
+    if start("killed.jsonl").wait():
+        raise RuntimeError("the run could not be continued")
+    whole, killed = ((home / f"{name}.jsonl").read_bytes() for name in ("whole", "killed"))
+    often = set(
+        collections.Counter(json.loads(line)["prompt"] for line in killed.splitlines()).values()
+    )
+    yield (
+        f"killed {config.moments} times while {count} prompts were answered: each has {often}"
+        f" answers of {samples}, {'the same' if whole == killed else 'OTHERS'} as of one run"
+    )
+
+
 def overhead(home: Path, config: Config) -> Iterator[str]:
     """What a save adds to the steps after it: of twenty steps of a run the first ten follow one."""
     out = home / "demo"
@@ -369,6 +408,7 @@ def main() -> None:
         "kills": kills,
         "devices": lambda home, config: kills(home, config, 8, mesh),
         "meshes": meshes,
+        "answers": answers,
         "sigterm": sigterm,
         "disk": disk,
         "overhead": overhead,

@@ -142,6 +142,19 @@ def result(shape: str, seconds: float, used: int, compiled: float, peak: float) 
     }
 
 
+def compare(module: str, shape: str, **flags: int) -> None:
+    """Runs both sides, each in a process of its own, and prints a row for each figure."""
+    command = [sys.executable, "-m", module, "--shapes", shape]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    mine, theirs = (
+        json.loads(subprocess.check_output([*command, "--child", side]).splitlines()[-1])
+        for side in ("ours", "plain")
+    )
+    for name, value in mine.items():
+        ratio = f"{value / theirs[name]:.2f}" if theirs[name] else ""
+        print(f"| {shape} | {name} | {value:.2f} | {theirs[name]:.2f} | {ratio} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
@@ -153,22 +166,7 @@ def main() -> None:
         return
     print("| shape | figure | ours | PyTorch | ratio |\n|---|---|---:|---:|---:|")
     for shape in args.shapes:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.step",
-            "--shapes",
-            shape,
-            "--steps",
-            str(args.steps),
-        ]
-        mine, theirs = (
-            json.loads(subprocess.check_output([*command, "--child", side]).splitlines()[-1])
-            for side in ("ours", "plain")
-        )
-        for name, value in mine.items():
-            ratio = f"{value / theirs[name]:.2f}" if theirs[name] else ""
-            print(f"| {shape} | {name} | {value:.2f} | {theirs[name]:.2f} | {ratio} |", flush=True)
+        compare("benchmarks.step", shape, steps=args.steps)
 
 
 if __name__ == "__main__":
