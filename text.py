@@ -132,7 +132,7 @@ def _from_hub(told: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
-        raise UserError(told.format(_line(error))) from error
+        raise UserError(told.replace("{}", _line(error))) from error
 
 
 def _find_on_hub(name: str, streaming: bool) -> Source:

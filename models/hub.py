@@ -248,8 +248,9 @@ def place_leaf(leaf: Leaf, parts: list[Tensor], where: Any, dtype: Any) -> jax.A
         list(pool.map(lambda job: fill(*job), jobs))
     if where is None:  # not bound to the device, so that it can be laid over a mesh later
         return jax.device_put(outs[ranges(everything, shape)])
-    placed = lambda index: outs[ranges(index, shape)]  # noqa: E731
-    return jax.make_array_from_callback(shape, where, placed, dtype=target)
+    return jax.make_array_from_callback(
+        shape, where, lambda index: outs[ranges(index, shape)], dtype=target
+    )
 
 
 def ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...]:
