@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ class Checkpoints:
             failed, self._writer = self._writer, _writer()
             with contextlib.suppress(Exception):
                 failed.close()
-            _clean(self.folder)
+            _clean(self.folder, tries=50)
             raise UserError(
                 f"the checkpoint {written} could not be written ({_reason(error)}), the ones"
                 " before are intact: free space there, or choose another folder"
@@ -185,11 +186,18 @@ def _prune(folder: Path, step: int, keep: int) -> None:
         _clean(folder)
 
 
-def _clean(folder: Path) -> None:
-    if jax.process_index() == 0:
-        for path in folder.glob("*"):
-            if LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+def _clean(folder: Path, tries: int = 1) -> None:
+    """Removes what is no checkpoint; again where others may still write into what is removed."""
+    if jax.process_index() != 0:
+        return
+    for attempt in range(tries):
+        found = [path for path in folder.glob("*") if LEFTOVER.fullmatch(path.name)]
+        if attempt and not found:
+            return
+        for path in found:
+            shutil.rmtree(path, ignore_errors=True)
+        if tries > 1:
+            time.sleep(0.1)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
