@@ -300,12 +300,12 @@ def test_a_conversation_that_the_assistant_begins(encoder, tmp_path):
 def test_a_token_that_does_not_occur_ends_no_turn(encoder, tmp_path):
     encoder = Tokenizer.from_str(encoder.to_str())
     encoder.add_special_tokens(["<|" + "reserved" * 20 + "|>"])
-    other = "('uno, uno' if message.role == 'assistant' and not loop.last else message.content)"
+    other = "('uno, ' * 60 if message.role == 'assistant' and not loop.last else message.content)"
     template = CHATML.replace("message['content']", other)
     varies = tokenizer(encoder, tmp_path, chat_template=template)
     talk = [{"role": "assistant", "content": "uno, due"}, *TALK[3:]]
     piece = varies.conversation(talk, "assistant", "here")
-    assert piece.text[slice(*piece.spans[0])] == "uno, uno<|im_end|>"
+    assert piece.text[slice(*piece.spans[0])] == "uno, " * 60 + "<|im_end|>"
 
 
 @pytest.mark.parametrize("said", ["t", "", " of", "end", "what was cut off"])
