@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import re
+import signal
 import threading
 import types
 import typing
@@ -343,11 +344,9 @@ def start(
             " them, and let --coordinator name the first"
         )
 
-    def leave() -> None:
-        errors.tell(unmet(f"it or another one did not answer in {PATIENCE} s"))
-        os._exit(2)
-
-    late = threading.Timer(PATIENCE, leave)  # when jax's own time is up it aborts the process
+    # When jax's own time is up it aborts the process.
+    silence = unmet(f"it or another one did not answer in {PATIENCE} s")
+    late = threading.Timer(PATIENCE, _leave, [silence])
     late.daemon = True
     late.start()
     try:
@@ -361,22 +360,38 @@ def start(
         late.cancel()
 
 
+def _leave(error: UserError) -> None:
+    errors.tell(error)
+    os._exit(2)  # a tidy end would wait for processes that may never come
+
+
+def _gone(reason: str) -> UserError:
+    return UserError(
+        f"another process has ended or cannot be reached ({reason}): start all of them again, and"
+        " they go on from what was saved"
+    )
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(_: int) -> None:
+    _leave(_gone("see above"))
+
+
 @contextlib.contextmanager
 def peers() -> Iterator[None]:
     """Ends this process when it fails or another one has ended: it is a mistake to go on alone."""
+    if jax.process_count() == 1:
+        yield
+        return
+    # That a process went silent jax learns on a thread of its own, and aborts: no exception comes
+    # here, and Python's own handlers of signals do not run there.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     try:
         yield
-    except (UserError, jax.errors.JaxRuntimeError) as error:
-        if jax.process_count() == 1:
-            raise
-        if not isinstance(error, UserError):
-            error = UserError(
-                "another process has ended or cannot be reached"
-                f" ({str(error).splitlines()[0][:160]}): start all of them again, and they go on"
-                " from what was saved"
-            )
-        errors.tell(error)
-        os._exit(2)  # a tidy end would wait for processes that may never come
+    except UserError as error:
+        _leave(error)
+    except jax.errors.JaxRuntimeError as error:
+        _leave(_gone(str(error).splitlines()[0][:160]))
 
 
 def sync(name: str) -> None:

@@ -235,6 +235,45 @@ def started(config: distill.Config, count: int = 2) -> list[subprocess.Popen]:
     ]  # fmt: skip
 
 
+WAITING = """
+import sys, time
+import jax, errors, sharding
+from jax._src import distributed
+
+def main():
+    sharding.PATIENCE = 8
+    sharding.start(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
+    with sharding.peers():
+        print("here", jax.process_count(), flush=True)
+        if sys.argv[2] == sys.argv[3]:
+            time.sleep(100)
+        distributed.global_state.client.wait_at_barrier("both", 100_000)
+
+errors.run(main)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_waits_for_a_dead_process_is_told(victim):
+    """jax aborts such a process from a thread of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING, where, str(number), str(victim)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    assert [process.stdout.readline() for process in both] == ["here 2\n"] * 2
+    both[victim].kill()
+    _, said = both[1 - victim].communicate(timeout=60)
+    both[victim].communicate()
+    assert both[1 - victim].returncode == 2, said
+    assert said.splitlines()[-1].startswith("error: another process has ended"), said
+
+
 def test_two_processes_are_one_and_survive_the_death_of_either(config):
     mesh = sharding.make_mesh(devices=jax.devices()[:4])
     four = dataclasses.replace(config, teacher_devices=None, out=config.out + "-one")
