@@ -358,10 +358,9 @@ def _orbax():
     """Orbax, without its log and without what its threads print about a save that failed."""
     import orbax.checkpoint
 
+    whole = logging.Formatter("%(pathname)s %(message)s")  # and the trace, if there is one
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(
-            lambda record: "orbax" not in record.pathname + record.getMessage()
-        )
+        logging.getLogger(name).addFilter(lambda record: "orbax" not in whole.format(record))
     hook = sys.unraisablehook
 
     def hushed(unraisable) -> None:

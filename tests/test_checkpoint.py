@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import math
 import os
 import random
@@ -374,6 +375,17 @@ def test_a_full_disk_is_told_and_costs_no_earlier_checkpoint(tmp_path, capsys, c
     assert steps(tmp_path) == ["4"] and not caplog.records
     assert same(restore(tmp_path, state_of(0))[0], state_of(4))
     gc.collect()
+
+
+def test_the_log_keeps_what_others_say(caplog):
+    checkpoint._orbax()
+    for where in ("orbax/file.py", "elsewhere/file.py"):
+        try:
+            exec(compile("raise OSError('full')", where, "exec"))
+        except OSError as error:
+            logging.getLogger("asyncio").error("never retrieved", exc_info=error)
+    (kept,) = caplog.records
+    assert "elsewhere" in caplog.text and kept.getMessage() == "never retrieved"
 
 
 def test_an_error_on_the_way_out_is_not_hidden_by_that_of_a_save(tmp_path, capsys):
