@@ -78,7 +78,7 @@ def view(
     return jax.lax.stop_gradient(hidden), teacher.unembedding
 
 
-@eqx.filter_jit
+@sharding.jit
 def _sums(model, teacher, batch, *, dtype, chunk) -> dict[str, jax.Array]:
     hidden = model.hidden(batch.tokens[:, :-1], batch.segments[:, :-1], dtype=dtype)
     beside = view(teacher, batch, dtype)

@@ -121,8 +121,9 @@ def choose(
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(now)
         logits = filtered(logits, sampling) + noise
     # argmax, by two reductions: XLA on CPU takes ten times as long for one of pairs.
-    best = logits == jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(best, jnp.arange(vocab), vocab - 1), axis=-1)
+    logits = logits.T
+    best = logits == jnp.max(logits, axis=0)
+    return jnp.min(jnp.where(best, jnp.arange(vocab)[:, None], vocab - 1), axis=0)
 
 
 # ---- rows that are continued ---------------------------------------------------------------------
@@ -195,7 +196,8 @@ def extend(
     stop: tuple[int, ...],
 ) -> Rows:
     """With the token that follows these hidden states, in rows that are live."""
-    logits = product("be,ve->bv", hidden, model.unembedding.astype(hidden.dtype))
+    # A vocabulary is many rows, a batch is few: XLA on CPU is faster with the many first.
+    logits = product("ve,be->vb", model.unembedding.astype(hidden.dtype), hidden).T
     logits = sharding.constrain(logits, "batch vocab")
     token = choose(logits, rows.keys, rows.count, rows.seen, sampling).astype(jnp.int32)
     row, new = jnp.arange(len(token)), rows.tokens.shape[1]
@@ -249,7 +251,7 @@ def each(change: Callable[..., Array], rows: Any, *others: Any) -> Any:
     return structure.unflatten(map(change, axes, arrays, *map(jax.tree.leaves, others)))
 
 
-@eqx.filter_jit
+@sharding.jit
 def sample(
     model: LanguageModel,
     prompts: Int[Array, "batch seq"],
@@ -363,7 +365,7 @@ def generate(
             held[slot] = None
 
 
-@eqx.filter_jit
+@sharding.jit
 def idle_rows(
     model: LanguageModel, slots: int, capacity: int, max_new: int, sampling: Sampling, dtype: Any
 ) -> Rows:
@@ -376,7 +378,7 @@ def idle_rows(
     return placed(Rows(cache, keys, tokens, zeros, zeros > 0, seen))
 
 
-@eqx.filter_jit(donate="all-except-first")
+@sharding.jit(donate="all-except-first")
 def refill(frozen: tuple[Any, ...], rows: Rows, **how: Any) -> Rows:
     """With other prompts in some rows; those placed beyond the last row are none."""
     model, prompts, lengths, names, places, key = frozen
@@ -392,7 +394,7 @@ def refill(frozen: tuple[Any, ...], rows: Rows, **how: Any) -> Rows:
     return placed(each(put, rows, fresh))
 
 
-@eqx.filter_jit(donate="all-except-first")
+@sharding.jit(donate="all-except-first")
 def decode(frozen: tuple[LanguageModel, Int[Array, ""]], rows: Rows, **how: Any) -> Rows:
     """`advance`, by a bounded number of tokens."""
     return advance(*frozen[:1], rows, frozen[1], STEPS, **how)

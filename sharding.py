@@ -7,6 +7,7 @@ which mesh axes an axis may be split; everything about placement follows from th
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -14,7 +15,7 @@ import signal
 import threading
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -276,18 +277,41 @@ def from_host(tree: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
 
 
-def compiled(lowered: Any) -> Any:
-    """The program of a lowered function, as it is best for the devices here."""
+@functools.cache
+def options() -> dict[str, str]:
+    """Of the compiler, as they are best for the devices here."""
+    # Of this library's fusions on the CPU, those of other operations than products read constants
+    # as whole arrays and run on one thread: more memory, and more time for losses and sums.
+    known = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
     if jax.default_backend() != "cpu":
-        return lowered.compile()
+        return {}
     try:
-        # Of this library's fusions, those of other operations than products read constants as
-        # whole arrays: half as much memory again, and more time for the loss.
-        program = lowered.compile(compiler_options={
-            "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"
-        })  # fmt: skip
-    except jax.errors.JaxRuntimeError:  # other versions lack the option
-        program = lowered.compile()
+        jax.jit(lambda: 0, compiler_options=known)()
+    except jax.errors.JaxRuntimeError:  # other versions lack it
+        return {}
+    return known
+
+
+def jit(function: Callable | None = None, *, donate: str = "none") -> Callable:
+    """`eqx.filter_jit` with these `options`; called from another program it is a part of that."""
+    if function is None:
+        return functools.partial(jit, donate=donate)
+
+    @functools.cache
+    def program() -> Callable:  # made late: options ask for devices
+        return eqx.filter_jit(function, donate=donate, compiler_options=options())
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
+        return (function if traced else program())(*args, **kwargs)
+
+    return call
+
+
+def compiled(lowered: Any) -> Any:
+    """The program of a lowered function."""
+    program = lowered.compile(compiler_options=options())
     with contextlib.suppress(OSError, AttributeError):  # hundreds of MB that the compiler had
         ctypes.CDLL(None).malloc_trim(0)
     return program

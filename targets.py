@@ -577,7 +577,7 @@ def _make(
         windows[: len(places)] = targets.windows[places]
         return sharding.from_host((data.read(corpus, windows), windows.astype(np.int32)), mesh)
 
-    program = targets_of.lower(teacher, *batch(0), **settings).compile()
+    program = sharding.compiled(targets_of.lower(teacher, *batch(0), **settings))
 
     def finish(step: int, kept: losses.Kept) -> None:
         places = todo[step * own : (step + 1) * own]

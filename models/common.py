@@ -20,10 +20,10 @@ from sharding import UserError, constrain
 class Cache(eqx.Module):
     """The keys and values read so far, stacked over layers; each row has a length of its own.
 
-    What one head of one row attends to lies together: products with it need no transposed copy.
+    What one head of one row attends to lies together, in the order in which `recall` sums it.
     """
 
-    keys: Float[Array, "layers batch kv_heads capacity head_dim"]
+    keys: Float[Array, "layers batch kv_heads head_dim capacity"]
     values: Float[Array, "layers batch kv_heads capacity head_dim"]
     length: Int[Array, " batch"]
 
@@ -32,12 +32,16 @@ class Cache(eqx.Module):
     ) -> "Cache":
         """With the keys and values of one layer put at `index`; past the capacity they are lost."""
         rows = jnp.arange(index.shape[0])[:, None]
-        at = (layer, rows, slice(None), index)
+        at = layer, rows
         stored = (
-            self.keys.at[at].set(keys.astype(self.keys.dtype), mode="drop"),
-            self.values.at[at].set(values.astype(self.values.dtype), mode="drop"),
+            self.keys.at[*at, :, :, index].set(keys.astype(self.keys.dtype), mode="drop"),
+            self.values.at[*at, :, index].set(values.astype(self.values.dtype), mode="drop"),
         )
         return eqx.tree_at(lambda cache: (cache.keys, cache.values), self, stored)
+
+    def read(self, layer: Int[Array, ""], size: int) -> tuple[Array, Array]:
+        """The keys and values of one layer, up to `size` of each row."""
+        return self.keys[layer, ..., :size], self.values[layer, ..., :size, :]
 
 
 class Place(eqx.Module):
@@ -48,6 +52,7 @@ class Place(eqx.Module):
     position: Int[Array, "#batch seq"]  # within its document
     extent: Int[Array, "#batch seq"]  # how many tokens its document has
     document: Int[Array, "batch seq"] | None
+    filled: Int[Array, ""] | None = None  # the longest row of a cache, with these tokens
 
     def visible(self, window: Int[Array, ""] | None = None) -> Bool[Array, "#batch seq keys"]:
         distance = self.query[:, :, None] - self.key
@@ -71,7 +76,8 @@ def place(
         new = jnp.full(batch, seq) if segments is None else jnp.sum(segments != 0, axis=1)
         query = cache.length[:, None] + index
         extent = jnp.broadcast_to((cache.length + new)[:, None], query.shape)
-        return Place(query, jnp.arange(cache.keys.shape[3]), query, extent, None)
+        key = jnp.arange(cache.keys.shape[4])
+        return Place(query, key, query, extent, None, jnp.max(extent))
     if segments is None:
         return Place(index[None], index, index[None], jnp.full((1, seq), seq), None)
     edge = jnp.ones((batch, 1), bool)
@@ -120,24 +126,57 @@ def attend(
     """Causal attention, grouped where there are fewer key heads; `slopes` are ALiBi's."""
     groups = key.shape[2]
     grouped = query.reshape(*query.shape[:2], groups, -1, query.shape[3]).transpose(0, 2, 3, 1, 4)
-    bias = None
-    if slopes is not None:  # the distance within a document is the distance within its row
-        distance = (place.key - place.query[:, :, None]).astype(jnp.float32)
-        bias = slopes.reshape(groups, -1), distance
-    seen = place.visible(window), bias
+
+    def seen(place: Place) -> PyTree:
+        bias = None
+        if slopes is not None:  # the distance within a document is the distance within its row
+            distance = (place.key - place.query[:, :, None]).astype(jnp.float32)
+            bias = slopes.reshape(groups, -1), distance
+        return place.visible(window), bias
+
     if cache is None:
-        key, value = (x.swapaxes(1, 2) for x in (key, value))
+        mixed = mix(grouped, *(x.swapaxes(1, 2) for x in (key, value)), seen(place))
     else:
         cache = cache.write(layer, place.query, key, value)
-        key, value = cache.keys[layer].astype(query.dtype), cache.values[layer].astype(query.dtype)
-    mixed = mix(grouped, key, value, seen)
+
+        def among(size: int) -> Callable[[], Array]:
+            fewer = eqx.tree_at(lambda place: place.key, place, place.key[:size])
+            return lambda: recall(grouped, *cache.read(layer, size), seen(fewer))
+
+        # What is still empty is not read.
+        capacity = len(place.key)
+        part = max(32, -(-capacity // 8))
+        sizes = [min(size, capacity) for size in range(part, capacity + part, part)]
+        mixed = jax.lax.switch((place.filled - 1) // part, [among(size) for size in sizes])
     return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape), cache
+
+
+def recall(
+    query: Float[Array, "batch kv_heads group seq head_dim"],
+    key: Float[Array, "batch kv_heads head_dim keys"],
+    value: Float[Array, "batch kv_heads keys head_dim"],
+    seen: PyTree,
+) -> Float[Array, "batch kv_heads group seq head_dim"]:
+    """As `mix`, of what a cache holds."""
+    if query.shape[3] > 1:
+        key, value = key.swapaxes(2, 3).astype(query.dtype), value.astype(query.dtype)
+        return mix(query, key, value, seen)
+    # For one token, sums read the cache in place; a product would have its part copied first.
+    one, key, value = (x.astype(jnp.float32) for x in (query[:, :, :, 0], key, value))
+    scores = jnp.sum(one[..., None] * key[:, :, None], axis=3)
+    weights = softmax(scores[:, :, :, None], query.shape[-1], seen)[:, :, :, 0]
+    mixed = jnp.sum(weights[..., None] * value[:, :, None], axis=3)
+    return mixed[:, :, :, None].astype(query.dtype)
 
 
 def attention(query: Array, key: Array, seen: PyTree) -> Float32[Array, "..."]:
     """How much each query takes of each key, [batch, kv_heads, group, query, key]."""
+    return softmax(product("bkgqd,bksd->bkgqs", query, key), query.shape[-1], seen)
+
+
+def softmax(scores: Float32[Array, "..."], head_dim: int, seen: PyTree) -> Float32[Array, "..."]:
     visible, bias = seen
-    scores = product("bkgqd,bksd->bkgqs", query, key) * query.shape[-1] ** -0.5
+    scores = scores * head_dim**-0.5
     if bias is not None:
         slopes, distance = bias
         scores += slopes[:, :, None, None] * distance[:, None, None]
@@ -178,13 +217,20 @@ def linear(
     """A contraction in the dtype of `x`: weights are cast where they are used, block by block.
 
     The axes it sums over are the last of both. They are merged, and so are those it makes: XLA on
-    CPU transposes a weight of more than two axes at every use.
+    CPU transposes a weight of more than two axes at every use. For one token a row the weight comes
+    first: as the second factor it would be packed anew each time, for too little use.
     """
     operands, made = pattern.split("->")
     summed = sum(axis not in made for axis in operands.split(",")[1])
     kept, outer = x.shape[:-summed], weight.shape[:-summed]
     matrix = weight.astype(x.dtype).reshape(math.prod(outer), -1)
-    y = jnp.einsum("...i,oi->...o", x.reshape(*kept, -1), matrix).reshape(*kept, *outer)
+    x = x.reshape(*kept, -1)
+    if kept[-1] == 1:
+        y = jax.lax.optimization_barrier(jnp.einsum("oi,...i->o...", matrix, x))  # or it is undone
+        y = jnp.moveaxis(y, 0, -1)
+    else:
+        y = jnp.einsum("...i,oi->...o", x, matrix)
+    y = y.reshape(*kept, *outer)
     return y if bias is None else y + bias.astype(x.dtype)
 
 
@@ -350,9 +396,11 @@ class LanguageModel(eqx.Module):
     def cache(self, batch: int, capacity: int, dtype: Any = None) -> Cache:
         """An empty cache for `batch` rows of up to `capacity` tokens each."""
         config = self.config
-        shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
-        zeros = jnp.zeros(shape, self.dtype if dtype is None else dtype)
-        return Cache(zeros, jnp.copy(zeros), jnp.zeros(batch, jnp.int32))
+        outer = config.layers, batch, config.kv_heads
+        dtype = self.dtype if dtype is None else dtype
+        keys = jnp.zeros((*outer, config.head_dim, capacity), dtype)
+        values = jnp.zeros((*outer, capacity, config.head_dim), dtype)
+        return Cache(keys, values, jnp.zeros(batch, jnp.int32))
 
 
 def normal(key: PRNGKeyArray, *shape: int) -> Float[Array, "..."]:
