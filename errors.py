@@ -27,7 +27,7 @@ def run(main: Callable[[], object]) -> None:
         tell(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        told = "interrupted; the same command goes on from what is finished"
+        told = "interrupted; the same command goes on from what was saved, if anything was"
         print(told, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # under a program that still computes, a tidy end of Python crashes
