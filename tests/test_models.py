@@ -131,6 +131,23 @@ def test_cached_decoding_is_the_full_pass(folder):
         close(one[:, 0], full[jnp.arange(3), at])
 
 
+@some_fixtures
+def test_a_cache_is_read_as_far_as_it_is_filled(folder):
+    model, tokens = models.load(folder), random_tokens(2, 70)
+    full = hidden_of(model, tokens)
+    _, begun = hidden_of(model, tokens[:, :31], cache=model.cache(2, 70))
+    cache = begun
+    for at in range(31, 70):
+        one, cache = hidden_of(model, tokens[:, at : at + 1], cache=cache)
+        close(one[:, 0], full[:, at])
+    keys, values = begun.keys.at[..., 32:].set(jnp.nan), begun.values.at[..., 32:, :].set(jnp.nan)
+    cache = eqx.tree_at(lambda cache: (cache.keys, cache.values), begun, (keys, values))
+    one, cache = hidden_of(model, tokens[:, 31:32], cache=cache)
+    close(one[:, 0], full[:, 31])
+    one, _ = hidden_of(model, tokens[:, 32:33], cache=cache)
+    assert jnp.isnan(one).any()  # so what is read would be seen
+
+
 def test_dynamic_rotary_cache_within_the_trained_length():
     folder = Path(__file__).parent / "fixtures" / "llama-dynamic"
     model, tokens = models.load(folder), random_tokens(2, 16)
