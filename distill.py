@@ -229,6 +229,7 @@ class Run(NamedTuple):
     out: Path
     mesh: jax.sharding.Mesh
     layout: sharding.Layout
+    share: tuple[int, int]  # which rows of a batch this process reads
     teacher: LanguageModel | None  # for the loss and for held-out figures
     teacher_mesh: jax.sharding.Mesh | None  # where it has devices of its own
     targets: targets.Targets | None  # for the loss, in the teacher's place
@@ -259,8 +260,7 @@ class Run(NamedTuple):
 
     def batch(self, step: int) -> data.Batch | Seen | targets.Told:
         """What is read at a step: a pure function of it, so that nothing is to be kept."""
-        size, index, count = self.config.batch_size, jax.process_index(), jax.process_count()
-        windows = data.windows(self.corpus, step, size, index, count)
+        windows = data.windows(self.corpus, step, self.config.batch_size, *self.share)
         rows = data.read(self.corpus, windows)
         if self.targets is None:
             return self.to_device(rows)
@@ -277,7 +277,7 @@ class Run(NamedTuple):
         if self.teacher_mesh is None:  # else they are to divide over its devices too
             rows //= self.config.microbatches
         batches = islice(
-            data.evaluation(self.corpus, rows, jax.process_index(), jax.process_count()),
+            data.evaluation(self.corpus, rows, *self.share),
             -(-self.config.eval_windows // rows),
         )
         found = evaluate(
@@ -430,6 +430,7 @@ def prepare(
 ) -> tuple[Run | None, State | None, list[int] | None]:
     """All that a run needs before its next step, and which blocks were kept; nothing if it is
     finished."""
+    share = sharding.share(mesh, layout.params)
     last = checkpoint.latest(out / "checkpoints")
     agree(config, out)
     if last is not None and last >= config.steps and (out / "student").exists():
@@ -512,7 +513,7 @@ def prepare(
         # What lies there already stays: `sharding.shard` would hold all of it twice for a moment.
         state = jax.device_put(state, plan.places(state, mesh, layout))
     run = Run(
-        config, out, mesh, layout, teacher, teacher_mesh, made, tokenizer, corpus,
+        config, out, mesh, layout, share, teacher, teacher_mesh, made, tokenizer, corpus,
         *fixed(config, kept),
     )  # fmt: skip
     sharding.sync("prepared")

@@ -107,6 +107,7 @@ def evaluate(
 
 def main() -> None:
     config = errors.cli(Config)
+    sharding.start()
     folder = models.fetch(config.model)
     shape = models.config(folder)
     for name in filter(None, (config.model, config.teacher)):

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
@@ -271,14 +271,33 @@ def constrain(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
+def share(mesh: Mesh, rules: Rules | None = None) -> tuple[int, int]:
+    """Which part of every batch this process reads, and of how many.
+
+    Processes whose devices hold the same rows, parts of one model, read the same.
+    """
+    (axes,), held = claims(["batch"], mesh, rules), {}
+    ways, rows = _parts(mesh, axes), NamedSharding(mesh, PartitionSpec(axes or None))
+    for device, (part,) in rows.devices_indices_map((ways,)).items():
+        held.setdefault(device.process_index, set()).add(part.start or 0)
+    kinds = sorted({tuple(sorted(parts)) for parts in held.values()})
+    if sum(map(len, kinds)) != ways or len({len(parts) for parts in kinds}) > 1:
+        sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        raise UserError(
+            f"mesh {sizes}: devices of one process would hold some rows of another one's and some"
+            " of their own: choose sizes that divide the devices of a process, or are multiples"
+        )
+    return kinds.index(tuple(sorted(held[jax.process_index()]))), len(kinds)
+
+
 def from_host(tree: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
-    """Arrays of every process's own rows as global arrays, split over the batch."""
-    rows = NamedSharding(mesh, PartitionSpec(tuple(claims(["batch"], mesh, rules)[0]) or None))
+    """Arrays of the rows that each process has of its `share`, as global arrays."""
+    rows = NamedSharding(mesh, PartitionSpec(claims(["batch"], mesh, rules)[0] or None))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
 
 
 @functools.cache
-def options() -> dict[str, str]:
+def compiler_options() -> dict[str, str]:
     """Of the compiler, as they are best for the devices here."""
     # Of this library's fusions on the CPU, those of other operations than products read constants
     # as whole arrays and run on one thread: more memory, and more time for losses and sums.
@@ -293,13 +312,13 @@ def options() -> dict[str, str]:
 
 
 def jit(function: Callable | None = None, *, donate: str = "none") -> Callable:
-    """`eqx.filter_jit` with these `options`; called from another program it is a part of that."""
+    """`eqx.filter_jit` with these options; called from another program it is a part of that."""
     if function is None:
         return functools.partial(jit, donate=donate)
 
     @functools.cache
-    def program() -> Callable:  # made late: options ask for devices
-        return eqx.filter_jit(function, donate=donate, compiler_options=options())
+    def program() -> Callable:  # made late, as devices are asked for
+        return eqx.filter_jit(function, donate=donate, compiler_options=compiler_options())
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -311,7 +330,7 @@ def jit(function: Callable | None = None, *, donate: str = "none") -> Callable:
 
 def compiled(lowered: Any) -> Any:
     """The program of a lowered function."""
-    program = lowered.compile(compiler_options=options())
+    program = lowered.compile(compiler_options=compiler_options())
     with contextlib.suppress(OSError, AttributeError):  # hundreds of MB that the compiler had
         ctypes.CDLL(None).malloc_trim(0)
     return program
@@ -384,21 +403,18 @@ def start(
         late.cancel()
 
 
-def _leave(error: UserError) -> None:
+def _leave(error: UserError) -> NoReturn:
     errors.tell(error)
     os._exit(2)  # a tidy end would wait for processes that may never come
 
 
-def _gone(reason: str) -> UserError:
-    return UserError(
-        f"another process has ended or cannot be reached ({reason}): start all of them again, and"
-        " they go on from what was saved"
-    )
+def _apart(reason: str) -> UserError:
+    return UserError(f"{reason}: start all of them again, and they go on from what was saved")
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_: int) -> None:
-    _leave(_gone("see above"))
+    _leave(_apart("this process was aborted, probably as another process has ended (see above)"))
 
 
 @contextlib.contextmanager
@@ -415,7 +431,8 @@ def peers() -> Iterator[None]:
     except UserError as error:
         _leave(error)
     except jax.errors.JaxRuntimeError as error:
-        _leave(_gone(str(error).splitlines()[0][:160]))
+        told = str(error).splitlines()[0][:160]
+        _leave(_apart(f"another process has ended or cannot be reached ({told})"))
 
 
 def sync(name: str) -> None:

@@ -495,6 +495,11 @@ def make(config: Config) -> Targets:
     if entries + (kind == "draws") > shape.vocab:
         raise UserError(f"--{kind} {entries}: the teacher's vocabulary has {shape.vocab} tokens")
     mesh = sharding.make_mesh(**config.mesh.sizes)
+    if sharding.share(mesh)[1] < jax.process_count():
+        raise UserError(
+            f"--mesh.tensor {mesh.shape['tensor']}: each process writes rows of its own, so it must"
+            f" divide the devices of a process, here {jax.local_device_count()}"
+        )
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-config.batch_size // ways) * ways  # each device has as many
     dtype = sharding.compute_dtype(config.compute_dtype)
