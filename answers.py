@@ -7,9 +7,11 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import errors
 from errors import UserError
 
 Settings = Mapping[str, Any]
@@ -31,16 +33,11 @@ def agree(out: Path, before: Settings | None, now: Settings) -> None:
         )
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What goes wrong with the disk is told in a line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); answers that are finished are"
-            " kept: make room or give permission, and give the same command again"
-        ) from error
+_writing = partial(
+    errors.writing,
+    remedy="; answers that are finished are kept: make room or give permission, and give the same"
+    " command again",
+)
 
 
 # ---- while it writes -----------------------------------------------------------------------------
@@ -155,11 +152,11 @@ def save(out: Path, rows: Iterable[dict[str, Any]], columns: Any, settings: Sett
     """
     import pyarrow.parquet
 
-    with _writing(out), _whole(out) as half:
+    with _writing(out), errors.whole(out) as half:
         if out.suffix == ".jsonl":
             with half.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            with _whole(sidecar(out)) as beside:
+            with errors.whole(sidecar(out)) as beside:
                 beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             return
         columns, rows = columns.with_metadata({"generation": json.dumps(settings)}), iter(rows)
@@ -183,17 +180,6 @@ def settings_of(out: Path) -> dict[str, Any] | None:
         return json.loads(pyarrow.parquet.read_schema(out).metadata[b"generation"])
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
         return None
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` once all is written."""
-    half = path.with_name(f"{path.name}.partial")
-    try:
-        yield half
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 # ---- the hub -------------------------------------------------------------------------------------

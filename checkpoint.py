@@ -21,9 +21,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int, PyTree, Shaped, UInt, UInt32
 
+import sharding
 from errors import UserError
 
 # What another of its step is about to replace is `<step>.old`: second choice, but still counted.
@@ -226,11 +226,8 @@ def _read(path: Path, like: PyTree) -> tuple[dict[str, Any], list[Array]]:
         raise  # no fault of the file's
     except Exception as error:  # a broken file may raise anything
         reason = _reason(error)
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import process_allgather
-
-        if not process_allgather(np.array(reason is None)).all():
-            reason = reason or "another process cannot read it"
+    if not sharding.gathered(reason is None).all():
+        reason = reason or "another process cannot read it"
     if reason is not None:
         raise _Damaged(reason)
     for name, checksum in _checksums(arrays).items():

@@ -146,7 +146,7 @@ def step(
                 far = features.loss(
                     objective.config.features, objective.pairs, states, goals, rows.mask, projection
                 )
-                total += objective.feature_weight(state.step) * far
+                total += objective.at("feature_weight", state.step) * far
                 parts["features"] = far
         return total * share, {"loss": total} | parts
 
@@ -675,7 +675,7 @@ def author(run: Run, state: State) -> Callable[[State, data.Batch], data.Batch]:
         "config": config.on_policy,
         "seed": config.seed,
         "vocab": min(state.student.config.vocab, run.teacher.config.vocab),
-        "stop": generate.stop_ids(run.tokenizer),
+        "stop": text.stop_ids(run.tokenizer),
         "dtype": run.objective.dtype,
     }
 

@@ -6,7 +6,8 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -35,6 +36,35 @@ def run(main: Callable[[], object]) -> None:
 
 def tell(error: UserError) -> None:
     print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """A full disk, say, is told in a line."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({why}){remedy}") from error
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to that takes the place of `path` once all is written."""
+    half = path.with_name(f"{path.name}.partial")
+    try:
+        yield half
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def check_counts(config: object, *names: str, least: int = 1, prefix: str = "--") -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            flag = prefix + _spelled(name)
+            raise UserError(f"{flag} is {value}: it must be {least} or more")
 
 
 def check_seed(seed: int) -> None:

@@ -44,9 +44,7 @@ class Config:
     """Print one JSON object and nothing else."""
 
     def __post_init__(self):
-        for flag, value in (("seq-len", self.seq_len), ("batch-size", self.batch_size)):
-            if value < 1:
-                raise errors.UserError(f"--{flag} is {value}: it must be 1 or more")
+        errors.check_counts(self, "seq_len", "batch_size")
         if not self.data.source:
             raise errors.UserError("--data.source is missing: name the text to score")
 

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -241,14 +241,9 @@ def advance(
 
 def placed(rows: Any) -> Any:
     """Every array split by its axes over the mesh in scope, if any."""
-    return each(lambda axes, array: sharding.constrain(array, " ".join(axes)), rows)
-
-
-def each(change: Callable[..., Array], rows: Any, *others: Any) -> Any:
-    """`rows` with every array changed, given its axes and the same array of others."""
-    arrays, structure = jax.tree.flatten(rows)
-    axes = structure.flatten_up_to(sharding.axes(rows))
-    return structure.unflatten(map(change, axes, arrays, *map(jax.tree.leaves, others)))
+    return jax.tree.map(
+        lambda array, axes: sharding.constrain(array, " ".join(axes)), rows, sharding.axes(rows)
+    )
 
 
 @sharding.jit
@@ -286,7 +281,7 @@ def continuations(
     dtype: Any = None,
 ) -> Iterator[str]:
     """Lines that show what each model makes of the same beginnings, by its likeliest tokens."""
-    encoder, stop = text.load_tokenizer(tokenizer).encoder, stop_ids(tokenizer)
+    encoder, stop = text.load_tokenizer(tokenizer).encoder, text.stop_ids(tokenizer)
     lengths = np.full(len(prompts), prompts.shape[1])
     told = {}
     for name, (model, mesh) in writers.items():
@@ -300,11 +295,6 @@ def continuations(
         yield f"\n> {encoder.decode(prompt.tolist())!r}"
         for name, (tokens, counts) in told.items():
             yield f"{name:8}  {encoder.decode(tokens[row, : counts[row]].tolist())!r}"
-
-
-def stop_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens after which the model of a folder has ended."""
-    return tuple(sorted({*text.stop_ids(folder), text.load_tokenizer(folder).eos}))
 
 
 # ---- many texts ----------------------------------------------------------------------------------
@@ -385,19 +375,20 @@ def refill(frozen: tuple[Any, ...], rows: Rows, **how: Any) -> Rows:
     keys = jax.vmap(lambda name: jax.random.fold_in(jax.random.fold_in(key, name[0]), name[1]))
     fresh = begin(model, prompts, lengths, keys(names), max_new=rows.tokens.shape[1], room=0, **how)
 
-    def put(axes, old, new):
+    def put(old, axes, new):
         new = new[tuple(map(slice, old.shape))]  # room of padding alone
         at = [slice(size) for size in new.shape]
         at[axes.index("batch")] = places
         return old.at[tuple(at)].set(new, mode="drop")
 
-    return placed(each(put, rows, fresh))
+    return placed(jax.tree.map(put, rows, sharding.axes(rows), fresh))
 
 
 @sharding.jit(donate="all-except-first")
 def decode(frozen: tuple[LanguageModel, Int[Array, ""]], rows: Rows, **how: Any) -> Rows:
     """`advance`, by a bounded number of tokens."""
-    return advance(*frozen[:1], rows, frozen[1], STEPS, **how)
+    model, idle = frozen
+    return advance(model, rows, idle, STEPS, **how)
 
 
 # ---- the program ---------------------------------------------------------------------------------
@@ -441,10 +432,7 @@ class Config(Sampling):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("samples", "max_prompt", "max_new", "batch_size"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is {getattr(self, name)}: it must be 1 or more")
+        errors.check_counts(self, "samples", "max_prompt", "max_new", "batch_size")
         errors.check_seed(self.seed)
         if Path(self.out).suffix not in (".parquet", ".jsonl"):
             raise UserError(f"--out {self.out}: expected the name of a .parquet or .jsonl file")
@@ -501,7 +489,7 @@ def prepare(config: Config, folder: Path, tokenizer: text.Tokenizer) -> Task:
         count = len(prompts) - len(fits)
         print(f"{count} of {len(prompts)} prompts left out: over {room} tokens", file=sys.stderr)
     dtype = sharding.compute_dtype(config.compute_dtype)
-    stop = tuple(sorted({*stop_ids(folder), *config.stop}))
+    stop = tuple(sorted({*text.stop_ids(folder), *config.stop}))
     settings = {
         "model": config.model, "prompts": config.prompts,
         "samples": config.samples, "max-prompt": room, "max-new": config.max_new,

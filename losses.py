@@ -25,6 +25,9 @@ Divergence = Literal[
 Schedule = Literal["constant", "linear", "cosine"]
 
 
+SCHEDULED = ("", "_end", "_schedule")  # a value, and how it changes in the course of a run
+
+
 @dataclass(frozen=True)
 class Config:
     divergence: Divergence = "forward_kl"
@@ -69,26 +72,12 @@ class Config:
 
     def __post_init__(self):
         demands = [
-            ("alpha", 0 <= self.alpha <= 1, "from 0 to 1"),
-            ("alpha_end", self.alpha_end is None or 0 <= self.alpha_end <= 1, "from 0 to 1"),
-            ("temperature", 0 < self.temperature < math.inf, "positive"),
-            (
-                "temperature_end",
-                self.temperature_end is None or 0 < self.temperature_end < math.inf,
-                "positive",
-            ),
             (
                 "beta",
                 0 < self.beta < 1,
                 "strictly between 0 and 1 (at the ends take forward_kl or reverse_kl)",
             ),
             ("skew", 0 <= self.skew < 1, "from 0 to below 1"),
-            ("feature_weight", 0 <= self.feature_weight < math.inf, "0 or more"),
-            (
-                "feature_weight_end",
-                self.feature_weight_end is None or 0 <= self.feature_weight_end < math.inf,
-                "0 or more",
-            ),
             (
                 "feature_pairs",
                 not self.feature_pairs or self.features != "off",
@@ -98,21 +87,19 @@ class Config:
             ("ab_beta", math.isfinite(self.ab_beta), "finite"),
             ("chunk", self.chunk is None or self.chunk >= 1, "1 or more tokens"),
         ]
-        for name in ("alpha", "temperature", "feature_weight"):
-            schedule = getattr(self, f"{name}_schedule")
-            given = getattr(self, f"{name}_end") is not None
-            end = f"--loss.{name.replace('_', '-')}-end"
+        for name, fits, wanted in (
+            ("alpha", lambda x: 0 <= x <= 1, "from 0 to 1"),
+            ("temperature", lambda x: 0 < x < math.inf, "positive"),
+            ("feature_weight", lambda x: 0 <= x < math.inf, "0 or more"),
+        ):
+            start, end, schedule = (getattr(self, name + part) for part in SCHEDULED)
+            flag = f"--loss.{name.replace('_', '-')}-end"
+            ends, still = end is not None, schedule == "constant"
             demands += [
-                (
-                    f"{name}_schedule",
-                    given or schedule == "constant",
-                    f"constant, or {end} given too",
-                ),
-                (
-                    f"{name}_schedule",
-                    not given or schedule != "constant",
-                    f"linear or cosine where {end} is given",
-                ),
+                (name, fits(start), wanted),
+                (f"{name}_end", not ends or fits(end), wanted),
+                (f"{name}_schedule", still or ends, f"constant, or {flag} given too"),
+                (f"{name}_schedule", not (still and ends), f"linear or cosine beside {flag}"),
             ]
         for field, holds, wanted in demands:
             if not holds:
@@ -136,22 +123,10 @@ class Objective:
     pairs: tuple[tuple[int, int], ...] = ()
     """Blocks of student and teacher whose outputs are matched."""
 
-    def alpha(self, step: Int[Array, ""] | int) -> Float32[Array, ""] | float:
-        """Weight of the divergence at an optimizer step: a Python float where it is constant."""
-        return self._at(step, "alpha")
-
-    def temperature(self, step: Int[Array, ""] | int) -> Float32[Array, ""] | float:
-        """Temperature of the divergence at an optimizer step: a float where it is constant."""
-        return self._at(step, "temperature")
-
-    def feature_weight(self, step: Int[Array, ""] | int) -> Float32[Array, ""] | float:
-        """Weight of the matched states at an optimizer step: a float where it is constant."""
-        return self._at(step, "feature_weight")
-
-    def _at(self, step, name: str):
-        start, end, schedule = (
-            getattr(self.config, name + part) for part in ("", "_end", "_schedule")
-        )
+    def at(self, name: str, step: Int[Array, ""] | int) -> Float32[Array, ""] | float:
+        """`alpha`, `temperature` or `feature_weight` at an optimizer step: a Python float where it
+        is constant."""
+        start, end, schedule = (getattr(self.config, name + part) for part in SCHEDULED)
         if end is None or end == start:
             return float(start)
         progress = jnp.clip(jnp.asarray(step, jnp.float32) / max(self.steps, 1), 0.0, 1.0)
@@ -370,7 +345,7 @@ def _walk(objective, hidden, head, *arrays, learn):
     """
     teacher_hidden, teacher_head, kept, labels, mask, step = arrays
     config = objective.config
-    alpha, temperature = objective.alpha(step), objective.temperature(step)
+    alpha, temperature = objective.at("alpha", step), objective.at("temperature", step)
     scale = alpha * temperature**2 if config.temperature_squared else alpha
     taught = teacher_head is not None or kept is not None
     rest = 1.0 - alpha if taught else 1.0

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 import data
+import errors
 import sharding
 from errors import UserError
 from generate import Sampling, sample
@@ -35,11 +36,7 @@ class Config(Sampling):
     def __post_init__(self):
         if not 0 <= self.fraction <= 1:
             raise UserError(f"--on-policy.fraction is {self.fraction}: it must be from 0 to 1")
-        for name in ("prompt", "max_new"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                flag = name.replace("_", "-")
-                raise UserError(f"--on-policy.{flag} is {value}: it must be 1 or more")
+        errors.check_counts(self, "prompt", "max_new", prefix="--on-policy.")
         try:
             super().__post_init__()
         except UserError as error:

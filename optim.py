@@ -348,9 +348,7 @@ def _adafactor() -> optax.GradientTransformation:
     factored = optax.scale_by_factored_rms()
 
     def matrices(tree):
-        leaves, structure = jax.tree.flatten(tree)
-        names = structure.flatten_up_to(sharding.axes(tree))
-        return list(map(_as_matrices, leaves, names))
+        return jax.tree.leaves(jax.tree.map(_as_matrices, tree, sharding.axes(tree)))
 
     def clipped(update: Float32[Array, "stack out in"]) -> Float32[Array, "stack out in"]:
         rms = jnp.sqrt(jnp.mean(update**2, axis=(1, 2), keepdims=True))

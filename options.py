@@ -134,15 +134,11 @@ class Config:
     mesh: Mesh = field(default_factory=Mesh)
 
     def __post_init__(self):
-        for name in (
-            "student_layers", "calibration_windows", "seq_len", "batch_size", "microbatches",
+        errors.check_counts(
+            self, "student_layers", "calibration_windows", "seq_len", "batch_size", "microbatches",
             "steps", "eval_every", "eval_windows", "save_every", "keep", "log_every", "devices",
             "teacher_devices", "processes",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is {value}: it must be 1 or more")
+        )  # fmt: skip
         if self.batch_size % self.microbatches:
             raise UserError(
                 f"--batch-size {self.batch_size} does not divide into {self.microbatches}"

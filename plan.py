@@ -289,13 +289,10 @@ def easier(config: Config, ways: int) -> Iterator[tuple[str, Config]]:
             yield f"{flags} --microbatches {parts}", config
     if config.microbatches > 1:
         flags += f" --microbatches {config.microbatches}"
-    if config.optim.name in ("adamw", "lion", "sgd", "muon"):
-        if config.optim.moment_dtype == "float32":
-            smaller = dataclasses.replace(config.optim, moment_dtype="bfloat16")
-            yield (
-                f"{flags} --optim.moment-dtype bfloat16",
-                dataclasses.replace(config, optim=smaller),
-            )
+    if config.optim.name != "adafactor" and config.optim.moment_dtype == "float32":
+        optimizer = dataclasses.replace(config.optim, moment_dtype="bfloat16")
+        config = dataclasses.replace(config, optim=optimizer)
+        yield f"{flags} --optim.moment-dtype bfloat16", config
 
 
 def written(rules: sharding.Rules) -> str:

@@ -8,9 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import errors
 from errors import UserError
 
 Metrics = Mapping[str, Any]
@@ -117,7 +119,7 @@ class Log:
         if self.file is None:
             return metrics
         line = _encode(metrics).encode()
-        with writing(self.path):
+        with _writing(self.path):
             if self.file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return metrics
@@ -235,25 +237,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+_writing = partial(
+    errors.writing,
+    remedy=": make room or give permission; the same command goes on from what was saved",
+)
+
+
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` once all is written."""
-    half = path.with_name(f"{path.name}.tmp")
-    with writing(path):
+    with _writing(path), errors.whole(path) as half:
         yield half
-        half.replace(path)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A full disk, say, is told in a line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}): make room or give permission;"
-            " the same command goes on from the last checkpoint"
-        ) from error
 
 
 def curves(metrics_path: Path, png_path: Path) -> None:

@@ -215,14 +215,15 @@ def cut(teacher: LanguageModel, kept: tuple[int, ...], dtype: Any = jnp.float32)
     """The teacher with only these blocks, in arrays of its own: no buffer is shared."""
     config = teacher.config.keep(kept)
     outline = eqx.filter_eval_shape(lambda: type(teacher)(config, jax.random.key(0)))
-    leaves, structure = jax.tree.flatten(teacher)
     index = jnp.array(kept)
-    copies = []
-    for leaf, axes in zip(leaves, structure.flatten_up_to(sharding.axes(teacher)), strict=True):
-        part = leaf[index] if axes[0] == "layers" else jnp.copy(leaf)
-        part = part.astype(dtype)
-        copies.append(jax.device_put(part, leaf.sharding) if leaf.committed else part)
-    return jax.tree.unflatten(jax.tree.structure(outline), copies)
+
+    def part(leaf, axes):
+        copy = leaf[index] if axes[0] == "layers" else jnp.copy(leaf)
+        copy = copy.astype(dtype)
+        return jax.device_put(copy, leaf.sharding) if leaf.committed else copy
+
+    copies = jax.tree.map(part, teacher, sharding.axes(teacher))
+    return jax.tree.unflatten(jax.tree.structure(outline), jax.tree.leaves(copies))
 
 
 def fresh(

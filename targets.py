@@ -87,12 +87,8 @@ class Config:
     """Which of them this is, from 0, with --coordinator."""
 
     def __post_init__(self):
-        bounds = dict.fromkeys(("seq_len", "steps", "batch_size", "top_k", "chunk"), 1)
-        for name, least in (bounds | {"draws": 8}).items():  # fewer could not be packed unbiased
-            value = getattr(self, name)
-            if value is not None and value < least:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is {value}: it must be {least} or more")
+        errors.check_counts(self, "seq_len", "steps", "batch_size", "top_k", "chunk")
+        errors.check_counts(self, "draws", least=8)  # fewer could not be packed unbiased
         if self.top_k and self.draws:
             raise UserError(
                 f"--top-k {self.top_k} and --draws {self.draws}: targets are one or the other"

@@ -768,8 +768,8 @@ def _token(name: str, encoder: Any, special: Mapping, models: Sequence[Mapping])
 
 
 def stop_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens after which the model of a folder ends an answer, by what its configs say."""
-    found = set()
+    """The tokens after which the model of a folder has ended."""
+    found = {load_tokenizer(folder).eos}
     for name in ("generation_config.json", "config.json"):
         ids = _config(folder / name).get("eos_token_id")
         found |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}

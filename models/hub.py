@@ -143,7 +143,6 @@ class Tensor(NamedTuple):
 class Leaf(NamedTuple):
     """An array of a model and the tensors it is made of: one, or one for each layer."""
 
-    path: tuple
     array: Any  # the array, or its shape and dtype
     names: tuple[str, ...]
     shape: tuple[int, ...]  # of each tensor
@@ -165,7 +164,7 @@ def leaves(model: LanguageModel) -> list[Leaf]:
             shape = merge(axes[1:], array.shape[1:])
         else:
             names, shape = (name,), merge(axes, array.shape)
-        found.append(Leaf(path, array, names, shape, stacked))
+        found.append(Leaf(array, names, shape, stacked))
     return found
 
 
@@ -467,16 +466,12 @@ def outline(source: str | os.PathLike) -> LanguageModel:
         tensors = named(family, folder)
     except UserError:
         tensors = {}
-    dtypes = [
-        tensors[leaf.names[0]].dtype if leaf.names[0] in tensors else jnp.dtype(usual)
-        for leaf in leaves(empty)
-    ]
-    arrays, structure = jax.tree.flatten(empty)
-    typed = [
-        jax.ShapeDtypeStruct(array.shape, dtype)
-        for array, dtype in zip(arrays, dtypes, strict=True)
-    ]
-    return jax.tree.unflatten(structure, typed)
+    typed = []
+    for leaf in leaves(empty):
+        stored = tensors.get(leaf.names[0])
+        dtype = jnp.dtype(usual) if stored is None else stored.dtype
+        typed.append(jax.ShapeDtypeStruct(leaf.array.shape, dtype))
+    return jax.tree.unflatten(jax.tree.structure(empty), typed)
 
 
 # ---- saving --------------------------------------------------------------------------------------

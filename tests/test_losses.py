@@ -398,8 +398,8 @@ def test_schedules(schedule, quarter):
     objective = Objective(config, 100)
     for step, progress in ((0, 0), (25, quarter), (50, 0.5), (100, 1), (150, 1)):
         for at in (step, jnp.asarray(step)):
-            np.testing.assert_allclose(objective.alpha(at), 0.8 - 0.6 * progress, rtol=1e-6)
-            np.testing.assert_allclose(objective.temperature(at), 4 - 3 * progress, rtol=1e-6)
+            np.testing.assert_allclose(objective.at("alpha", at), 0.8 - 0.6 * progress, rtol=1e-6)
+            np.testing.assert_allclose(objective.at("temperature", at), 4 - 3 * progress, rtol=1e-6)
     arrays = problem()
     found = chunked(config, *arrays, step=jnp.asarray(50), steps=100)
     assert_close(found, dense(config, *arrays, 0.5, 2.5), 1e-5)
@@ -408,7 +408,8 @@ def test_schedules(schedule, quarter):
 def test_an_objective_is_static():
     made = [Objective(Config("jsd", alpha=0.5), 10, "bfloat16", "full", 4) for _ in range(2)]
     assert made[0] == made[1] and hash(made[0]) == hash(made[1])
-    assert isinstance(made[0].alpha(3), float) and isinstance(made[0].temperature(3), float)
+    for name in ("alpha", "temperature", "feature_weight"):
+        assert isinstance(made[0].at(name, 3), float)
     assert not jax.tree.leaves(eqx.filter(made[0], eqx.is_array))
 
 
