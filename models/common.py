@@ -52,7 +52,7 @@ class Place(eqx.Module):
     position: Int[Array, "#batch seq"]  # within its document
     extent: Int[Array, "#batch seq"]  # how many tokens its document has
     document: Int[Array, "batch seq"] | None
-    filled: Int[Array, ""] | None = None  # the longest row of a cache, with these tokens
+    filled: Int[Array, ""] | None = None  # of a cache: its longest row that goes on
 
     def visible(self, window: Int[Array, ""] | None = None) -> Bool[Array, "#batch seq keys"]:
         distance = self.query[:, :, None] - self.key
@@ -77,7 +77,8 @@ def place(
         query = cache.length[:, None] + index
         extent = jnp.broadcast_to((cache.length + new)[:, None], query.shape)
         key = jnp.arange(cache.keys.shape[4])
-        return Place(query, key, query, extent, None, jnp.max(extent))
+        filled = jnp.max(jnp.where(new > 0, cache.length + new, 0))
+        return Place(query, key, query, extent, None, filled)
     if segments is None:
         return Place(index[None], index, index[None], jnp.full((1, seq), seq), None)
     edge = jnp.ones((batch, 1), bool)
@@ -143,7 +144,7 @@ def attend(
             fewer = eqx.tree_at(lambda place: place.key, place, place.key[:size])
             return lambda: recall(grouped, *cache.read(layer, size), seen(fewer))
 
-        # What is still empty is not read.
+        # What is still empty is not read. Each part is compiled: they are few, and not small.
         capacity = len(place.key)
         part = max(32, -(-capacity // 8))
         sizes = [min(size, capacity) for size in range(part, capacity + part, part)]
@@ -175,6 +176,7 @@ def attention(query: Array, key: Array, seen: PyTree) -> Float32[Array, "..."]:
 
 
 def softmax(scores: Float32[Array, "..."], head_dim: int, seen: PyTree) -> Float32[Array, "..."]:
+    """Of products of queries with keys: scaled, biased, and only over what is seen."""
     visible, bias = seen
     scores = scores * head_dim**-0.5
     if bias is not None:
