@@ -312,7 +312,7 @@ def compiler_options() -> dict[str, str]:
 
 
 def jit(function: Callable | None = None, *, donate: str = "none") -> Callable:
-    """`eqx.filter_jit` with these options; a part of the program that traces its arguments, if any."""
+    """`eqx.filter_jit` with these options; inlined into a program that traces its arguments."""
     if function is None:
         return functools.partial(jit, donate=donate)
 
