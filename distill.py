@@ -638,7 +638,7 @@ def loop(
                 jax.profiler.start_trace(run.out / "trace")
             if turns[number - 1 - start]:
                 batch = write(state, batch)
-            state, found = program((beside, batch), state, *fixed)
+            state, found = sharding.settled(program((beside, batch), state, *fixed))
             if behind is not None:
                 tell(*behind)
             behind = number, found
@@ -688,7 +688,7 @@ def author(run: Run, state: State) -> Callable[[State, data.Batch], data.Batch]:
     program = sharding.compiled(lowered)
     took = report.duration(time.monotonic() - begun)
     say(config, f"writer    the {config.on_policy.writer}, compiled in {took}")
-    return lambda state, batch: program(*given(state, batch), **how)
+    return lambda state, batch: sharding.settled(program(*given(state, batch), **how))
 
 
 class Interruption:

@@ -401,6 +401,9 @@ def start(
         raise unmet(str(error).strip().splitlines()[0][:200]) from None
     finally:
         late.cancel()
+    if jax.default_backend() == "cpu":
+        # Read from there, a program's collectives run in no order, and processes mix them up.
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def _leave(error: UserError) -> NoReturn:
@@ -433,6 +436,16 @@ def peers() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         told = str(error).splitlines()[0][:160]
         _leave(_apart(f"another process has ended or cannot be reached ({told})"))
+
+
+def settled(made: Any) -> Any:
+    """What a program makes, before another one is begun where those in flight run side by side.
+
+    So they do on CPUs, and two processes would meet in different ones.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(made)
+    return made
 
 
 def sync(name: str) -> None:

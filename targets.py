@@ -595,7 +595,7 @@ def _make(
     ):
         behind = None
         for step, read in enumerate(batches):
-            kept = program(teacher, *read, **settings)
+            kept = sharding.settled(program(teacher, *read, **settings))
             if behind is not None:
                 finish(*behind)
             behind = step, kept

@@ -310,9 +310,9 @@ def test_processes_that_hold_parts_of_one_model_read_the_same_rows(config):
     """Two processes with a device each, the model split over both."""
     config = dataclasses.replace(config, teacher_devices=None, steps=3)
     alone = dataclasses.replace(config, out=config.out + "-one")
-    for process in started(config, "--mesh.fsdp", "1", "--mesh.tensor", "2", devices=2):
-        _, said = process.communicate(timeout=240)
-        assert process.returncode == 0, said
+    pair = started(config, "--mesh.fsdp", "1", "--mesh.tensor", "2", devices=2)
+    said = [process.communicate(timeout=240)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
     student = Path(distill.train(alone))
     near(models.load(Path(config.out) / "student"), models.load(student), 1e-5)
     ours, theirs = (
