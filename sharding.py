@@ -357,7 +357,8 @@ def start(
     devices: int | None = None,
 ) -> None:
     """Prepares the devices, before any is touched: joins the other processes, or emulates
-    `devices` of them on the CPU. Programs are kept, for the next start."""
+    `devices` of them on the CPU. Programs are kept for the next start, but for several processes on
+    CPUs."""
     together = (coordinator, processes, process_id)
     if any(flag is not None for flag in together) and None in together:
         raise UserError("--coordinator, --processes and --process-id are given together")
@@ -402,7 +403,7 @@ def start(
     finally:
         late.cancel()
     if jax.default_backend() == "cpu":
-        # Read from there, a program's collectives run in no order, and processes mix them up.
+        # In programs that are read from there, processes have met in different collectives.
         jax.config.update("jax_compilation_cache_dir", None)
 
 
