@@ -24,40 +24,44 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 
-import checkpoint
-import cost
 import data
-import errors
-import features
 import generate
 import losses
 import models
-import on_policy
 import optim
-import plan
-import report
 import sharding
 import student as students
-import targets
 import text
-from errors import UserError
-from eval import Head, Seen, evaluate, view
-from models.common import LanguageModel
-from options import (
+from config import (
     Config,
     Data,
     Mesh,
     Optim,
-    agree,
-    described,
-    distils,
-    looks,
-    note,
-    resolved,
+    check_resumable,
+    describe_loss,
+    needs_teacher,
+    profile_window,
     say,
     student_config,
-    traced,
+    uses_teacher_loss,
+    with_defaults,
+    write_config,
 )
+from eval import Head, Seen, evaluate, view
+from losses import features
+from models.base import LanguageModel
+from runtime import (
+    checkpoint,
+    errors,
+    figures,
+    files,
+    on_policy,
+    plan,
+    processes,
+    report,
+    target_store,
+)
+from runtime.errors import UserError
 
 __all__ = ["Config", "Data", "Mesh", "Optim", "State", "begin", "main", "step", "train"]
 
@@ -74,7 +78,7 @@ class State(eqx.Module):
     projection: features.Projection | None = None  # its moments are beside those of the student
 
 
-def begin(
+def init_state(
     student: LanguageModel,
     optimizer: optim.Optimizer,
     projection: features.Projection | None = None,
@@ -92,7 +96,7 @@ def _moments(
     moments = optimizer.init(student)
     if projection is not None:
         moments = moments, thawed(optimizer).init(projection)
-    return sharding.pin(moments, moments=True)
+    return sharding.constrain_tree(moments, moments=True)
 
 
 def thawed(optimizer: optim.Optimizer) -> optim.Optimizer:
@@ -102,7 +106,7 @@ def thawed(optimizer: optim.Optimizer) -> optim.Optimizer:
 
 @eqx.filter_jit(donate="all-except-first")
 def step(
-    frozen: tuple[LanguageModel | Head | None, data.Batch | Seen | targets.Told],
+    frozen: tuple[LanguageModel | Head | None, data.Batch | Seen | target_store.Told],
     state: State,
     optimizer: optim.Optimizer,
     objective: losses.Objective,
@@ -113,7 +117,7 @@ def step(
     update that is not finite is left out.
     """
     teacher, batch = frozen
-    if not distils(objective.config):
+    if not uses_teacher_loss(objective.config):
         teacher = None
     moving, still = eqx.partition(state.student, optimizer.trainable(state.student))
     ours, theirs = features.ends(objective.pairs)
@@ -123,17 +127,17 @@ def step(
     def loss(moving, embedded, projection, rows):
         student = eqx.combine(moving, still)
         read, segments, labels = rows.tokens[:, :-1], rows.segments[:, :-1], rows.tokens[:, 1:]
-        kept = rows.kept if isinstance(rows, targets.Told) else None
+        kept = rows.kept if isinstance(rows, target_store.Told) else None
         with jax.named_scope("teacher"):
             if theirs:
-                seen, goals = teacher.hidden(read, segments, dtype=objective.dtype, after=theirs)
+                seen, goals = teacher.hidden(read, segments, dtype=objective.dtype, taps=theirs)
                 beside = seen, teacher.unembedding
             else:
                 beside = (None, None) if kept else view(teacher, rows, objective.dtype)
         with jax.named_scope("student"):
             hidden = student.hidden(
-                read, segments, rows=embedded, dtype=objective.dtype, remat=objective.remat,
-                after=ours,
+                read, segments, embedded=embedded, dtype=objective.dtype, remat=objective.remat,
+                taps=ours,
             )  # fmt: skip
             hidden, states = hidden if ours else (hidden, None)
         with jax.named_scope("loss"):
@@ -160,7 +164,7 @@ def step(
             # Added to what the head has found where they are tied: autodiff would add two arrays.
             found = grads.embedding.at[read].add(d_embedded.astype(grads.embedding.dtype))
             grads = eqx.tree_at(lambda model: model.embedding, grads, found)
-        return sharding.pin((grads, d_projection)), parts
+        return sharding.constrain_tree((grads, d_projection)), parts
 
     if objective.microbatches == 1:
         (grads, d_projection), parts = gradient(batch)
@@ -190,10 +194,10 @@ def step(
     if objective.norms:
         metrics |= norms("param_norm", state.student) | norms("grad_norm", grads)
     # Where XLA would put them is not always where the next step expects them.
-    student, projection = sharding.pin((student, projection))
-    opt_state = sharding.pin(opt_state, moments=True)
-    state = State(student, opt_state, state.step + 1, sharding.pin(skipped), projection)
-    return state, sharding.pin(metrics)
+    student, projection = sharding.constrain_tree((student, projection))
+    opt_state = sharding.constrain_tree(opt_state, moments=True)
+    state = State(student, opt_state, state.step + 1, sharding.constrain_tree(skipped), projection)
+    return state, sharding.constrain_tree(metrics)
 
 
 def microbatches(batch: data.Batch | Seen, count: int) -> data.Batch | Seen:
@@ -232,15 +236,15 @@ class Run(NamedTuple):
     share: tuple[int, int]  # which rows of a batch this process reads
     teacher: LanguageModel | None  # for the loss and for held-out figures
     teacher_mesh: jax.sharding.Mesh | None  # where it has devices of its own
-    targets: targets.Targets | None  # for the loss, in the teacher's place
+    targets: target_store.Targets | None  # for the loss, in the teacher's place
     tokenizer: Path
     corpus: data.Corpus
     optimizer: optim.Optimizer
     objective: losses.Objective
 
     @property
-    def distils(self) -> bool:
-        return distils(self.config.loss)
+    def uses_teacher_loss(self) -> bool:
+        return uses_teacher_loss(self.config.loss)
 
     def beside(self) -> LanguageModel | Head | None:
         """What a program on the student's devices is given of the teacher."""
@@ -253,18 +257,18 @@ class Run(NamedTuple):
         here = sharding.from_host(batch, self.mesh, self.layout.params)
         if self.teacher is None or self.teacher_mesh is None:
             return here
-        with sharding.on(self.teacher_mesh, self.layout):
+        with sharding.use_mesh(self.teacher_mesh, self.layout):
             there = sharding.from_host(batch, self.teacher_mesh, self.layout.params)
             hidden, _ = ask(self.teacher, there, self.objective.dtype)
         return Seen(*here, jax.device_put(hidden, here.tokens.sharding))
 
-    def batch(self, step: int) -> data.Batch | Seen | targets.Told:
+    def batch(self, step: int) -> data.Batch | Seen | target_store.Told:
         """What is read at a step: a pure function of it, so that nothing is to be kept."""
         windows = data.windows(self.corpus, step, self.config.batch_size, *self.share)
         rows = data.read(self.corpus, windows)
         if self.targets is None:
             return self.to_device(rows)
-        told = targets.Told(*rows, targets.read(self.targets, windows))
+        told = target_store.Told(*rows, target_store.read(self.targets, windows))
         return sharding.from_host(told, self.mesh, self.layout.params)
 
     @property
@@ -333,15 +337,15 @@ def fixed(
 
 
 def beginning(config: Config) -> Callable[[LanguageModel, optim.Optimizer], State]:
-    """`begin`, with what the loss of this run learns beside the student."""
+    """`init_state`, with what the loss of this run learns beside the student."""
     count = len(fixed(config)[1].pairs)
 
     def begun(student: LanguageModel, optimizer: optim.Optimizer) -> State:
         if not count:
-            return begin(student, optimizer)
+            return init_state(student, optimizer)
         widths = student.config.embed, models.config(config.teacher).embed
         key = jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1)  # no step's
-        return begin(student, optimizer, features.projection(count, *widths, key))
+        return init_state(student, optimizer, features.projection(count, *widths, key))
 
     return begun
 
@@ -350,7 +354,7 @@ def choose(config: Config, teacher: LanguageModel, windows: data.Batch, out: Pat
     """Which of the teacher's blocks the student keeps; decided once in the life of a run."""
     path = out / "choice.json"
     if path.exists():
-        found = report.read_json(path)
+        found = files.read_json(path)
         kept = found.get("kept")
         if not isinstance(kept, list) or len(kept) != config.student_layers or "kl" not in found:
             raise UserError(
@@ -368,7 +372,7 @@ def choose(config: Config, teacher: LanguageModel, windows: data.Batch, out: Pat
         seconds = round(time.monotonic() - begun, 1)
         found = {"kept": list(choice.kept), "kl": choice.kl, "seconds": seconds}
         if jax.process_index() == 0:
-            report.write_json(path, found)
+            files.write_json(path, found)
     cost = "" if found["kl"] is None else f", which leaves a KL of {found['kl']:.3f}"
     blocks = " ".join(map(str, found["kept"]))
     say(config, f"student   blocks {blocks}{cost} (chosen in {found.get('seconds')}s)")
@@ -381,18 +385,18 @@ def choose(config: Config, teacher: LanguageModel, windows: data.Batch, out: Pat
 def train(config: Config) -> Path:
     """Runs, or continues, what `config` describes; returns the folder of the exported student."""
     begun = time.monotonic()
-    config = resolved(config)
+    config = with_defaults(config)
     mesh, teacher_mesh = meshes(config)
     layout = sharding.layout(config.zero, config.mesh.rules)
     if config.plan:
-        with sharding.on(mesh, layout):
+        with sharding.use_mesh(mesh, layout):
             print(plan.table(config, mesh, layout, step, beginning(config), fixed, teacher_mesh))
         return Path(config.out)
     out = Path(config.out)
     if jax.process_index() == 0:
         make_room(config, out)
-    sharding.sync("folder")
-    with checkpoint.lock(out), sharding.on(mesh, layout):
+    processes.sync("folder")
+    with checkpoint.lock(out), sharding.use_mesh(mesh, layout):
         run, state, kept = prepare(config, out, mesh, teacher_mesh, layout)
         if state is None:
             return out / "student"
@@ -430,18 +434,18 @@ def prepare(
 ) -> tuple[Run | None, State | None, list[int] | None]:
     """All that a run needs before its next step, and which blocks were kept; nothing if it is
     finished."""
-    share = sharding.share(mesh, layout.params)
+    share = sharding.process_rows(mesh, layout.params)
     last = checkpoint.latest(out / "checkpoints")
-    agree(config, out)
+    check_resumable(config, out)
     if last is not None and last >= config.steps and (out / "student").exists():
         say(config, f"this run is finished: the student is in {out / 'student'}")
         return None, None, None
     if last is None:
-        note(config, out)
+        write_config(config, out)
     (optimizer, _), born = fixed(config), beginning(config)
     cuts = config.student is None and config.student_init != "random"
     tokenizer = models.fetch(config.teacher, weights=False)
-    looking = looks(config)
+    looking = needs_teacher(config)
     if config.student is not None and looking:
         text.same_tokenizer(tokenizer, models.fetch(config.student, weights=False))
     elif config.student is not None:
@@ -455,7 +459,7 @@ def prepare(
     corpus = data.open_corpus(
         config.data, tokenizer, seq_len=config.seq_len, seed=config.seed, vocab=vocab
     )
-    digests = sharding.gathered(int(corpus.digest[:15], 16))
+    digests = processes.allgather(int(corpus.digest[:15], 16))
     if (digests != digests[0]).any():
         raise UserError(
             "the processes read different text: give all of them the same --data.source"
@@ -463,9 +467,9 @@ def prepare(
     data.batch(corpus, 0, config.batch_size)  # a text that is too short ends here
     made = None
     if config.targets is not None:
-        made = targets.load(config.targets)
+        made = target_store.load(config.targets)
         named = config.teacher != config.student  # else nobody needs its weights
-        targets.check(
+        target_store.check(
             made, corpus, config.loss, tokenizer=tokenizer, vocab=shape.vocab,
             rows=config.steps * config.batch_size,
             teacher=models.fetch(config.teacher) if named else None,
@@ -476,14 +480,14 @@ def prepare(
         )
 
     teacher, kept = None, None
-    with sharding.on(teacher_mesh or mesh, layout):
+    with sharding.use_mesh(teacher_mesh or mesh, layout):
         chosen = (out / "choice.json").exists()
         if looking or (cuts and (last is None or not chosen)):
             teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
         if cuts:
             windows = data.batch(corpus, 0, min(config.calibration_windows, corpus.windows))
             kept = choose(config, teacher, windows, out)
-            shape = shape.keep(tuple(kept))
+            shape = shape.select_layers(tuple(kept))
         student = None
         if last is None and cuts:
             student = students.cut(teacher, tuple(kept))
@@ -491,7 +495,7 @@ def prepare(
         teacher = None
     family = models.FAMILIES[shape.model_type]
     if last is not None:
-        outline = plan.outline(lambda key: born(family(shape, key), optimizer), mesh, layout)
+        outline = plan.abstract_state(lambda key: born(family(shape, key), optimizer), mesh, layout)
         state, extra, _ = checkpoint.restore(out / "checkpoints", outline)
         if extra["data"] != corpus.digest:
             other = f"{out} was trained on other text than {' '.join(config.data.source)} holds now"
@@ -501,7 +505,7 @@ def prepare(
                     " --resume-anyway"
                 )
             say(config, f"continued anyway: {other}")
-        note(config, out)  # only now: what is refused leaves the run as it was
+        write_config(config, out)  # only now: what is refused leaves the run as it was
         state = eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
     else:
         if config.student is not None:
@@ -511,12 +515,12 @@ def prepare(
         student = jax.device_put(student, sharding.specs(student, mesh))
         state = born(student, optimizer)
         # What lies there already stays: `sharding.shard` would hold all of it twice for a moment.
-        state = jax.device_put(state, plan.places(state, mesh, layout))
+        state = jax.device_put(state, plan.state_shardings(state, mesh, layout))
     run = Run(
         config, out, mesh, layout, share, teacher, teacher_mesh, made, tokenizer, corpus,
         *fixed(config, kept),
     )  # fmt: skip
-    sharding.sync("prepared")
+    processes.sync("prepared")
     return run, state, kept
 
 
@@ -557,19 +561,19 @@ def loop(
     program = sharding.compiled(step.lower((beside, run.batch(start)), state, *fixed))
     say(
         config,
-        f"compiled  in {report.duration(time.monotonic() - compiling)}, {cost.memory(program)}",
+        f"compiled  in {report.duration(time.monotonic() - compiling)}, {plan.memory(program)}",
     )
-    flops = run.step_tokens * cost.step_flops(
+    flops = run.step_tokens * plan.step_flops(
         state.student, run.teacher if run.distils and not run.targets else None, config.seq_len
     )
-    peak = cost.matrix_peak(config.compute_dtype)
+    peak = plan.matrix_peak(config.compute_dtype)
     turns = on_policy.turns(config.on_policy, config.seed, start, config.steps)
     write = author(run, state) if turns.any() else None
     if start:
         say(config, f"goes on   from step {start}")
     spent = report.Stopwatch()
     label = "KL" if config.loss.divergence == "forward_kl" else config.loss.divergence
-    first, last = traced(config.profile_steps) if config.profile_steps else (0, 0)
+    first, last = profile_window(config.profile_steps) if config.profile_steps else (0, 0)
     deadline = begun + 60 * (config.time_limit or float("inf"))
 
     def tell(number: int, metrics: dict[str, Any]) -> None:
@@ -618,7 +622,7 @@ def loop(
         if jax.process_count() > 1 and number % config.log_every:
             return False
         late = interruption.asked or time.monotonic() > deadline
-        return bool(sharding.gathered(late).any())
+        return bool(processes.allgather(late).any())
 
     metrics = run.out / "metrics.jsonl"
     with (
@@ -638,7 +642,7 @@ def loop(
                 jax.profiler.start_trace(run.out / "trace")
             if turns[number - 1 - start]:
                 batch = write(state, batch)
-            state, found = sharding.settled(program((beside, batch), state, *fixed))
+            state, found = processes.block_on_cpu(program((beside, batch), state, *fixed))
             if behind is not None:
                 tell(*behind)
             behind = number, found
@@ -688,7 +692,7 @@ def author(run: Run, state: State) -> Callable[[State, data.Batch], data.Batch]:
     program = sharding.compiled(lowered)
     took = report.duration(time.monotonic() - begun)
     say(config, f"writer    the {config.on_policy.writer}, compiled in {took}")
-    return lambda state, batch: sharding.settled(program(*given(state, batch), **how))
+    return lambda state, batch: processes.block_on_cpu(program(*given(state, batch), **how))
 
 
 class Interruption:
@@ -726,14 +730,14 @@ def export(
     teacher = config.teacher if run.targets is None else run.targets.teacher_name
     if run.targets is None and teacher == config.student:
         teacher = None
-    card = report.model_card(
+    card = figures.model_card(
         teacher=teacher,
         start=start,
         data=", ".join(Path(name).name for name in config.data.source),
-        loss=described(config.loss, config.on_policy),
+        loss=describe_loss(config.loss, config.on_policy),
         tokens=steps * run.step_tokens,
         steps=steps,
-        rows=report.rows(metrics),
+        rows=figures.rows(metrics),
     )
     dtype = jnp.dtype(config.export_dtype)
     exported = jax.tree.map(lambda leaf: leaf.astype(dtype), state.student)
@@ -746,14 +750,14 @@ def finish(run: Run, state: State, kept: list[int] | None) -> Path:
     number, first = int(state.step), jax.process_index() == 0
     lines = report.read(metrics) if first else []
     told = any(line["step"] == number and "eval/ce" in line for line in lines)
-    if sharding.gathered(first and not told).any():  # where --steps has moved to an earlier save
+    if processes.allgather(first and not told).any():  # where --steps has moved to an earlier save
         with report.Log(
             metrics if first else None, steps=number, start=number, quiet=config.quiet
         ) as log:
             log.evaluation({"step": number} | run.evaluate(state.student))
         lines = report.read(metrics) if first else []
     if first:
-        report.curves(metrics, run.out / "curves.png")
+        figures.curves(metrics, run.out / "curves.png")
     # Last of all files: a run that has its student is finished.
     export(run, state, folder, kept, lines)
     windows, length = next(data.evaluation(run.corpus, 32)), min(24, config.seq_len)
@@ -768,7 +772,7 @@ def finish(run: Run, state: State, kept: list[int] | None) -> Path:
     ):
         say(config, line)
     if jax.process_index() == 0:
-        print(report.table(report.rows(lines)))
+        print(figures.table(figures.rows(lines)))
         print(f"student  {folder}")
         best = run.out / "student-best"
         if config.keep_best and best.exists():
@@ -777,18 +781,18 @@ def finish(run: Run, state: State, kept: list[int] | None) -> Path:
             at = min(reversed(told), key=lambda line: line[name])["step"]
             print(f"best     {best} (step {at})")
         print(f"curves   {run.out / 'curves.png'}")
-    sharding.sync("finished")
+    processes.sync("finished")
     return folder
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = errors.cli(Config)
-    sharding.start(
+    processes.start(
         distributed=config.distributed, coordinator=config.coordinator,
         processes=config.processes, process_id=config.process_id, devices=config.devices,
     )  # fmt: skip
-    with sharding.peers():
+    with processes.exit_with_peers():
         train(config)
 
 

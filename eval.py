@@ -15,13 +15,12 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 import data
-import errors
 import losses
 import models
-import report
 import sharding
 import text
-from models.common import LanguageModel
+from models.base import LanguageModel
+from runtime import errors, processes, report
 
 Data = data.Config  # a field of a config hides the module it is named after
 
@@ -105,7 +104,7 @@ def evaluate(
 
 def main() -> None:
     config = errors.cli(Config)
-    sharding.start()
+    processes.start()
     folder = models.fetch(config.model)
     shape = models.config(folder)
     for name in filter(None, (config.model, config.teacher)):

@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Key, PRNGKeyArray, UInt32
 
-import answers
-import errors
 import models
-import report
 import sharding
 import text
-from errors import UserError
-from models.common import Cache, LanguageModel, product
+from models.attention import Cache, einsum_f32
+from models.base import LanguageModel
+from runtime import answers, errors, processes, report
+from runtime.errors import UserError
 
 # ---- the choice of a token -----------------------------------------------------------------------
 
@@ -197,7 +196,7 @@ def extend(
 ) -> Rows:
     """With the token that follows these hidden states, in rows that are live."""
     # A vocabulary is many rows, a batch is few: XLA on CPU is faster with the many first.
-    logits = product("ve,be->vb", model.unembedding.astype(hidden.dtype), hidden).T
+    logits = einsum_f32("ve,be->vb", model.unembedding.astype(hidden.dtype), hidden).T
     logits = sharding.constrain(logits, "batch vocab")
     token = choose(logits, rows.keys, rows.count, rows.seen, sampling).astype(jnp.int32)
     row, new = jnp.arange(len(token)), rows.tokens.shape[1]
@@ -285,12 +284,12 @@ def continuations(
     lengths = np.full(len(prompts), prompts.shape[1])
     told = {}
     for name, (model, mesh) in writers.items():
-        with sharding.on(mesh, layout):
+        with sharding.use_mesh(mesh, layout):
             found = sample(
                 model, prompts, lengths, jax.random.key(0), max_new=max_new,
                 sampling=Sampling(temperature=0.0), stop=stop, dtype=dtype,
             )  # fmt: skip
-            told[name] = tuple(map(sharding.whole, found))
+            told[name] = tuple(map(sharding.to_host, found))
     for row, prompt in enumerate(prompts):
         yield f"\n> {encoder.decode(prompt.tolist())!r}"
         for name, (tokens, counts) in told.items():
@@ -328,7 +327,7 @@ def generate(
     place; so short texts wait for long ones only at the end. Longer prompts come first: they are
     read together with those of their length.
     """
-    ways = sharding.ways("batch")
+    ways = sharding.num_shards("batch")
     slots = -(-min(slots, len(jobs)) // ways) * ways
     group = -(-slots // (4 * ways)) * ways
     queue = deque(sorted(jobs, key=lambda job: -len(job.tokens)))
@@ -348,7 +347,7 @@ def generate(
             rows = refill((model, prompts, lengths, names, places, key), rows, **how)
         idle = min(group, len(queue)) if queue else slots
         rows = decode((model, np.int32(idle)), rows, **how)
-        tokens, counts, live = map(sharding.whole, (rows.tokens, rows.count, rows.live))
+        tokens, counts, live = map(sharding.to_host, (rows.tokens, rows.count, rows.live))
         ended = [slot for slot, job in enumerate(held) if job is not None and not live[slot]]
         yield [(held[slot], tokens[slot, : counts[slot]]) for slot in ended]
         for slot in ended:
@@ -515,7 +514,7 @@ def write(
     mesh = sharding.make_mesh(**config.mesh.sizes)
     model = models.load(folder, dtype=task.dtype, mesh=mesh)
     begun, done, count = time.monotonic(), 0, 0
-    with sharding.on(mesh), report.counting("generating", quiet=config.quiet) as show:
+    with sharding.use_mesh(mesh), report.counting("generating", quiet=config.quiet) as show:
         for finished in generate(
             model, jobs, jax.random.key(config.seed), slots=config.batch_size,
             max_new=config.max_new, sampling=config.sampling, stop=task.stop, dtype=task.dtype,
@@ -588,7 +587,7 @@ def run(config: Config) -> None:
 
 def main() -> None:
     config = errors.cli(Config)
-    sharding.start()
+    processes.start()
     run(config)
 
 

@@ -7,7 +7,7 @@ names of their axes, never from their rank.
 import math
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import equinox as eqx
 import jax
@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
 import sharding
-from errors import UserError
+from runtime.errors import UserError, above, check
 
 Name = Literal["adamw", "lion", "adafactor", "sgd", "muon"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
@@ -28,7 +28,7 @@ Axes = tuple[str, ...] | None
 class Config:
     name: Name = "adamw"
     """The update rule; muon takes the matrices of the blocks and leaves the rest to adamw."""
-    lr: float = 3e-4
+    lr: Annotated[float, above(0)] = 3e-4
     """Learning rate at the peak; muon and adafactor are scaled so that values for adamw serve."""
     lr_end: float = 0.0
     """Learning rate at the end of the run (linear, cosine, wsd)."""
@@ -54,6 +54,7 @@ class Config:
     """Leaves that stay as they are: patterns such as 'embedding' or 'blocks.*norm*'."""
 
     def __post_init__(self):
+        check(self, "--optim.")
         demands = (
             ("name", self.name in get_args(Name), f"one of {', '.join(get_args(Name))}"),
             ("lr", 0 < self.lr < math.inf, "positive"),
@@ -194,7 +195,7 @@ SLABS = 64
 def _square_sum(grad: Float32[Array, "..."], names: Axes) -> Float32[Array, ""]:
     """A slab at a time: XLA on CPU writes out all squares that it is to add."""
     stacked = names is not None and names[0] == "layers"
-    if not stacked and (names is None or sharding.ways(names[0]) > 1 or len(grad) % SLABS):
+    if not stacked and (names is None or sharding.num_shards(names[0]) > 1 or len(grad) % SLABS):
         return jnp.sum(grad**2)
     slabs = grad if stacked else grad.reshape(SLABS, -1)
     return jnp.sum(jax.lax.map(lambda slab: jnp.sum(slab**2), slabs))

@@ -9,16 +9,11 @@ import ctypes
 import dataclasses
 import functools
 import math
-import os
-import re
-import signal
-import threading
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -26,10 +21,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, Shaped
 
-import errors
-from errors import UserError
+from runtime.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+
 
 # In order of precedence: each mesh axis goes to the first axis of an array that claims it. So a
 # head ("vocab embed") is split over its vocabulary alone, an activation over its batch first.
@@ -42,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "embed": ("fsdp",),
 }
+
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -80,11 +76,13 @@ def _rule(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
 _compiled_for = [Layout()]
 
 
 @contextlib.contextmanager
-def on(mesh: Mesh, layout: Layout | None = None) -> Iterator[None]:
+def use_mesh(mesh: Mesh, layout: Layout | None = None) -> Iterator[None]:
     """Places activations and new states on `mesh` by these rules."""
     layout = Layout() if layout is None else layout
     if layout != _compiled_for[0]:  # jax knows programs by their mesh, not by our rules
@@ -241,7 +239,7 @@ def shard(tree: PyTree, specs: PyTree) -> PyTree:
     return eqx.filter_shard(tree, specs)
 
 
-def pin(tree: PyTree, *, moments: bool = False) -> PyTree:
+def constrain_tree(tree: PyTree, *, moments: bool = False) -> PyTree:
     """Inside a jitted function: every array placed by its axes on the mesh in scope, if any."""
     mesh, rules = jax.sharding.get_abstract_mesh(), _layout()
     if mesh.empty:
@@ -249,7 +247,7 @@ def pin(tree: PyTree, *, moments: bool = False) -> PyTree:
     return shard(tree, specs(tree, mesh, rules.moments if moments else rules.params))
 
 
-def ways(name: str) -> int:
+def num_shards(name: str) -> int:
     """Over how many devices of the mesh in scope activations are split along this axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else _parts(mesh, claims([name], mesh)[0])
@@ -271,7 +269,7 @@ def constrain(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
-def share(mesh: Mesh, rules: Rules | None = None) -> tuple[int, int]:
+def process_rows(mesh: Mesh, rules: Rules | None = None) -> tuple[int, int]:
     """Which part of every batch this process reads, and of how many.
 
     Processes whose devices hold the same rows, parts of one model, read the same.
@@ -343,130 +341,7 @@ def compute_dtype(asked: str = "auto") -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-# ---- several processes ---------------------------------------------------------------------------
-
-PATIENCE = 60  # seconds to wait for the other processes at the start, and for a sign of their life
-
-
-def start(
-    *,
-    distributed: bool = False,
-    coordinator: str | None = None,
-    processes: int | None = None,
-    process_id: int | None = None,
-    devices: int | None = None,
-) -> None:
-    """Prepares the devices, before any is touched: joins the other processes, or emulates
-    `devices` of them on the CPU. Programs are kept for the next start, but for several processes on
-    CPUs."""
-    together = (coordinator, processes, process_id)
-    if any(flag is not None for flag in together) and None in together:
-        raise UserError("--coordinator, --processes and --process-id are given together")
-    if coordinator is not None and not re.fullmatch(r"\S+:\d+", coordinator):
-        raise UserError(f"--coordinator {coordinator}: expected host:port of the first process")
-    if process_id is not None and not 0 <= process_id < processes:
-        raise UserError(
-            f"--process-id {process_id}: expected one of 0 to {processes - 1}, with --processes"
-            f" {processes}"
-        )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    if devices is not None:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", devices)
-    if (emulated := jax.config.jax_num_cpu_devices) > 1:
-        # Threads of XLA's pool: with too few, programs in flight wait for each other without end.
-        os.environ.setdefault("NPROC", str(max(4 * emulated, os.cpu_count() or 1)))
-    if not (distributed or coordinator):
-        return
-    where = coordinator or "the one that the scheduler names"
-
-    def unmet(reason: str) -> UserError:
-        return UserError(
-            f"the processes could not meet at the coordinator, {where} ({reason}): start all of"
-            " them, and let --coordinator name the first"
-        )
-
-    # When jax's own time is up it aborts the process.
-    silence = unmet(f"it or another one did not answer in {PATIENCE} s")
-    late = threading.Timer(PATIENCE, _leave, [silence])
-    late.daemon = True
-    late.start()
-    try:
-        jax.distributed.initialize(
-            *together,
-            initialization_timeout=2 * PATIENCE, heartbeat_timeout_seconds=PATIENCE // 2,
-        )  # fmt: skip
-    except (RuntimeError, ValueError) as error:
-        raise unmet(str(error).strip().splitlines()[0][:200]) from None
-    finally:
-        late.cancel()
-    if jax.default_backend() == "cpu":
-        # In programs that are read from there, processes have met in different collectives.
-        jax.config.update("jax_compilation_cache_dir", None)
-
-
-def _leave(error: UserError) -> NoReturn:
-    errors.tell(error)
-    os._exit(2)  # a tidy end would wait for processes that may never come
-
-
-def _apart(reason: str) -> UserError:
-    return UserError(f"{reason}: start all of them again, and they go on from what was saved")
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _aborted(_: int) -> None:
-    _leave(_apart("this process was aborted, probably as another process has ended (see above)"))
-
-
-@contextlib.contextmanager
-def peers() -> Iterator[None]:
-    """Ends this process when it fails or another one has ended: it is a mistake to go on alone."""
-    if jax.process_count() == 1:
-        yield
-        return
-    # That a process went silent jax learns on a thread of its own, and aborts: no exception comes
-    # here, and Python's own handlers of signals do not run there.
-    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
-    try:
-        yield
-    except UserError as error:
-        _leave(error)
-    except jax.errors.JaxRuntimeError as error:
-        told = str(error).splitlines()[0][:160]
-        _leave(_apart(f"another process has ended or cannot be reached ({told})"))
-
-
-def settled(made: Any) -> Any:
-    """What a program makes, before another one is begun where those in flight run side by side.
-
-    So they do on CPUs, and two processes would meet in different ones.
-    """
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        jax.block_until_ready(made)
-    return made
-
-
-def sync(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices(name)
-
-
-def gathered(value: np.ndarray | int | bool) -> np.ndarray:
-    """What each process has, in the order of processes."""
-    if jax.process_count() == 1:
-        return np.asarray(value)[None]
-    from jax.experimental.multihost_utils import process_allgather
-
-    return np.asarray(process_allgather(np.asarray(value)))
-
-
-def whole(array: Array) -> np.ndarray:
+def to_host(array: Array) -> np.ndarray:
     """All of an array, whichever processes hold its parts; all of them call this."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return np.asarray(array)

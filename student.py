@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 import sharding
-from errors import UserError
-from models.common import LanguageModel, place, product
+from models.attention import einsum_f32, positions
+from models.base import LanguageModel
+from runtime.errors import UserError
 
 WAYS = ("greedy", "influence", "uniform", "first", "last", "random")
 
@@ -136,8 +137,8 @@ def _embedded(teacher, calibration, dtype) -> Float[Array, "batch seq embed"]:
 
 def _walker(teacher: LanguageModel, calibration: Calibration):
     """Applies the block of some index to hidden states."""
-    here = place(calibration.tokens, calibration.segments)
-    prepared = teacher.prepare(here)
+    here = positions(calibration.tokens, calibration.segments)
+    prepared = teacher.position_inputs(here)
 
     def apply(layer: Int[Array, ""], x: Float[Array, "batch seq embed"]) -> Array:
         weights = jax.tree.map(lambda leaf: leaf[layer], teacher.blocks)
@@ -150,7 +151,7 @@ def _walker(teacher: LanguageModel, calibration: Calibration):
 @eqx.filter_jit
 def _finished(teacher, x, calibration) -> Float[Array, "batch seq embed"]:
     apply = _walker(teacher, calibration)
-    return teacher.finish(jax.lax.fori_loop(0, teacher.config.layers, apply, x))
+    return teacher.final_norm(jax.lax.fori_loop(0, teacher.config.layers, apply, x))
 
 
 @eqx.filter_jit
@@ -166,7 +167,7 @@ def _without(
     """The KL if block `order[i]` goes, and the states after it: `x` are the states before it."""
     apply = _walker(teacher, calibration)
     rest = jax.lax.fori_loop(i + 1, count, lambda j, x: apply(order[j], x), x)
-    kl = _kl(teacher.unembedding, goal, teacher.finish(rest), calibration.mask)
+    kl = _kl(teacher.unembedding, goal, teacher.final_norm(rest), calibration.mask)
     return kl, apply(order[i], x)
 
 
@@ -181,7 +182,7 @@ def _kl(
     head = head.astype(teacher.dtype)
 
     def one(rows):
-        p, q = (jax.nn.log_softmax(product("te,ve->tv", x, head)) for x in rows[:2])
+        p, q = (jax.nn.log_softmax(einsum_f32("te,ve->tv", x, head)) for x in rows[:2])
         return jnp.sum(jnp.where(rows[2], jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0.0))
 
     def chunks(x):
@@ -213,7 +214,7 @@ def _influence(teacher, calibration, dtype) -> Float32[Array, " layers"]:
 
 def cut(teacher: LanguageModel, kept: tuple[int, ...], dtype: Any = jnp.float32) -> LanguageModel:
     """The teacher with only these blocks, in arrays of its own: no buffer is shared."""
-    config = teacher.config.keep(kept)
+    config = teacher.config.select_layers(kept)
     outline = eqx.filter_eval_shape(lambda: type(teacher)(config, jax.random.key(0)))
     index = jnp.array(kept)
 
@@ -258,7 +259,9 @@ def resized(config: Any, layers: int, **widths: int | None) -> Any:
             " change --student-heads or --student-kv-heads"
         )
     depth = config.layers
-    return dataclasses.replace(config.keep(tuple(i % depth for i in range(layers))), **given)
+    return dataclasses.replace(
+        config.select_layers(tuple(i % depth for i in range(layers))), **given
+    )
 
 
 def from_teacher(

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from errors import UserError
+from runtime import target_store
+from runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 20  # seconds a case may take
@@ -336,10 +337,9 @@ def make_kept(folder: Path) -> None:
 
 
 def load_kept(folder: Path) -> Any:
-    import targets
 
-    kept = targets.load(folder / "kept")
-    return kept.manifest, [array.tobytes() for array in targets.read(kept, kept.windows)]
+    kept = target_store.load(folder / "kept")
+    return kept.manifest, [array.tobytes() for array in target_store.read(kept, kept.windows)]
 
 
 def state_of(step: int) -> dict[str, Any]:
@@ -352,7 +352,7 @@ def state_of(step: int) -> dict[str, Any]:
 
 
 def make_checkpoints(folder: Path) -> None:
-    import checkpoint
+    from runtime import checkpoint
 
     with checkpoint.Checkpoints(folder) as saved:
         for step in (1, 2):
@@ -363,7 +363,7 @@ def load_checkpoint(folder: Path) -> Any:
     """What was saved, of whichever step: it is compared here, as both may be right."""
     import numpy as np
 
-    import checkpoint
+    from runtime import checkpoint
 
     state, extra, step = checkpoint.restore(folder, state_of(0))
     assert checkpoint.latest(folder) in (step, 2)
@@ -379,7 +379,7 @@ def make_metrics(folder: Path) -> None:
 
 
 def load_metrics(folder: Path) -> Any:
-    import report
+    from runtime import report
 
     return report.read(folder / "metrics.jsonl")
 

@@ -32,10 +32,10 @@ def ours(shape: str, rows: int, new: int, runs: int) -> dict:
 
     import generate
     import models
-    from models.common import Settings
+    from models.hf_config import HFConfig
 
     family = models.FAMILIES[SHAPES[shape]["model_type"]]
-    model = family(family.Config.read(Settings(settings(shape, 8))), jax.random.key(0))
+    model = family(family.Config.read(HFConfig(settings(shape, 8))), jax.random.key(0))
     tokens, lengths = prompts(shape, rows)
     how = {"max_new": new, "sampling": generate.Sampling(temperature=0.0)}
 

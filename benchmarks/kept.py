@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from runtime import target_store
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo"
 BATCH, SEQ, BLOCKS = 16, 128, (0, 4, 5, 7)
@@ -37,7 +39,7 @@ def kept(out: Path, steps: int, seed: int = 0, **kind):
     about = {"seq_len": SEQ, "batch_size": BATCH, "steps": steps, "seed": seed, "data": source}
     config = targets.Config(str(DEMO / "teacher"), str(out), quiet=True, **about, **kind)
     targets.make(config)
-    return targets.load(out)
+    return target_store.load(out)
 
 
 def sizes(folder: Path) -> None:
@@ -58,10 +60,9 @@ def speeds(folder: Path, turns: int) -> None:
     import optim
     import sharding
     import student
-    import targets
 
     teacher = models.load(DEMO / "teacher")
-    all_kept = {name: targets.load(folder / name) for name in KINDS}
+    all_kept = {name: target_store.load(folder / name) for name in KINDS}
     some = next(iter(all_kept.values()))
     corpus = data.open_corpus(some.data_config, DEMO / "teacher", seq_len=SEQ, seed=0, vocab=2048)
     windows = data.windows(corpus, 0, BATCH)
@@ -70,13 +71,13 @@ def speeds(folder: Path, turns: int) -> None:
 
         def read(of=of):
             batch = data.read(corpus, windows)
-            if isinstance(of, targets.Targets):
-                batch = targets.Told(*batch, targets.read(of, windows))
+            if isinstance(of, target_store.Targets):
+                batch = target_store.Told(*batch, target_store.read(of, windows))
             return teacher if of is teacher else None, jax.device_put(batch)
 
         loss = losses.Config(alpha=0.0 if of is None else 1.0)
         fixed = optimizer, losses.Objective(loss, steps=100, dtype="float32")
-        state = distill.begin(jax.tree.map(jnp.copy, student.cut(teacher, BLOCKS)), optimizer)
+        state = distill.init_state(jax.tree.map(jnp.copy, student.cut(teacher, BLOCKS)), optimizer)
         program = sharding.compiled(distill.step.lower(read(), state, *fixed))
         runs[name] = [program, read, state, [], fixed]
     for _ in range(turns + 2):

@@ -23,8 +23,8 @@ import tyro
 
 import models
 import sharding
+from models.base import LanguageModel
 from models.bloom import Bloom
-from models.common import LanguageModel
 from models.hub import leaves
 from models.llama import Llama
 

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 
 from benchmarks.step import SHAPES, settings
+from runtime import processes
 
 COUNTS = (1, 2, 4, 8)
 
@@ -37,15 +38,15 @@ def sizes(case: Case) -> tuple[int, int]:
     import losses
     import models
     import optim
-    import plan
     import sharding
-    from models.common import Settings
+    from models.hf_config import HFConfig
+    from runtime import plan
 
     family = models.FAMILIES[SHAPES[case.shape]["model_type"]]
 
     def config(layers: int):
         changed = {} if case.vocab is None else {"vocab_size": case.vocab}
-        return family.Config.read(Settings(settings(case.shape, layers) | changed))
+        return family.Config.read(HFConfig(settings(case.shape, layers) | changed))
 
     optimizer = optim.make(optim.Config(), 100)
     objective = losses.Objective(
@@ -53,12 +54,12 @@ def sizes(case: Case) -> tuple[int, int]:
     )
     mesh = sharding.make_mesh(devices=jax.devices()[: case.devices])
     layout = sharding.layout(case.zero)
-    with sharding.on(mesh, layout):
-        state = plan.outline(
-            lambda key: distill.begin(family(config(4), key), optimizer), mesh, layout
+    with sharding.use_mesh(mesh, layout):
+        state = plan.abstract_state(
+            lambda key: distill.init_state(family(config(4), key), optimizer), mesh, layout
         )
         teacher = eqx.filter_eval_shape(family, config(8), jax.random.key(0))
-        teacher = plan.placed(teacher, sharding.specs(teacher, mesh, layout.params))
+        teacher = plan.with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
         split = jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp")))
         ids = jax.ShapeDtypeStruct((case.rows, case.seq + 1), jnp.int32, sharding=split)
         mask = jax.ShapeDtypeStruct((case.rows, case.seq), bool, sharding=split)
@@ -81,9 +82,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     args = parser.parse_args()
-    import sharding
 
-    sharding.start(devices=max(COUNTS))
+    processes.start(devices=max(COUNTS))
     plain = {shape: Case(shape) for shape in args.shapes}
     table(
         "Tokens of a row, 8 rows on one device.",

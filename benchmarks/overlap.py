@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from runtime import processes
+
 Spans = list[tuple[float, float]]
 
 
@@ -55,9 +57,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
     import distill
-    import sharding
 
-    sharding.start(devices=args.student + args.teacher)
+    processes.start(devices=args.student + args.teacher)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = distill.Config(
             out=folder, quiet=True, teacher_devices=args.teacher, student_init="uniform",

@@ -19,7 +19,7 @@ import tyro
 import data
 import distill
 import losses
-import report
+from runtime import report
 
 CROSS_ENTROPY = losses.Config(alpha=0)
 CUTS = ("influence", "uniform", "first", "last", "random")

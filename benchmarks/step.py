@@ -64,11 +64,11 @@ def ours(shape: str, steps: int) -> dict:
     import models
     import optim
     import sharding
-    from models.common import Settings
+    from models.hf_config import HFConfig
 
     family = models.FAMILIES[SHAPES[shape]["model_type"]]
     teacher, student = (
-        family(family.Config.read(Settings(settings(shape, layers))), jax.random.key(layers))
+        family(family.Config.read(HFConfig(settings(shape, layers))), jax.random.key(layers))
         for layers in (8, 4)
     )
     rng = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def ours(shape: str, steps: int) -> dict:
     mask = np.ones((BATCH, SEQ), bool)
     batch = data.Batch(jnp.asarray(tokens), jnp.ones_like(jnp.asarray(tokens)), jnp.asarray(mask))
     fixed = optim.make(optim.Config(), 100), losses.Objective(losses.Config(alpha=0.5), steps=100)
-    state = distill.begin(student, fixed[0])
+    state = distill.init_state(student, fixed[0])
     del student
     begun = time.perf_counter()
     program = sharding.compiled(distill.step.lower((teacher, batch), state, *fixed))

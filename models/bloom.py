@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sharding import UserError
-
-from .common import Cache, LanguageModel, Place, Settings, attend, cheap, layer_norm, linear, normal
+from models.attention import Cache, Positions, attention
+from models.base import LanguageModel, layer_norm, linear, normal, rematerialise
+from models.hf_config import HFConfig
+from runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Config:
         return 4 * self.embed
 
     @classmethod
-    def read(cls, settings: Settings) -> "Config":
+    def read(cls, settings: HFConfig) -> "Config":
         """From the fields of a Hugging Face config."""
-        settings = Settings({"bos_token_id": 1, "eos_token_id": 2} | settings.raw)
+        settings = HFConfig({"bos_token_id": 1, "eos_token_id": 2} | settings.raw)
         embed = settings.count("hidden_size", "n_embed")
         settings.fixed("n_inner", 4 * embed)
         return cls(
@@ -76,7 +77,7 @@ class Config:
             "apply_residual_connection_post_layernorm": self.residual_after_norm,
         }
 
-    def keep(self, layers: tuple[int, ...]) -> "Config":
+    def select_layers(self, layers: tuple[int, ...]) -> "Config":
         """The config of a model with only these blocks of this one."""
         return dataclasses.replace(self, layers=len(layers))
 
@@ -159,18 +160,18 @@ class Bloom(LanguageModel):
         self.norm, self.norm_bias = jnp.ones(config.embed), jnp.zeros(config.embed)
         self.head = None if config.tied else normal(keys[2], config.vocab, config.embed)
 
-    def enter(self, rows: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def embed_input(self, rows: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         return layer_norm(rows, self.embedding_norm, self.embedding_norm_bias, self.config.norm_eps)
 
-    def prepare(self, place: Place) -> Float[Array, " heads"]:
+    def position_inputs(self, positions: Positions) -> Float[Array, " heads"]:
         return jnp.asarray(alibi_slopes(self.config.heads))
 
     def block(
         self,
         weights: Block,
         x: Float[Array, "batch seq embed"],
-        place: Place,
-        prepared: Float[Array, " heads"],
+        positions: Positions,
+        position_inputs: Float[Array, " heads"],
         layer: Int[Array, ""],
         cache: Cache | None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
@@ -179,14 +180,14 @@ class Bloom(LanguageModel):
         residual = h if after else x
         qkv = linear("bse,htde->bshtd", h, w.qkv, w.qkv_bias)
         query, key, value = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
-        mixed, cache = attend(query, key, value, place, layer, cache, slopes=prepared)
+        mixed, cache = attention(query, key, value, positions, layer, cache, slopes=position_inputs)
         x = residual + linear("bshd,ehd->bse", mixed, w.output, w.output_bias)
         h = layer_norm(x, w.mlp_norm, w.mlp_norm_bias, eps)
         residual = h if after else x
-        h = cheap(jax.nn.gelu)(linear("bse,me->bsm", h, w.up, w.up_bias))
+        h = rematerialise(jax.nn.gelu)(linear("bse,me->bsm", h, w.up, w.up_bias))
         return residual + linear("bsm,em->bse", h, w.down, w.down_bias), cache
 
-    def finish(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def final_norm(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         return layer_norm(x, self.norm, self.norm_bias, self.config.norm_eps)
 
 

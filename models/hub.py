@@ -20,10 +20,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 import sharding
-from sharding import UserError
+from models.base import LanguageModel
+from models.hf_config import HFConfig
+from runtime.errors import UserError
 
 from .bloom import Bloom
-from .common import LanguageModel, Settings
 from .llama import Llama
 
 FAMILIES: dict[str, type[LanguageModel]] = {
@@ -114,7 +115,7 @@ def check_links(folder: Path) -> None:
     for name in ("config.json", GENERATION, *TOKENIZER, *WEIGHTS, "*.safetensors"):
         for path in folder.glob(name):
             target = Path(os.path.realpath(path))
-            if not any(target.is_relative_to(place) for place in inside):
+            if not any(target.is_relative_to(positions) for place in inside):
                 raise UserError(
                     f"{path}: it is a link to a file outside of {folder}: put the file itself there"
                 )
@@ -356,7 +357,7 @@ def read_config(folder: Path) -> tuple[type[LanguageModel], Any]:
         raise UserError(f"{path}: model_type {found} is not supported, only {known} are")
     family = FAMILIES[kind]
     try:
-        return family, family.Config.read(Settings(raw))
+        return family, family.Config.read(HFConfig(raw))
     except UserError as error:
         raise UserError(f"{path}: {printable(str(error))}") from None
 
@@ -451,7 +452,7 @@ def check_tied(head: Tensor, embedding: Tensor) -> None:
         raise UserError(f"{head.file}: {HEAD} differs from the embedding it is tied to")
 
 
-def outline(source: str | os.PathLike) -> LanguageModel:
+def abstract(source: str | os.PathLike) -> LanguageModel:
     """The model of a folder or hub id as `load` gives it, without reading (or fetching) a weight.
 
     Each leaf has the dtype that is stored; where no file says so, the one that the config names.
@@ -504,7 +505,7 @@ def save(
     if jax.process_index() != 0:  # the first one writes; the others lend what they hold
         for leaf in leaves(model):
             for part in separate(leaf):
-                sharding.whole(part)
+                sharding.to_host(part)
         return
     if texts is not None and not any((texts / name).exists() for name in TOKENIZER):
         raise UserError(f"{tokenizer}: it holds no tokenizer, none of {', '.join(TOKENIZER)}")
@@ -599,7 +600,7 @@ def write_weights(model: LanguageModel, folder: Path, shard_size: int) -> None:
             file, start = starts[name]
             with open(folder / file, "r+b") as out:
                 out.seek(start)
-                value = np.ascontiguousarray(sharding.whole(part))
+                value = np.ascontiguousarray(sharding.to_host(part))
                 out.write(value.reshape(-1).view(np.uint8))
     for file in files:
         with open(folder / file, "rb") as out:

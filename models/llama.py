@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from sharding import UserError
+from models.attention import Cache, Positions, attention
+from models.base import LanguageModel, linear, normal, rematerialise, rms_norm
+from models.hf_config import HFConfig
+from runtime.errors import UserError
 
-from .common import Cache, LanguageModel, Place, Settings, attend, cheap, linear, normal, rms_norm
 from .rotary import Rope, rotate
 
 ACTIVATIONS = {
@@ -80,10 +82,10 @@ class Config:
             )
 
     @classmethod
-    def read(cls, settings: Settings) -> "Config":
+    def read(cls, settings: HFConfig) -> "Config":
         """From the fields of a Hugging Face config."""
         kind = settings.raw["model_type"]
-        settings = Settings(DEFAULTS[kind] | settings.raw)
+        settings = HFConfig(DEFAULTS[kind] | settings.raw)
         embed, layers = settings.count("hidden_size"), settings.layers("num_hidden_layers")
         heads = settings.count("num_attention_heads")
         head_dim = settings.count("head_dim", default=None)
@@ -92,7 +94,7 @@ class Config:
         positions = settings.count("max_position_embeddings", default=32768)
         activation = settings.get("hidden_act", str, "the name of an activation", "silu")
         if activation not in ACTIVATIONS:
-            settings.refuse("hidden_act", activation, f"one of {', '.join(ACTIVATIONS)}")
+            settings.reject("hidden_act", activation, f"one of {', '.join(ACTIVATIONS)}")
         for name, only in FIXED.items():
             settings.fixed(name, only)
         for name in ("hidden_activation", "activation_function"):
@@ -145,13 +147,13 @@ class Config:
             written["mlp_bias"] = self.mlp_bias
         return written | write_windows(self)
 
-    def keep(self, layers: tuple[int, ...]) -> "Config":
+    def select_layers(self, layers: tuple[int, ...]) -> "Config":
         """The config of a model with only these blocks of this one."""
         windows = tuple(self.windows[layer] for layer in layers) if self.windows else ()
         return dataclasses.replace(self, layers=len(layers), windows=windows)
 
 
-def read_windows(settings: Settings, layers: int) -> tuple[int | None, ...]:
+def read_windows(settings: HFConfig, layers: int) -> tuple[int | None, ...]:
     """How far back each layer sees; `None` is all the way."""
     kind = settings.raw["model_type"]
     window = settings.count("sliding_window", default=None)
@@ -168,9 +170,9 @@ def read_windows(settings: Settings, layers: int) -> tuple[int | None, ...]:
     types = settings.get("layer_types", list, "a list with an entry for each layer", usual)
     known = ["full_attention", "sliding_attention"] if window else ["full_attention"]
     if len(types) != layers or any(kind not in known for kind in types):
-        settings.refuse("layer_types", types, f"{' or '.join(known)} for {layers} layers")
+        settings.reject("layer_types", types, f"{' or '.join(known)} for {layers} layers")
     if not mixed and types != usual:
-        settings.refuse("layer_types", types, f"{usual[0]} throughout")
+        settings.reject("layer_types", types, f"{usual[0]} throughout")
     windows = tuple(window if kind == "sliding_attention" else None for kind in types)
     return windows if any(windows) else ()
 
@@ -282,26 +284,26 @@ class Llama(LanguageModel):
         self.norm = jnp.ones(config.embed)
         self.head = None if config.tied else normal(keys[2], config.vocab, config.embed)
 
-    def enter(self, rows: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def embed_input(self, rows: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         return rows
 
-    def prepare(self, place: Place) -> tuple[PyTree, Int[Array, " layers"] | None]:
+    def position_inputs(self, positions: Positions) -> tuple[PyTree, Int[Array, " layers"] | None]:
         windows = None
         if self.config.windows:
             windows = jnp.array([size or 2**30 for size in self.config.windows])
-        return self.config.rope.table(self.config.head_dim, place), windows
+        return self.config.rope.table(self.config.head_dim, positions), windows
 
     def block(
         self,
         weights: Block,
         x: Float[Array, "batch seq embed"],
-        place: Place,
-        prepared: PyTree,
+        positions: Positions,
+        position_inputs: PyTree,
         layer: Int[Array, ""],
         cache: Cache | None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
         w, eps = weights, self.config.norm_eps
-        table, windows = prepared
+        table, windows = position_inputs
         h = rms_norm(x, w.attention_norm, eps)
         query = linear("bse,hde->bshd", h, w.query, w.query_bias)
         key = linear("bse,hde->bshd", h, w.key, w.key_bias)
@@ -310,14 +312,14 @@ class Llama(LanguageModel):
             query, key = rms_norm(query, w.query_norm, eps), rms_norm(key, w.key_norm, eps)
         query, key = rotate(query, table), rotate(key, table)
         window = None if windows is None else windows[layer]
-        mixed, cache = attend(query, key, value, place, layer, cache, window=window)
+        mixed, cache = attention(query, key, value, positions, layer, cache, window=window)
         x = x + linear("bshd,ehd->bse", mixed, w.output, w.output_bias)
         h = rms_norm(x, w.mlp_norm, eps)
         gate = linear("bse,me->bsm", h, w.gate, w.gate_bias)
         up = linear("bse,me->bsm", h, w.up, w.up_bias)
         activation = ACTIVATIONS[self.config.activation]
-        h = cheap(lambda gate, up: activation(gate) * up)(gate, up)
+        h = rematerialise(lambda gate, up: activation(gate) * up)(gate, up)
         return x + linear("bsm,em->bse", h, w.down, w.down_bias), cache
 
-    def finish(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def final_norm(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         return rms_norm(x, self.norm, self.config.norm_eps)

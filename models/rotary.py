@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sharding import UserError
-
-from .common import Place, Settings
+from models.attention import Positions
+from models.hf_config import HFConfig
+from runtime.errors import UserError
 
 # The fields of each kind of rotary positions, and what they are called here.
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -62,13 +62,13 @@ class Rope:
             )
 
     @classmethod
-    def read(cls, settings: Settings, positions: int) -> "Rope":
+    def read(cls, settings: HFConfig, positions: int) -> "Rope":
         """From either dialect: `rope_theta` and `rope_scaling`, or `rope_parameters`."""
         raw = {"rope_theta": settings.raw.get("rope_theta")}
         for name in ("rope_scaling", "rope_parameters"):
             given = settings.raw.get(name) or {}
             if not isinstance(given, dict):
-                settings.refuse(name, given, "an object")
+                settings.reject(name, given, "an object")
             given = {field: value for field, value in given.items() if value is not None}
             for field, value in given.items():
                 if raw.get(field) not in (None, value):
@@ -76,7 +76,7 @@ class Rope:
                         f"{field} is given twice, and {name} says {reprlib.repr(value)}"
                     )
             raw |= given
-        rope = Settings(raw)
+        rope = HFConfig(raw)
         kind = rope.get(["rope_type", "type"], str, "the kind of rotary positions", "default")
         if kind not in FIELDS:
             raise UserError(f"rope_type = {kind!r} is not supported, only {', '.join(FIELDS)} are")
@@ -86,7 +86,7 @@ class Rope:
             "rope_theta",
             *FIELDS[kind],
             "original_max_position_embeddings",
-            "partial_rotary_factor",  # one, or `Settings` has refused it
+            "partial_rotary_factor",  # one, or `HFConfig` has refused it
             "finetuned",  # how the checkpoint was made
         }
         for name, value in raw.items():
@@ -125,22 +125,24 @@ class Rope:
         return scaling
 
     def table(
-        self, head_dim: int, place: Place
+        self, head_dim: int, positions: Positions
     ) -> tuple[Float[Array, "#batch seq 1 half"], Float[Array, "#batch seq 1 half"]]:
         """Cosine and sine of every position's angles, in float32."""
-        angles = place.position[:, :, None].astype(jnp.float32) * self.frequencies(head_dim, place)
+        angles = positions.position[:, :, None].astype(jnp.float32) * self.frequencies(
+            head_dim, positions
+        )
         scale = self.attention_scale()
         return scale * jnp.cos(angles)[:, :, None], scale * jnp.sin(angles)[:, :, None]
 
     def frequencies(
-        self, head_dim: int, place: Place
+        self, head_dim: int, positions: Positions
     ) -> np.ndarray | Float[Array, "#batch seq half"]:
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
         plain = 1.0 / np.float32(self.theta) ** exponents
         if self.kind == "linear":
             return plain / np.float32(self.factor)
         if self.kind == "dynamic":  # the base grows with the document, past the trained positions
-            extent = jnp.maximum(place.extent, self.original).astype(jnp.float32)
+            extent = jnp.maximum(positions.extent, self.original).astype(jnp.float32)
             growth = self.factor * extent / self.original - (self.factor - 1)
             theta = self.theta * growth ** (head_dim / (head_dim - 2))
             return 1.0 / theta[:, :, None] ** exponents

@@ -12,9 +12,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 
 from jaxtyping import install_import_hook
 
-CHECKED = ["sharding", "models", "losses", "student", "optim", "cost", "checkpoint", "data", "text"]
-CHECKED += ["answers", "generate", "targets", "eval", "distill", "options", "plan"]
-CHECKED += ["features", "on_policy"]
+CHECKED = ["config", "data", "distill", "eval", "generate", "losses", "models", "optim", "runtime"]
+CHECKED += ["sharding", "student", "targets", "text"]
 install_import_hook(CHECKED, "beartype.beartype")
 
 import jax

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import models
-from errors import UserError
 from models import hub
+from runtime.errors import UserError
 
 LLAMA = {
     "model_type": "llama",

@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-import checkpoint
-from checkpoint import Checkpoints, latest, restore
-from errors import UserError
+from runtime import checkpoint
+from runtime.checkpoint import Checkpoints, latest, restore
+from runtime.errors import UserError
 from sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -496,7 +496,7 @@ def test_two_processes_save_and_skip_together_and_one_restores(tmp_path):
 
 
 LOCKED = """
-import checkpoint
+from runtime import checkpoint
 with checkpoint.lock(sys.argv[1]):
     print("orbax" in sys.modules, flush=True)
     sys.stdin.read()

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
-from errors import UserError
+from runtime.errors import UserError
 
 WORDS = [f"w{i}" for i in range(200)]
 EOS = len(WORDS)

@@ -152,7 +152,7 @@ def test_a_few_steps_of_distillation_bring_a_cut_near_its_teacher(tmp_path):
     cut = student.cut(teacher, (0, 4, 5, 7))
     before = eval.evaluate(cut, teacher, held_out)["kl"]
     optimizer = optim.make(optim.Config(lr=5e-4), steps=40)
-    state = distill.begin(cut, optimizer)
+    state = distill.init_state(cut, optimizer)
     for step in range(40):
         batch = data.batch(corpus, step, 8)
         state, _ = distill.step((teacher, batch), state, optimizer, losses.Objective())

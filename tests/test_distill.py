@@ -16,18 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import checkpoint
 import data
 import distill
-import errors
 import eval
 import losses
 import models
 import optim
-import report
 import sharding
-from errors import UserError
 from models.llama import Config, Llama
+from runtime import checkpoint, errors, report
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -55,7 +53,7 @@ def pair(name: str = "llama-2") -> tuple:
 def stepped(teacher, student, batch, steps: int = 1, microbatches: int = 1, **loss):
     objective = losses.Objective(losses.Config(**loss), steps=10, microbatches=microbatches)
     optimizer = optim.make(ADAMW, 10)
-    state = distill.begin(jax.tree.map(jnp.copy, student), optimizer)
+    state = distill.init_state(jax.tree.map(jnp.copy, student), optimizer)
     for _ in range(steps):
         state, metrics = distill.step((teacher, batch), state, optimizer, objective)
     return state, jax.device_get(metrics)
@@ -116,7 +114,7 @@ def test_a_batch_with_nothing_to_count_changes_nothing():
     empty = batch._replace(mask=np.zeros_like(batch.mask))
     objective = losses.Objective(steps=10)
     optimizer = optim.make(optim.Config(weight_decay=0.0), 10)
-    state = distill.begin(jax.tree.map(jnp.copy, student), optimizer)
+    state = distill.init_state(jax.tree.map(jnp.copy, student), optimizer)
     state, metrics = distill.step((teacher, empty), state, optimizer, objective)
     assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
     near(state.student, student, 0)
@@ -136,7 +134,7 @@ def test_an_update_that_is_not_finite_is_left_out():
     state, metrics = stepped(broken, student, batch_of(), steps=2)
     assert metrics["skipped"] == 2 and int(state.step) == 2
     assert eqx.tree_equal(state.student, student)
-    fresh = distill.begin(student, optim.make(ADAMW, 10))
+    fresh = distill.init_state(student, optim.make(ADAMW, 10))
     assert eqx.tree_equal(state.opt_state, fresh.opt_state)
 
 
@@ -144,7 +142,7 @@ def test_the_step_consumes_its_state_and_nothing_else():
     teacher, student = pair("bloom")
     before = jax.tree.map(np.array, teacher)
     optimizer, objective = optim.make(ADAMW, 10), losses.Objective(steps=10)
-    state = distill.begin(student, optimizer)
+    state = distill.init_state(student, optimizer)
     lowered = distill.step.lower((teacher, batch_of()), state, optimizer, objective)
     program = lowered.compile()
     state_size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -173,7 +171,7 @@ def test_norms_are_told_per_layer():
     teacher, student = pair()
     objective = losses.Objective(steps=10, norms=True)
     optimizer = optim.make(ADAMW, 10)
-    state = distill.begin(jax.tree.map(jnp.copy, student), optimizer)
+    state = distill.init_state(jax.tree.map(jnp.copy, student), optimizer)
     _, metrics = distill.step((teacher, batch_of()), state, optimizer, objective)
     expected = np.sqrt((np.asarray(student.blocks.up) ** 2).sum(axis=(1, 2)))
     np.testing.assert_allclose(metrics["param_norm/blocks.up"], expected, rtol=1e-5)

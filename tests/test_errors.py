@@ -12,8 +12,8 @@ import tyro
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-import errors
-from errors import UserError, cli, run
+from runtime import errors
+from runtime.errors import UserError, cli, run
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def test_only_what_tyro_accepts_and_names_once_is_accepted(args):
 
 
 PROGRAM = """
-import errors
+from runtime import errors
 from test_errors import Config
 
 def main():
@@ -322,13 +322,15 @@ def test_help_shows_the_documentation_of_the_fields():
 @pytest.mark.parametrize("newline", ["\\n", "\\r\\n", "\\n\\n  "])
 def test_a_mistake_of_several_lines_is_folded(newline):
     done = python(
-        f"import errors\ndef main(): raise errors.UserError('one{newline}two')\nerrors.run(main)"
+        f"from runtime import errors\ndef main(): raise errors.UserError('one{newline}two')\nerrors.run(main)"
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: one two\n")
 
 
 def test_a_bug_keeps_its_traceback():
-    done = python("import errors\ndef main(): raise ValueError('a bug')\nerrors.run(main)")
+    done = python(
+        "from runtime import errors\ndef main(): raise ValueError('a bug')\nerrors.run(main)"
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert done.stderr.endswith("ValueError: a bug\n")
@@ -346,7 +348,7 @@ def test_what_is_no_mistake_of_the_user_passes_through(kind):
 
 def test_an_interruption_ends_with_a_line_while_threads_go_on():
     done = python(
-        "import errors, threading\n"
+        "from runtime import errors, threading\n"
         "def main():\n"
         "    threading.Thread(target=threading.Event().wait).start()\n"
         "    print('said')\n"
@@ -361,5 +363,5 @@ def test_an_interruption_ends_with_a_line_while_threads_go_on():
 
 
 def test_importing_errors_does_not_import_tyro():
-    done = python("import errors, sys; print('tyro' in sys.modules)")
+    done = python("from runtime import errors, sys; print('tyro' in sys.modules)")
     assert done.stdout == "False\n"

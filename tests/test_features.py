@@ -15,13 +15,13 @@ from test_distill import FIXTURES, config, metrics_of, near, pair, teacher, text
 
 import data
 import distill
-import features
 import losses
 import models
 import optim
 import sharding
-from errors import UserError
-from models.common import place
+from losses import features
+from models.attention import positions
+from runtime.errors import UserError
 
 SGD = optim.make(
     optim.Config("sgd", lr=1.0, momentum=0.0, clip=0.0, weight_decay=0.0, warmup=0,
@@ -39,8 +39,8 @@ def batch_of() -> data.Batch:
 
 def outputs(model, tokens, segments) -> list:
     """Of every block, one after the other."""
-    here = place(tokens, segments)
-    prepared = model.prepare(here)
+    here = positions(tokens, segments)
+    prepared = model.position_inputs(here)
     x, found = model.embed(tokens, jnp.dtype("float32")), []
     for layer in range(model.config.layers):
         weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
@@ -71,7 +71,7 @@ def test_outputs_of_chosen_blocks(name):
     read = batch.tokens[:, :-1], batch.segments[:, :-1]
     expected = outputs(model, *read)
     for after, remat in (((0, 2), "full"), ((1,), "none"), ((0, 1, 2), "none")):
-        hidden, found = model.hidden(*read, remat=remat, after=after)
+        hidden, found = model.hidden(*read, remat=remat, taps=after)
         np.testing.assert_allclose(found, jnp.stack([expected[i] for i in after]), atol=1e-5)
         np.testing.assert_allclose(hidden, model.hidden(*read), atol=1e-5)
 
@@ -99,7 +99,7 @@ def test_they_are_kept_once(remat):
 
     def total(model):
         read = batch.tokens[:, :-1], batch.segments[:, :-1]
-        return sum(jnp.sum(x) for x in model.hidden(*read, remat=remat, after=(1, 2)))
+        return sum(jnp.sum(x) for x in model.hidden(*read, remat=remat, taps=(1, 2)))
 
     program = str(jax.make_jaxpr(jax.grad(total))(model))
     width = model.config.embed
@@ -167,7 +167,7 @@ def test_the_step_adds_it_once_per_counted_token(kind, parts):
     batch, pairs = batch_of(), ((0, 0), (1, 2))
     loss = losses.Config(alpha=0.0, features=kind, feature_weight=0.5)
     objective = losses.Objective(loss, 10, microbatches=parts, pairs=pairs)
-    state = distill.begin(jax.tree.map(jnp.copy, student), SGD)
+    state = distill.init_state(jax.tree.map(jnp.copy, student), SGD)
     state, metrics = distill.step((teacher, batch), state, SGD, objective)
     read = batch.tokens[:, :-1], batch.segments[:, :-1]
     theirs, mask = outputs(teacher, *read), batch.mask
@@ -200,7 +200,7 @@ def test_on_a_mesh_the_step_is_the_same():
         born = features.projection(2, shape.embed, teacher.config.embed, jax.random.key(1))
         models = jax.tree.map(jnp.copy, (teacher, student, born))
         beside, model, born = place(models)
-        state = distill.begin(model, optimizer, born)
+        state = distill.init_state(model, optimizer, born)
         for _ in range(3):
             state, metrics = distill.step((beside, batch), state, optimizer, objective)
         return state, jax.device_get(metrics), born
@@ -208,7 +208,7 @@ def test_on_a_mesh_the_step_is_the_same():
     alone, told, born = three(lambda tree: tree, batch_of())
     assert told["loss"] == pytest.approx(told["divergence"] + 0.5 * told["features"], rel=1e-6)
     mesh = sharding.make_mesh(2, 2, 2)
-    with sharding.on(mesh):
+    with sharding.use_mesh(mesh):
         batch = sharding.from_host(batch_of(), mesh)
         split, also, _ = three(lambda tree: sharding.shard(tree, sharding.specs(tree, mesh)), batch)
     assert also["features"] == pytest.approx(told["features"], rel=1e-5)
@@ -226,7 +226,7 @@ def test_a_projection_that_is_not_finite_leaves_all_as_it_was():
     optimizer = optim.make(optim.Config(freeze=("blocks.up",)), 10)
     objective = losses.Objective(losses.Config(features="mse"), 10, pairs=((0, 0),))
     model, projection = jax.tree.map(jnp.copy, (student, born))
-    state = distill.begin(model, optimizer, projection)
+    state = distill.init_state(model, optimizer, projection)
     after, metrics = distill.step((teacher, batch_of()), state, optimizer, objective)
     assert metrics["skipped"] == 1
     assert eqx.tree_equal(after.student, student) and eqx.tree_equal(after.projection, born)

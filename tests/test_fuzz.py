@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import fuzz
-from errors import UserError
+from runtime.errors import UserError
 
 
 def test_mutated_files_are_taken_if_they_are_sound_and_refused_in_one_line():

@@ -23,16 +23,15 @@ import scipy.stats
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as kinds
 
-import answers
 import data
-import errors
 import generate
 import models
 import sharding
 import text
-from errors import UserError
 from generate import Job, Sampling, choose, sample
 from models.llama import Config, Llama
+from runtime import answers, errors
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -188,7 +187,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_mesh(monkeypatch):
 
     for name in ("begin", "advance"):
         monkeypatch.setattr(generate, name, partial(counted, getattr(generate, name)))
-    with sharding.on(mesh):  # four at a time: they take each other's places
+    with sharding.use_mesh(mesh):  # four at a time: they take each other's places
         assert texts(models.load(folder, mesh=mesh), jobs, 4, sampling=sampling) == together
     assert sorted(traced) == ["advance", "begin"]  # one program each, however often it ran
 

@@ -14,11 +14,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import checkpoint
 import models
 import text
 from benchmarks import fuzz
-from errors import UserError
+from runtime import checkpoint
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SECRET = "what nobody may read"

@@ -10,16 +10,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From top to bottom; an arrow may only go down.
 FLOORS = [
-    {"distill"},
-    {"plan"},
-    {"options"},
-    {"on_policy"},
-    {"generate", "eval", "targets", "cost"},
-    {"student", "features", "losses", "optim", "checkpoint", "report", "answers"},
-    {"models", "data"},
+    {"distill", "targets"},
+    {"runtime.plan"},
+    {"config"},
+    {"runtime.on_policy"},
+    {"runtime.target_store"},
+    {"generate", "eval"},
+    {"student", "losses.features", "optim", "runtime.checkpoint", "runtime.answers"},
+    {"losses", "models", "data"},
     {"text"},
-    {"sharding"},
-    {"errors"},
+    {"runtime.figures"},
+    {"runtime.report", "sharding", "runtime.processes"},
+    {"runtime.files"},
+    {"runtime.errors"},
 ]
 TOP = {path.stem for path in ROOT.glob("*.py")} | {"models"}
 

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 
 import models
 import sharding
-from errors import UserError
 from models.llama import Config, Llama
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SMALL = Config(vocab=16, embed=8, mlp=16, layers=2, heads=4, kv_heads=2, head_dim=4)
@@ -153,7 +153,7 @@ import json, os, sys, traceback
 os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1")
 sys.path[:0] = ["tests", "."]
 import models, models.hub, test_hub
-from errors import UserError
+from runtime.errors import UserError
 
 def load(source):
     return test_hub.digest(models.load(source))

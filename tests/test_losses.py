@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import losses
 import sharding
-from errors import UserError
 from losses import DIVERGENCES, Config, Objective
+from runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -567,7 +567,7 @@ def test_a_mesh_with_padding_rows_and_an_odd_batch():
     assert_close([found, *found_gradients], [wanted, *gradients], 1e-5)
 
 
-# Kept targets
+# TeacherTargets targets
 
 
 def kept_of(arrays, count, t, chunk=8):

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import models
 import sharding
-from models.common import place
+from models.attention import positions
 from models.llama import Config, Llama
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -58,14 +58,14 @@ def test_logits_of_transformers(folder):
 @every_fixture
 def test_the_future_does_not_leak(folder):
     model, tokens = models.load(folder), random_tokens(1, 20)
-    here = place(tokens)
+    here = positions(tokens)
 
     def at(position, x):
-        prepared = model.prepare(here)
+        prepared = model.position_inputs(here)
         for layer in range(model.config.layers):
             weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
             x, _ = model.block(weights, x, here, prepared, jnp.array(layer), None)
-        return jnp.sum(model.finish(x)[0, position] ** 2)
+        return jnp.sum(model.final_norm(x)[0, position] ** 2)
 
     x = model.embed(tokens, jnp.dtype(jnp.float32))
     gradient = jnp.abs(jax.grad(at, argnums=1)(12, x)).sum(axis=(0, 2))
@@ -79,12 +79,12 @@ def test_the_future_does_not_leak(folder):
 @some_fixtures
 def test_scan_is_an_explicit_loop_of_blocks(folder):
     model, tokens = models.load(folder), random_tokens(2, 20)
-    here = place(tokens)
+    here = positions(tokens)
     x = model.embed(tokens, jnp.dtype(jnp.float32))
     for layer in range(model.config.layers):
         weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
-        x, _ = model.block(weights, x, here, model.prepare(here), jnp.array(layer), None)
-    close(hidden_of(model, tokens), model.finish(x))
+        x, _ = model.block(weights, x, here, model.position_inputs(here), jnp.array(layer), None)
+    close(hidden_of(model, tokens), model.final_norm(x))
 
 
 @every_fixture

@@ -17,9 +17,9 @@ import distill
 import generate
 import losses
 import models
-import on_policy
 import sharding
-from errors import UserError
+from runtime import on_policy
+from runtime.errors import UserError
 
 STEP = jnp.array(7, jnp.int32)
 SEED = 1  # draws steps of both kinds, before and after a cut
@@ -129,7 +129,7 @@ def test_on_a_mesh_the_text_is_the_same(sizes):
     alone = written(model, batch, temperature=0.7)
     mesh = sharding.make_mesh(*sizes)
     model = sharding.shard(model, sharding.specs(model, mesh))
-    with sharding.on(mesh):
+    with sharding.use_mesh(mesh):
         there = sharding.from_host(batch, mesh)
         how = on_policy.Config(prompt=8, temperature=0.7)
         split = on_policy.write(model, there, STEP, config=how, seed=0, vocab=96, stop=ends(model))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 import optim
 import sharding
-from errors import UserError
+from runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("strict")
 

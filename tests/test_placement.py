@@ -23,13 +23,13 @@ import distill
 import losses
 import models
 import optim
-import plan
 import sharding
-from errors import UserError
 from models.bloom import Bloom
 from models.bloom import Config as BloomConfig
 from models.llama import Config as LlamaConfig
 from models.llama import Llama
+from runtime import plan
+from runtime.errors import UserError
 
 ADAMW = optim.make(optim.Config(lr=1e-2, warmup=0, schedule="constant", eps=1e-4), 10)
 OBJECTIVE = losses.Objective(losses.Config(alpha=0.5), steps=10)
@@ -56,13 +56,13 @@ def three_steps(family, mesh=None, layout=None, vocab=96, objective=OBJECTIVE):
     teacher, student = model_of(family, 4, vocab), model_of(family, 2, vocab)
     batches = [batch_of(seed=seed) for seed in range(3)]
     if mesh is None:
-        state = distill.begin(student, ADAMW)
+        state = distill.init_state(student, ADAMW)
         for batch in batches:
             state, found = distill.step((teacher, batch), state, ADAMW, objective)
         return state, jax.device_get(found)
-    with sharding.on(mesh, layout):
+    with sharding.use_mesh(mesh, layout):
         teacher, student = (sharding.shard(m, sharding.specs(m, mesh)) for m in (teacher, student))
-        state = distill.begin(student, ADAMW)
+        state = distill.init_state(student, ADAMW)
         for batch in batches:
             batch = sharding.from_host(batch, mesh)
             state, found = distill.step((teacher, batch), state, ADAMW, objective)
@@ -83,7 +83,7 @@ def test_three_steps_are_those_of_one_device(alone, family, sizes, zero):
     whole, expected = alone[family]
     near(state.student, whole.student, 1e-5)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    where = plan.places(state, mesh, layout)
+    where = plan.state_shardings(state, mesh, layout)
     for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
         assert leaf.sharding.is_equivalent_to(spec, leaf.ndim)
     embedding, moment = state.student.embedding, state.opt_state.mu.embedding
@@ -123,11 +123,13 @@ def program_of(mesh, vocab: int, embed: int, rows: int, seq: int):
     def model(layers):
         return lambda key: Bloom(BloomConfig(vocab, embed, layers, 8, tied=True), key)
 
-    with sharding.on(mesh):
+    with sharding.use_mesh(mesh):
         layout = sharding.layout()
-        state = plan.outline(lambda key: distill.begin(model(4)(key), ADAMW), mesh, layout)
+        state = plan.abstract_state(
+            lambda key: distill.init_state(model(4)(key), ADAMW), mesh, layout
+        )
         teacher = eqx.filter_eval_shape(model(8), jax.random.key(0))
-        teacher = plan.placed(teacher, sharding.specs(teacher, mesh))
+        teacher = plan.with_shardings(teacher, sharding.specs(teacher, mesh))
         split = jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp")))
         ids = jax.ShapeDtypeStruct((rows, seq + 1), jnp.int32, sharding=split)
         mask = jax.ShapeDtypeStruct((rows, seq), bool, sharding=split)
@@ -242,9 +244,9 @@ import jax, errors, sharding
 from jax._src import distributed
 
 def main():
-    sharding.PATIENCE = 8
-    sharding.start(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
-    with sharding.peers():
+    processes.PATIENCE = 8
+    processes.start(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
+    with processes.exit_with_peers():
         print("here", jax.process_count(), flush=True)
         if sys.argv[2] == sys.argv[3]:
             time.sleep(100)

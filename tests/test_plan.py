@@ -15,11 +15,10 @@ import pytest
 from test_distill import ROOT, teacher, text  # noqa: F401
 
 import distill
-import errors
 import models
-import plan
 import sharding
-from errors import UserError
+from runtime import errors, plan, processes
+from runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +51,11 @@ def begun(monkeypatch):
     monkeypatch.setattr(distill, "loop", stop)
 
 
-def foreseen(config: distill.Config) -> plan.Need:
+def foreseen(config: distill.Config) -> plan.DeviceBytes:
     config = distill.resolved(config)
     mesh, layout = distill.meshes(config)[0], sharding.layout(config.zero, config.mesh.rules)
     optimizer, _ = distill.fixed(config)
-    with sharding.on(mesh, layout):
+    with sharding.use_mesh(mesh, layout):
         found = plan.arrays(config, mesh, layout, distill.beginning(config), optimizer)
         return plan.held(*found, optimizer)
 
@@ -89,7 +88,7 @@ def test_arguments_are_what_the_compiler_counts(config):
     config = distill.resolved(config)
     mesh, layout = sharding.make_mesh(2, 2, 2), sharding.layout()
     (optimizer, objective), begin = distill.fixed(config), distill.beginning(config)
-    with sharding.on(mesh, layout):
+    with sharding.use_mesh(mesh, layout):
         frozen, state = plan.arrays(config, mesh, layout, begin, optimizer)
         program = plan.compiled(distill.step, (frozen, state), optimizer, objective)
     counters = plan.bytes_of((state.step, state.skipped))
@@ -101,7 +100,7 @@ def test_a_plan_needs_no_more_than_a_config(config, half, tmp_path, monkeypatch,
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(half / "config.json", bare)
-    assert models.outline(bare) == models.outline(half)
+    assert models.abstract(bare) == models.abstract(half)
     monkeypatch.setattr(models, "load", None)
     planned = dataclasses.replace(config, teacher=str(bare), plan=True)
     distill.train(planned)
@@ -266,13 +265,13 @@ def test_placements_that_cannot_be_end_in_one_line(config, words, says, monkeypa
 )
 def test_processes_that_cannot_be(flags, says):
     with pytest.raises(UserError, match=says):
-        sharding.start(**flags)
+        processes.start(**flags)
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_meeting_of_processes_that_fails_ends_in_one_line(number):
     """Neither the first, who waits for the second, nor the second, who finds no first."""
-    program = "import errors, distill, sharding; sharding.PATIENCE = 1; errors.run(distill.main)"
+    program = "from runtime import errors, distill, sharding; processes.PATIENCE = 1; errors.run(distill.main)"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import report
-from errors import UserError
+from runtime import figures, report
+from runtime.errors import UserError
 
 ROOT = Path(report.__file__).parent
 
@@ -39,7 +39,7 @@ def written(path, *lines):
 
 def test_import_is_light():
     heavy = "jax numpy matplotlib tqdm"
-    script = f"import report, sys; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    script = f"from runtime import report, sys; print([m for m in '{heavy}'.split() if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert ran.stdout.strip() == "[]", ran.stderr
 
@@ -179,26 +179,26 @@ def test_rows_compare_the_first_and_the_last_evaluation():
         evaluation(5, 3.0),
         evaluation(9, 2.5, 0.25, 0.75),
     ]
-    teacher, before, now = report.rows(lines)
-    assert teacher == report.Row("teacher", 2.0)
-    assert before == report.Row("student at step 0", 6.0, 3.0, 0.6, 0.0)
-    assert now == report.Row("student at step 9", 2.5, 0.25, 0.75, 3.5 / 4)
-    assert report.rows(lines[:1]) == [teacher, before]
+    teacher, before, now = figures.rows(lines)
+    assert teacher == figures.Row("teacher", 2.0)
+    assert before == figures.Row("student at step 0", 6.0, 3.0, 0.6, 0.0)
+    assert now == figures.Row("student at step 9", 2.5, 0.25, 0.75, 3.5 / 4)
+    assert figures.rows(lines[:1]) == [teacher, before]
 
 
 def test_rows_without_a_teacher_or_a_gap():
     alone = [{"step": n, "eval/ce": ce} for n, ce in ((0, 6.0), (9, 2.5))]
-    assert [row.recovered for row in report.rows(alone)] == [None, None]
-    assert [row.name for row in report.rows(alone)] == ["student at step 0", "student at step 9"]
+    assert [row.recovered for row in figures.rows(alone)] == [None, None]
+    assert [row.name for row in figures.rows(alone)] == ["student at step 0", "student at step 9"]
     ahead = [evaluation(0, 1.9), evaluation(9, 1.8)]
-    assert [row.recovered for row in report.rows(ahead)] == [None] * 3
+    assert [row.recovered for row in figures.rows(ahead)] == [None] * 3
     lost = [evaluation(0, 6.0), evaluation(9, None)]
-    assert report.rows(lost)[-1].recovered is None
+    assert figures.rows(lost)[-1].recovered is None
 
 
 def test_table_is_aligned_and_says_what_the_rows_say():
-    rows = report.rows([evaluation(0, 13.4, 9.0, 0.01), evaluation(1000, 2.5, 0.0004, 0.75)])
-    header, *lines = report.table(rows).splitlines()
+    rows = figures.rows([evaluation(0, 13.4, 9.0, 0.01), evaluation(1000, 2.5, 0.0004, 0.75)])
+    header, *lines = figures.table(rows).splitlines()
     assert {len(line) for line in lines} == {len(header)}
     assert [line.split()[-5:] for line in lines] == [
         ["2.0000", "7.39", "-", "-", "-"],
@@ -207,12 +207,12 @@ def test_table_is_aligned_and_says_what_the_rows_say():
     ]
     end = header.index("perplexity") + len("perplexity")
     assert all(line[end - 1] != " " and line[end] == " " for line in lines)
-    cells = [line.split("|")[2:-1] for line in report.markdown(rows).splitlines()[2:]]
+    cells = [line.split("|")[2:-1] for line in figures.markdown(rows).splitlines()[2:]]
     assert [[cell.strip() for cell in line] for line in cells] == [x.split()[-5:] for x in lines]
 
 
 def test_a_table_survives_a_student_that_diverged():
-    text = report.table([report.Row("lost", None), report.Row("lost", 1e4)])
+    text = figures.table([figures.Row("lost", None), figures.Row("lost", 1e4)])
     assert text.splitlines()[1].split() == ["lost", "-", "-", "-", "-", "-"]
 
 
@@ -220,8 +220,8 @@ def card(**changed):
     start = "3 of the teacher's 24 blocks: 0, 2, 23"
     given = {"teacher": "bigscience/bloom-1b7", "start": start}
     told = {"data": "stories.txt", "loss": "forward KL at T = 1", "tokens": 1_234_567, "steps": 300}
-    rows = report.rows([evaluation(0, 6.0), evaluation(300, 3.0)])
-    return report.model_card(**(given | told | {"rows": rows} | changed))
+    rows = figures.rows([evaluation(0, 6.0), evaluation(300, 3.0)])
+    return figures.model_card(**(given | told | {"rows": rows} | changed))
 
 
 def test_model_card_states_the_facts():
@@ -257,7 +257,7 @@ def drawn(monkeypatch, tmp_path, *lines):
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
     )
-    report.curves(written(tmp_path / "m", *lines), tmp_path / "c.png")
+    figures.curves(written(tmp_path / "m", *lines), tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.png", "m"]
     return {panel.get_title(): panel for panel in figures[0].axes}

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 import sharding
-from errors import UserError
+from runtime.errors import UserError
 
 
 class Part(eqx.Module):

@@ -12,8 +12,8 @@ import pytest
 import models
 import sharding
 import student
-from errors import UserError
 from models.llama import Config, Llama
+from runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -93,7 +93,9 @@ def test_influence_keeps_the_blocks_that_turn_their_input_most():
     influence = []
     for layer in range(6):
         weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], teacher.blocks)
-        y, _ = teacher.block(weights, x, here, teacher.prepare(here), jnp.array(layer), None)
+        y, _ = teacher.block(
+            weights, x, here, teacher.position_inputs(here), jnp.array(layer), None
+        )
         a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
         cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
         influence.append((1 - cosine)[np.asarray(calibration.mask)].mean())
@@ -125,8 +127,10 @@ def test_a_cut_is_the_teacher_without_the_other_blocks(folder):
     x = teacher.embed(tokens, jnp.dtype(jnp.float32))
     for layer in (0, 2):
         weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], teacher.blocks)
-        x, _ = teacher.block(weights, x, here, teacher.prepare(here), jnp.array(layer), None)
-    np.testing.assert_allclose(shorter.hidden(tokens), teacher.finish(x), atol=1e-5)
+        x, _ = teacher.block(
+            weights, x, here, teacher.position_inputs(here), jnp.array(layer), None
+        )
+    np.testing.assert_allclose(shorter.hidden(tokens), teacher.final_norm(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

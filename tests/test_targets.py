@@ -1,4 +1,4 @@
-"""Kept targets: their bits, the folder they lie in, how it is made, and what is refused."""
+"""TeacherTargets targets: their bits, the folder they lie in, how it is made, and what is refused."""
 
 import dataclasses
 import errno
@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 
 import data
 import distill
-import errors
 import losses
 import models
 import optim
 import sharding
 import student
 import targets
-from errors import UserError
 from models.llama import Config, Llama
+from runtime import errors, target_store
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 VOCAB, SEQ = 2048, 16
@@ -44,13 +44,13 @@ unhurried = settings(
 @given(st.integers(1, 32), st.integers(0, 40), st.integers(1, 3), st.randoms(use_true_random=False))
 def test_ids_are_packed_bit_after_bit(width, n, rows, random):
     values = [[random.getrandbits(width) for _ in range(n)] for _ in range(rows)]
-    packed = targets.pack(np.array(values, np.int64).reshape(rows, n), width)
+    packed = target_store.pack(np.array(values, np.int64).reshape(rows, n), width)
     assert packed.shape == (rows, -(-n // 8) * width)
     for row, numbers in zip(packed, values, strict=True):
         whole = sum(number << width * i for i, number in enumerate(numbers))
         assert int.from_bytes(row.tobytes(), "little") == whole
     if width < 32:
-        np.testing.assert_array_equal(targets.unpack(packed, width, n), values)
+        np.testing.assert_array_equal(target_store.unpack(packed, width, n), values)
 
 
 def bound(log_p):
@@ -59,20 +59,20 @@ def bound(log_p):
 
 def test_a_packed_value_is_within_its_bound():
     log_p = np.append(-np.geomspace(1e-9, 32, 5001), 0).astype(np.float32)
-    off = np.abs(targets.decode(targets.encode(log_p)) - log_p)
+    off = np.abs(target_store.decode(target_store.encode(log_p)) - log_p)
     assert (off <= bound(log_p)).all() and off.max() > 0.1
     for u in np.float32([[0], [0.3], [0.999999]]):
-        off = np.abs(targets.decode(targets.encode(log_p, u)) - log_p)
+        off = np.abs(target_store.decode(target_store.encode(log_p, u)) - log_p)
         assert (off <= 2 * bound(log_p)).all()
     ends = np.float32([-np.inf, -1e9, -40, 1e-7])
     for u in (None, np.float32([0.5])):
-        assert targets.decode(targets.encode(ends, u)).tolist() == [-np.inf, -32, -32, 0]
+        assert target_store.decode(target_store.encode(ends, u)).tolist() == [-np.inf, -32, -32, 0]
 
 
 def test_drawn_values_are_rounded_without_bias_and_in_order():
     log_p = -np.sort(np.random.default_rng(0).uniform(0, 31, 500)).astype(np.float32)
     u = ((np.arange(20_000) + 0.5) / 20_000).astype(np.float32)[:, None]
-    found = targets.decode(targets.encode(log_p, u))
+    found = target_store.decode(target_store.encode(log_p, u))
     means = np.exp(found.astype(np.float64)).mean(0)
     np.testing.assert_allclose(means, np.exp(log_p.astype(np.float64)), rtol=1e-4)
     assert (np.diff(found, axis=1) <= 0).all()  # so the larger of two stays the larger
@@ -113,14 +113,14 @@ def config(teacher, text) -> targets.Config:
 
 
 @pytest.fixture(scope="module")
-def kept(config, tmp_path_factory) -> targets.Targets:
+def kept(config, tmp_path_factory) -> target_store.Targets:
     """Targets of both kinds of values share this one; they are not to be changed."""
     return made(config, tmp_path_factory.mktemp("kept") / "targets")
 
 
-def made(config, out: Path, **changes) -> targets.Targets:
+def made(config, out: Path, **changes) -> target_store.Targets:
     targets.make(dataclasses.replace(config, out=str(out), **changes))
-    return targets.load(out)
+    return target_store.load(out)
 
 
 def corpus_of(config) -> data.Corpus:
@@ -129,7 +129,7 @@ def corpus_of(config) -> data.Corpus:
     )
 
 
-def computed(config, windows, dtype="float32", **changes) -> losses.Kept:
+def computed(config, windows, dtype="float32", **changes) -> losses.TeacherTargets:
     about = {"kind": "top-k", "entries": 6, "seed": 0, "temperature": 1.0, "chunk": 64} | changes
     batch, model = data.read(corpus_of(config), windows), models.load(config.teacher)
     return jax.device_get(targets.targets_of(model, batch, windows, **about, dtype=dtype))
@@ -146,12 +146,14 @@ def test_what_is_read_is_what_the_teacher_says(config, tmp_path, kind):
     packed = made(config, tmp_path / "packed", temperature=1.5, **entries)
     windows = np.random.default_rng(0).permutation(corpus_of(config).windows)[:11]
     wanted = computed(config, windows, kind=kind, entries=9, temperature=1.5)
-    found = targets.read(exact, windows)
-    assert type(found) is type(wanted) is {"top-k": losses.TopK, "draws": losses.Draws}[kind]
+    found = target_store.read(exact, windows)
+    assert (
+        type(found) is type(wanted) is {"top-k": losses.TopK, "draws": losses.SampledTargets}[kind]
+    )
     np.testing.assert_array_equal(found.ids, wanted.ids)
     np.testing.assert_allclose(found.log_probs, wanted.log_probs, atol=1e-4)
     np.testing.assert_allclose(found.rest, wanted.rest, atol=1e-4)
-    coarse = targets.read(packed, windows)
+    coarse = target_store.read(packed, windows)
     np.testing.assert_array_equal(coarse.ids, wanted.ids)
     mass = np.exp(coarse.log_probs).sum(-1) + np.exp(coarse.rest)
     if kind == "top-k":
@@ -171,13 +173,13 @@ def test_packed_draws_have_the_mean_of_exact_ones(tmp_path):
     ids = np.arange(8, dtype=np.int32).reshape(1, 1, 8)
     log_probs = np.log(np.float32([0.5, 0.2, 0.1, 0.05, 0.03, 0.021, 0.019, 0.001]))
     rest = np.log(np.float32(0.02))
-    draws = losses.Draws(ids, log_probs.reshape(1, 1, 8), rest.reshape(1, 1))
+    draws = losses.SampledTargets(ids, log_probs.reshape(1, 1, 8), rest.reshape(1, 1))
     blank = like(tmp_path, kind="draws", entries=8, seq_len=1, vocab=100)
     found = []
     for seed in range(3000):
         folder = dataclasses.replace(blank, seed=seed)
-        (record,) = targets.records(folder, draws, np.array([7]))
-        values = targets.decode(record[folder.id_bytes : -4])
+        (record,) = target_store.records(folder, draws, np.array([7]))
+        values = target_store.decode(record[folder.id_bytes : -4])
         found.append(np.exp(np.maximum(values[:-1], values[-1]).astype(np.float64)))
     wanted = np.exp(np.maximum(log_probs, rest).astype(np.float64))
     spread = np.std(found, axis=0) / 3000**0.5
@@ -185,14 +187,14 @@ def test_packed_draws_have_the_mean_of_exact_ones(tmp_path):
     assert (spread > 0).all()
 
 
-def like(folder, **changes) -> targets.Targets:
+def like(folder, **changes) -> target_store.Targets:
     about = {
         "folder": folder, "windows": np.arange(1), "teacher": "", "teacher_name": "",
         "tokenizer": "", "data": "", "data_flags": {}, "seq_len": 1024, "vocab": 250_880,
         "temperature": 1.0, "dtype": "float32", "kind": "top-k", "entries": 32, "values": "packed",
         "seed": 0, "shard": 1, "index": 0,
     }  # fmt: skip
-    return targets.Targets(**about | changes)
+    return target_store.Targets(**about | changes)
 
 
 def test_bytes_per_token(kept):
@@ -225,7 +227,7 @@ def test_training_on_all_that_a_teacher_says_is_training_beside_it(config, teach
         )[0]  # fmt: skip
 
     wanted, gradients = step(student, beside, batch, None)
-    found, kept_gradients = step(student, None, batch, targets.read(whole, windows))
+    found, kept_gradients = step(student, None, batch, target_store.read(whole, windows))
     assert found == pytest.approx(float(wanted), rel=1e-5)
     for a, b in zip(jax.tree.leaves(kept_gradients), jax.tree.leaves(gradients), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
@@ -290,14 +292,16 @@ def test_steps_keep_what_a_run_of_them_reads(config, kept, tmp_path):
     asked = np.concatenate([data.windows(corpus, step, config.batch_size) for step in (0, 1)])
     np.testing.assert_array_equal(few.windows, np.unique(asked))
     assert len(few.windows) == 16 < len(kept.windows) == corpus.windows
-    for one, other in zip(targets.read(few, asked), targets.read(kept, asked), strict=True):
+    for one, other in zip(
+        target_store.read(few, asked), target_store.read(kept, asked), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
     run = {"loss": losses.Config(), "tokenizer": Path(config.teacher), "vocab": VOCAB}
-    targets.check(few, corpus, rows=16, **run)
-    targets.check(kept, corpus, rows=10**6, **run)
+    target_store.check(few, corpus, rows=16, **run)
+    target_store.check(kept, corpus, rows=10**6, **run)
     for other, rows in ((corpus, 24), (dataclasses.replace(corpus, seed=5), 16)):
         with pytest.raises(UserError, match="not among the 16 kept.*--steps"):
-            targets.check(few, other, rows=rows, **run)
+            target_store.check(few, other, rows=rows, **run)
 
 
 # ---- making them ----
@@ -307,7 +311,7 @@ def test_on_a_mesh_and_in_other_batches_they_are_the_same(config, kept, tmp_path
     mesh = sharding.Sizes(data=2, fsdp=2, tensor=2)
     other = made(config, tmp_path, mesh=mesh, batch_size=12, chunk=40)
     windows = kept.windows
-    found, wanted = targets.read(other, windows), targets.read(kept, windows)
+    found, wanted = target_store.read(other, windows), target_store.read(kept, windows)
     same = (found.ids == wanted.ids).all(-1)
     assert same.mean() > 0.999  # but for near ties
     # a value on an edge may be rounded the other way
@@ -315,15 +319,15 @@ def test_on_a_mesh_and_in_other_batches_they_are_the_same(config, kept, tmp_path
     assert np.abs(found.log_probs - wanted.log_probs)[same].mean() < 1e-3
 
 
-def write(folder: targets.Targets, index=0, count=1, stop=None) -> None:
+def write(folder: target_store.Targets, index=0, count=1, stop=None) -> None:
     """What `make` does, without its device programs: records of a formula."""
-    todo = targets.missing(folder, index, count)[:stop]
+    todo = target_store.missing(folder, index, count)[:stop]
     for i in range(0, len(todo), 3):
         places = todo[i : i + 3]
-        targets.append(folder, formula(folder, folder.windows[places]), places)
+        target_store.append(folder, formula(folder, folder.windows[places]), places)
 
 
-def formula(folder: targets.Targets, windows) -> losses.TopK:
+def formula(folder: target_store.Targets, windows) -> losses.TopK:
     rngs = [np.random.default_rng(window) for window in windows.tolist()]
     shape = (folder.seq_len, folder.entries)
     ids = np.stack([rng.integers(0, folder.vocab, shape) for rng in rngs])
@@ -331,11 +335,11 @@ def formula(folder: targets.Targets, windows) -> losses.TopK:
     return losses.TopK(ids, log_p[..., :-1].astype("f4"), log_p[..., -1].astype("f4"))
 
 
-def small(folder: Path, **changes) -> targets.Targets:
+def small(folder: Path, **changes) -> target_store.Targets:
     windows = np.array([1, 2, 5, 6, 9, 13, 14, 20, 31, 40, 41])
     about = {"windows": windows, "seq_len": 5, "vocab": 300, "entries": 3, "shard": 4}
     about["index"] = zlib.crc32(windows.astype("<i8").tobytes())
-    return targets.begin(like(folder, **about | changes))
+    return target_store.begin(like(folder, **about | changes))
 
 
 @unhurried
@@ -356,7 +360,7 @@ def test_wherever_it_was_killed_it_goes_on(tmp_path_factory, draw):
                 file.write(draw.draw(st.binary(max_size=30)))
     write(small(folder))
     assert contents(folder) == wanted
-    assert len(targets.missing(targets.load(folder))) == 0
+    assert len(target_store.missing(target_store.load(folder))) == 0
 
 
 def test_processes_write_shards_of_their_own(tmp_path):
@@ -370,7 +374,7 @@ def test_processes_write_shards_of_their_own(tmp_path):
 
 
 def test_a_run_that_is_interrupted_is_continued(config, kept, tmp_path, monkeypatch):
-    append, calls = targets.append, []
+    append, calls = target_store.append, []
 
     def dying(*args):
         calls.append(args)
@@ -382,7 +386,7 @@ def test_a_run_that_is_interrupted_is_continued(config, kept, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         made(config, tmp_path)
     with pytest.raises(UserError, match="00000.targets.*the same command"):
-        targets.load(tmp_path)
+        target_store.load(tmp_path)
     made(config, tmp_path)
     assert len(calls) == 3 + -(-len(kept.windows) // 8) - 2  # none is computed twice
     assert contents(tmp_path) == contents(kept.folder)
@@ -412,11 +416,11 @@ def test_any_flipped_bit_is_refused(tmp_path):
             changed = bytearray(content)
             changed[bit // 8] ^= 1 << bit % 8
             (folder / name).write_bytes(changed)
-            text = refusal(lambda: targets.read(targets.load(folder), windows))
+            text = refusal(lambda: target_store.read(target_store.load(folder), windows))
             assert str(folder) in text
-            assert "altered" in text or name == targets.MANIFEST  # or of another version
+            assert "altered" in text or name == target_store.MANIFEST  # or of another version
         (folder / name).write_bytes(content)
-    targets.read(targets.load(folder), windows)
+    target_store.read(target_store.load(folder), windows)
 
 
 def test_records_of_another_place_or_of_other_targets_are_refused(tmp_path):
@@ -427,27 +431,27 @@ def test_records_of_another_place_or_of_other_targets_are_refused(tmp_path):
     for source in (two, other.path(0)):
         content = one.read_bytes()
         shutil.copy(source, one)
-        assert "altered: remove the file" in refusal(targets.read, folder, folder.windows)
+        assert "altered: remove the file" in refusal(target_store.read, folder, folder.windows)
         one.write_bytes(content)
     one.unlink()
-    assert "00000.targets: a shard of" in refusal(targets.load, folder.folder)
-    assert "cannot be read" in refusal(targets.read, folder, folder.windows)
-    (folder.folder / targets.MANIFEST).unlink()
-    assert "no targets.json in it" in refusal(targets.load, folder.folder)
-    assert "no targets.json in it" in refusal(targets.load, tmp_path / "nowhere")
+    assert "00000.targets: a shard of" in refusal(target_store.load, folder.folder)
+    assert "cannot be read" in refusal(target_store.read, folder, folder.windows)
+    (folder.folder / target_store.MANIFEST).unlink()
+    assert "no targets.json in it" in refusal(target_store.load, folder.folder)
+    assert "no targets.json in it" in refusal(target_store.load, tmp_path / "nowhere")
 
 
 def test_a_mismatch_names_both_sides(config, kept, teacher, text, tmp_path):
     corpus = corpus_of(config)
     run = {"loss": losses.Config(), "tokenizer": teacher, "vocab": VOCAB, "rows": 8}
-    targets.check(kept, corpus, teacher=teacher, **run)
+    target_store.check(kept, corpus, teacher=teacher, **run)
 
     def refused(corpus=corpus, **changes):
-        return refusal(targets.check, kept, corpus, **run | changes)
+        return refusal(target_store.check, kept, corpus, **run | changes)
 
     twin = tmp_path / "twin"  # of another name, but the same
     shutil.copytree(teacher, twin)
-    targets.check(kept, corpus, teacher=twin, **run)
+    target_store.check(kept, corpus, teacher=twin, **run)
     weights = twin / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -474,9 +478,9 @@ def test_a_mismatch_names_both_sides(config, kept, teacher, text, tmp_path):
     assert "--loss.temperature 1 to 3" in refused(loss=schedule)
     draws = dataclasses.replace(kept, kind="draws")
     jsd = run | {"loss": losses.Config("jsd")}
-    assert "--loss.divergence jsd" in refusal(targets.check, draws, corpus, **jsd)
+    assert "--loss.divergence jsd" in refusal(target_store.check, draws, corpus, **jsd)
     for name in losses.DIVERGENCES:
-        targets.check(kept, corpus, **run | {"loss": losses.Config(name)})
+        target_store.check(kept, corpus, **run | {"loss": losses.Config(name)})
 
 
 def test_other_targets_are_not_continued(config, kept, tmp_path):

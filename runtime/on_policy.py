@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 import data
-import errors
 import sharding
-from errors import UserError
 from generate import Sampling, sample
-from models.common import LanguageModel
+from models.base import LanguageModel
+from runtime import errors
+from runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def turns(config: Config, seed: int, start: int, stop: int) -> Bool[np.ndarray, 
     if not config.fraction or start >= stop:
         return np.zeros(max(0, stop - start), bool)
     drawn = jax.vmap(lambda step: jax.random.uniform(keys(seed, step)[0]))(np.arange(start, stop))
-    return sharding.whole(drawn) < config.fraction
+    return sharding.to_host(drawn) < config.fraction
 
 
 @eqx.filter_jit

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import errors
-from errors import UserError
+from runtime import files
+from runtime.errors import UserError
 
 Settings = Mapping[str, Any]
 
@@ -34,7 +34,7 @@ def agree(out: Path, before: Settings | None, now: Settings) -> None:
 
 
 _writing = partial(
-    errors.writing,
+    files.writing,
     remedy="; answers that are finished are kept: make room or give permission, and give the same"
     " command again",
 )
@@ -152,11 +152,11 @@ def save(out: Path, rows: Iterable[dict[str, Any]], columns: Any, settings: Sett
     """
     import pyarrow.parquet
 
-    with _writing(out), errors.whole(out) as half:
+    with _writing(out), files.whole(out) as half:
         if out.suffix == ".jsonl":
             with half.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            with errors.whole(sidecar(out)) as beside:
+            with files.whole(sidecar(out)) as beside:
                 beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             return
         columns, rows = columns.with_metadata({"generation": json.dumps(settings)}), iter(rows)

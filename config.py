@@ -9,19 +9,15 @@ from typing import Any, Literal
 
 import jax
 
-import checkpoint
 import data
-import errors
-import features
 import losses
 import models
-import on_policy
 import optim
-import report
 import sharding
 import student as students
-import targets
-from errors import UserError
+from losses import features
+from runtime import checkpoint, errors, files, on_policy, target_store
+from runtime.errors import UserError
 
 # A field hides the module it is named after.
 Data, Optim, OnPolicy = data.Config, optim.Config, on_policy.Config
@@ -148,8 +144,8 @@ class Config:
         students.parse(self.student_init)
         sharding.layout(self.zero, self.mesh.rules)
         if self.profile_steps is not None:
-            traced(self.profile_steps)
-        if self.targets is not None and not distils(self.loss):
+            profile_window(self.profile_steps)
+        if self.targets is not None and not uses_teacher_loss(self.loss):
             raise UserError("--targets with --loss.alpha 0 would not be read: leave one out")
         if self.targets is not None and self.teacher_devices is not None:
             raise UserError("--teacher-devices with --targets has no teacher: leave one out")
@@ -172,7 +168,7 @@ class Config:
             raise UserError("--teacher-devices is for one process: leave it out with several")
         if self.devices is not None and not self.plan:
             raise UserError("--devices is for --plan; a run takes the devices there are")
-        if self.teacher_devices is not None and not looks(self):
+        if self.teacher_devices is not None and not needs_teacher(self):
             raise UserError("--teacher-devices with --loss.alpha 0 has no teacher: leave one out")
         for name in ("time_limit", "device_memory"):
             value = getattr(self, name)
@@ -180,7 +176,7 @@ class Config:
                 raise UserError(f"--{name.replace('_', '-')} is {value}: it must be positive")
 
 
-def traced(steps: str) -> tuple[int, int]:
+def profile_window(steps: str) -> tuple[int, int]:
     """The first and the last step of a:b."""
     first, colon, last = steps.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
@@ -190,7 +186,7 @@ def traced(steps: str) -> tuple[int, int]:
 
 # What may differ between a run and its continuation. Of these, only `steps` changes what follows:
 # the schedules end there.
-FREE = {
+MAY_CHANGE = {
     "--out", "--resume", "--resume-anyway", "--steps", "--time-limit", "--eval-every",
     "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best", "--log-every",
     "--log-norms", "--quiet", "--mesh", "--zero", "--teacher-devices", "--export-dtype", "--remat",
@@ -200,11 +196,14 @@ FREE = {
 }  # fmt: skip
 
 
-def resolved(config: Config) -> Config:
+def with_defaults(config: Config) -> Config:
     """The configuration with every default that depends on another spelled out."""
-    source, made = config.data, None if config.targets is None else targets.load(config.targets)
+    source, made = (
+        config.data,
+        None if config.targets is None else target_store.load(config.targets),
+    )
     embedded = config.teacher is None and made is None  # the text is, whatever stands for a teacher
-    if config.teacher is None and config.student is not None and not looks(config):
+    if config.teacher is None and config.student is not None and not needs_teacher(config):
         # Nobody asks the teacher for more than a shape and a tokenizer.
         config = dataclasses.replace(config, teacher=config.student)
     elif config.teacher is None and made is not None:
@@ -280,14 +279,14 @@ def student_config(config: Config) -> Any:
     return models.config(config.teacher if config.student is None else config.student)
 
 
-def agree(config: Config, out: Path) -> None:
+def check_resumable(config: Config, out: Path) -> None:
     """A run that is to be continued must have the configuration that is noted there."""
     path, content = out / "config.json", as_json(config)
-    now, before = flags(content), flags(report.read_json(path) if path.exists() else content)
+    now, before = flags(content), flags(files.read_json(path) if path.exists() else content)
     changed = [
         f"{flag} was {before.get(flag)}, is {value}"
         for flag, value in now.items()
-        if value != before.get(flag) and not FREE & {flag, flag.partition(".")[0]}
+        if value != before.get(flag) and not MAY_CHANGE & {flag, flag.partition(".")[0]}
     ]
     begun = checkpoint.latest(out / "checkpoints") is not None
     if changed and begun and not config.resume_anyway:
@@ -303,10 +302,10 @@ def agree(config: Config, out: Path) -> None:
         (out / "choice.json").unlink(missing_ok=True)
 
 
-def note(config: Config, out: Path) -> None:
+def write_config(config: Config, out: Path) -> None:
     """Writes down the configuration."""
     if jax.process_index() == 0:
-        report.write_json(out / "config.json", as_json(config))
+        files.write_json(out / "config.json", as_json(config))
 
 
 def as_json(config: Config) -> dict[str, Any]:
@@ -322,19 +321,19 @@ def flags(content: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
     return found
 
 
-def distils(loss: losses.Config) -> bool:
+def uses_teacher_loss(loss: losses.Config) -> bool:
     """Whether the loss looks at the teacher at any step."""
     return loss.alpha > 0 or bool(loss.alpha_end) or loss.features != "off"
 
 
-def looks(config: Config) -> bool:
+def needs_teacher(config: Config) -> bool:
     """Whether a run has a teacher in memory from its first step to its last."""
-    return config.eval_teacher or (distils(config.loss) and config.targets is None)
+    return config.eval_teacher or (uses_teacher_loss(config.loss) and config.targets is None)
 
 
-def described(loss: losses.Config, text: OnPolicy | None = None) -> str:
+def describe_loss(loss: losses.Config, text: OnPolicy | None = None) -> str:
     """A loss, and whose `text` it is of, in words."""
-    if not distils(loss):
+    if not uses_teacher_loss(loss):
         return "cross entropy alone"
 
     def course(start: float, end: float | None, schedule: str) -> str:

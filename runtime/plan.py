@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +19,17 @@ import losses
 import models
 import optim
 import sharding
-import targets
-from errors import UserError
+from config import Config, needs_teacher, student_config, uses_teacher_loss
 from eval import Head, Seen
-from options import Config, distils, looks, student_config
-from report import size
+from models.base import LanguageModel
+from runtime import target_store
+from runtime.errors import UserError
+from runtime.report import size
 
 PROGRAM = 600_000_000  # bytes of a process that computes on the CPU, beside its arrays
 
 
-class Need(NamedTuple):
+class DeviceBytes(NamedTuple):
     """Bytes of one device. Arrays are exact; temporaries are what the compiler says."""
 
     teacher: int
@@ -46,15 +48,15 @@ class Need(NamedTuple):
         return self.arrays + max(self.temporaries, self.gradients)
 
 
-def outline(
+def abstract_state(
     make: Callable[[jax.Array], PyTree], mesh: jax.sharding.Mesh, layout: sharding.Layout
 ) -> PyTree:
     """What `make` returns for a key, without its values."""
     found = eqx.filter_eval_shape(lambda: make(jax.random.key(0)))
-    return placed(found, places(found, mesh, layout))
+    return with_shardings(found, state_shardings(found, mesh, layout))
 
 
-def placed(tree: PyTree, where: PyTree) -> PyTree:
+def with_shardings(tree: PyTree, where: PyTree) -> PyTree:
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         tree,
@@ -62,7 +64,7 @@ def placed(tree: PyTree, where: PyTree) -> PyTree:
     )
 
 
-def places(state: PyTree, mesh: jax.sharding.Mesh, layout: sharding.Layout) -> PyTree:
+def state_shardings(state: PyTree, mesh: jax.sharding.Mesh, layout: sharding.Layout) -> PyTree:
     """Where every array of a state lies: moments may lie elsewhere than parameters."""
     where = sharding.specs(state, mesh, layout.params)
     moments = sharding.specs(state.opt_state, mesh, layout.moments)
@@ -100,11 +102,11 @@ def arrays(
     """The arguments of a step: frozen and state."""
     shape = student_config(config)
     if config.student is None and config.student_init != "random":
-        shape = shape.keep(tuple(range(config.student_layers)))
+        shape = shape.select_layers(tuple(range(config.student_layers)))
     family = models.FAMILIES[shape.model_type]
     # First, so that what does not divide is named as a leaf of the student, not as its moment.
     sharding.specs(eqx.filter_eval_shape(family, shape, jax.random.key(0)), mesh, layout.params)
-    state = outline(lambda key: begin(family(shape, key), optimizer), mesh, layout)
+    state = abstract_state(lambda key: begin(family(shape, key), optimizer), mesh, layout)
     rows = jax.sharding.NamedSharding(
         mesh,
         jax.sharding.PartitionSpec(sharding.claims(["batch"], mesh, layout.params)[0] or None),
@@ -113,30 +115,32 @@ def arrays(
     mask = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), bool, sharding=rows)
     batch, teacher = data.Batch(ids, ids, mask), None
     if config.targets is not None:
-        made = targets.load(config.targets)
+        made = target_store.load(config.targets)
 
         def like(dtype, *entries):
             shape = (config.batch_size, config.seq_len, *entries)
             return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
-        kind = losses.TopK if made.kind == "top-k" else losses.Draws
+        kind = losses.TopK if made.kind == "top-k" else losses.SampledTargets
         told = like(jnp.int32, made.entries), like(jnp.float32, made.entries), like(jnp.float32)
-        return (None, targets.Told(*batch, kind(*told))), state
-    if distils(config.loss) or config.eval_teacher:
-        teacher = models.outline(config.teacher)
+        return (None, target_store.Told(*batch, kind(*told))), state
+    if uses_teacher_loss(config.loss) or config.eval_teacher:
+        teacher = models.abstract(config.teacher)
         if config.teacher_devices is not None:
             wide = (config.batch_size, config.seq_len, teacher.config.embed)
             seen = jax.ShapeDtypeStruct(wide, jnp.dtype(config.compute_dtype), sharding=rows)
             batch = Seen(*batch, seen)
             teacher = eqx.filter_eval_shape(lambda model: Head(model.unembedding), teacher)
-        teacher = placed(teacher, sharding.specs(teacher, mesh, layout.params))
+        teacher = with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
     return (teacher, batch), state
 
 
-def held(frozen: tuple[Any, Any], state: PyTree, optimizer: optim.Optimizer) -> Need:
+def resident_bytes(
+    frozen: tuple[Any, Any], state: PyTree, optimizer: optim.Optimizer
+) -> DeviceBytes:
     """What follows from shapes alone."""
     moving = eqx.filter(state.student, optimizer.trainable(state.student))
-    return Need(
+    return DeviceBytes(
         teacher=bytes_of(frozen[0]),
         student=bytes_of(state.student),
         moments=bytes_of(state.opt_state),
@@ -146,11 +150,11 @@ def held(frozen: tuple[Any, Any], state: PyTree, optimizer: optim.Optimizer) -> 
     )
 
 
-class Aside(NamedTuple):
+class SeparateTeacherBytes(NamedTuple):
     """Bytes of a teacher that no step is given: on a device of the student, on one of its own."""
 
-    here: int = 0
-    there: int = 0
+    student_device: int = 0
+    teacher_device: int = 0
 
 
 def beside(
@@ -158,13 +162,17 @@ def beside(
     mesh: jax.sharding.Mesh,
     layout: sharding.Layout,
     teacher_mesh: jax.sharding.Mesh | None,
-) -> Aside:
-    if not looks(config) or (teacher_mesh is None and config.targets is None):
-        return Aside()
-    teacher = models.outline(config.teacher)
+) -> SeparateTeacherBytes:
+    if not needs_teacher(config) or (teacher_mesh is None and config.targets is None):
+        return SeparateTeacherBytes()
+    teacher = models.abstract(config.teacher)
     where = sharding.specs(teacher, mesh if teacher_mesh is None else teacher_mesh, layout.params)
-    size = bytes_of(placed(teacher, where))
-    return Aside(here=size) if teacher_mesh is None else Aside(there=size)
+    size = bytes_of(with_shardings(teacher, where))
+    return (
+        SeparateTeacherBytes(student_device=size)
+        if teacher_mesh is None
+        else SeparateTeacherBytes(teacher_device=size)
+    )
 
 
 def need(
@@ -174,11 +182,11 @@ def need(
     step: Callable,
     begin: Start,
     fixed: Callable,
-) -> Need:
+) -> DeviceBytes:
     """What a step needs, as compiled for this mesh."""
     optimizer, objective = fixed(config)
     frozen, state = arrays(config, mesh, layout, begin, optimizer)
-    found = held(frozen, state, optimizer)
+    found = resident_bytes(frozen, state, optimizer)
     program = compiled(step, (frozen, state), optimizer, objective)
     return found._replace(temporaries=program.memory_analysis().temp_size_in_bytes)
 
@@ -202,7 +210,7 @@ def loss_bytes(
         return like((seq, width), jnp.dtype(config.compute_dtype))
 
     beside = None
-    if teacher is not None and distils(config.loss):
+    if teacher is not None and uses_teacher_loss(config.loss):
         beside = states(models.config(config.teacher).embed), teacher
 
     def loss(hidden, head, beside, labels, mask):
@@ -225,7 +233,7 @@ def loss_bytes(
 # ---- against what there is -----------------------------------------------------------------------
 
 
-def room(config: Config) -> tuple[float, str]:
+def device_memory(config: Config) -> tuple[float, str]:
     """Bytes that a device has for a run, and how they are known."""
     device = jax.devices()[0]
     if config.device_memory is not None:
@@ -263,10 +271,10 @@ def refuse(
     teacher_mesh: jax.sharding.Mesh | None = None,
 ) -> None:
     """Ends a run that cannot fit before it begins."""
-    found = held(*arrays(config, mesh, layout, begin, optimizer), optimizer)
-    has, what = room(config)
+    found = resident_bytes(*arrays(config, mesh, layout, begin, optimizer), optimizer)
+    has, what = device_memory(config)
     aside = beside(config, mesh, layout, teacher_mesh)
-    least = max(found.arrays + found.gradients + aside.here, aside.there)
+    least = max(found.arrays + found.gradients + aside.student_device, aside.teacher_device)
     if least > has:
         raise UserError(
             f"a device has {size(has)} ({what}), and arrays and gradients alone need {size(least)}:"
@@ -274,7 +282,7 @@ def refuse(
         )
 
 
-def easier(config: Config, ways: int) -> Iterator[tuple[str, Config]]:
+def smaller_settings(config: Config, ways: int) -> Iterator[tuple[str, Config]]:
     """Settings that need less and less memory; only the last changes the mathematics."""
     flags = ""
     for policy in ("dots", "full"):
@@ -310,12 +318,12 @@ def table(
 ) -> str:
     """The plan of a run, for people."""
     told = (mesh, layout, step, begin, fixed)
-    found, (has, what) = need(config, *told), room(config)
+    found, (has, what) = need(config, *told), device_memory(config)
     loss = loss_bytes(config, mesh, layout, begin, fixed)
     guess = jax.default_backend() == "cpu" and (config.devices or config.device_memory)
     blocks = found.temporaries - loss - found.gradients
     aside = beside(config, mesh, layout, teacher_mesh)
-    found = found._replace(teacher=found.teacher + aside.here)
+    found = found._replace(teacher=found.teacher + aside.student_device)
     lines = [
         "mesh       " + " x ".join(f"{name} {count}" for name, count in mesh.shape.items()),
         "rules      " + written(layout.params),
@@ -335,19 +343,19 @@ def table(
         ("there is", has, what),
     ]
     if teacher_mesh is not None:
-        rows.append(("its own", aside.there, "of each device that is the teacher's alone"))
+        rows.append(("its own", aside.teacher_device, "of each device that is the teacher's alone"))
     lines += [
         f"  {name:14}{size(number) if math.isfinite(number) else 'unknown':>10}  {remark}".rstrip()
         for name, number, remark in rows
     ]
     lines.append("")
-    if aside.there > has:
+    if aside.teacher_device > has:
         return "\n".join([*lines, "it does not fit: give the teacher more --teacher-devices"])
     if found.total <= has:
         return "\n".join([*lines, "it fits"] if math.isfinite(has) else lines[:-1])
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    for flags, other in easier(config, ways):
-        less = need(other, *told).total + aside.here
+    for flags, other in smaller_settings(config, ways):
+        less = need(other, *told).total + aside.student_device
         if less <= has:
             lines.append(f"it does not fit; with{flags} it does, in {size(less)}")
             return "\n".join(lines)
@@ -356,3 +364,41 @@ def table(
         " more devices, a smaller --batch-size or --seq-len, or fewer --student-layers"
     )
     return "\n".join(lines)
+
+
+def step_flops(student: LanguageModel, teacher: LanguageModel | None, seq_len: int) -> float:
+    """Of one token in a training step: three forward passes of the student, one of the teacher."""
+    seen = 3 * forward_flops(student, seq_len)
+    return seen if teacher is None else seen + forward_flops(teacher, seq_len)
+
+
+def forward_flops(model: LanguageModel, seq_len: int) -> float:
+    """Of one token, by the matrices and by attention to half of its row on average."""
+    config = model.config
+    axes = jax.tree.leaves(sharding.axes(model.blocks), is_leaf=lambda x: isinstance(x, tuple))
+    blocks = zip(jax.tree.leaves(model.blocks), axes, strict=True)
+    matrices = sum(leaf.size for leaf, names in blocks if optim.is_matrix(names))
+    attention = config.layers * config.heads * config.head_dim * seq_len
+    return 2.0 * (matrices + model.unembedding.size + attention)
+
+
+def matrix_peak(dtype: str) -> float:
+    """FLOP/s of a matrix product on all devices, measured."""
+    backend = jax.default_backend()
+    size = 1024 if backend == "cpu" else 8192
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    best = math.inf
+    for _ in range(4):
+        begun = time.monotonic()
+        product(a, a).block_until_ready()
+        best = min(best, time.monotonic() - begun)
+    devices = 1 if backend == "cpu" else jax.device_count()  # emulated ones share the processor
+    return 2 * size**3 / best * devices
+
+
+def memory(program: Any) -> str:
+    found = program.compiled.memory_analysis()
+    held, worked = found.argument_size_in_bytes, found.temp_size_in_bytes
+    return f"{size(held)} of arrays and {size(worked)} to work in, a device"

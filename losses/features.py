@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
 
-from errors import UserError
-from models.common import product
+from models.attention import einsum_f32
+from runtime.errors import UserError
 
 Pairs = tuple[tuple[int, int], ...]  # blocks of student and teacher whose outputs are matched
 
@@ -108,7 +108,7 @@ def loss(
         # Not a product with the mask: what is masked may not be finite.
         x, y = (jnp.where(mask[..., None], z, jnp.zeros_like(z)) for z in (x, y))
         if projection is not None:
-            x = product("bse,te->bst", x, projection.weight.astype(x.dtype))
+            x = einsum_f32("bse,te->bst", x, projection.weight.astype(x.dtype))
         found = DISTANCES[kind](x.astype(jnp.float32), y.astype(jnp.float32))
         return jnp.sum(jnp.where(mask, found, 0.0))
 

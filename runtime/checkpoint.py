@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Shaped, UInt, UInt32
 
-import sharding
-from errors import UserError
+from runtime import processes
+from runtime.errors import UserError
 
 # What another of its step is about to replace is `<step>.old`: second choice, but still counted.
 FINISHED = re.compile(r"(\d+)(\.old)?")
@@ -226,7 +226,7 @@ def _read(path: Path, like: PyTree) -> tuple[dict[str, Any], list[Array]]:
         raise  # no fault of the file's
     except Exception as error:  # a broken file may raise anything
         reason = _reason(error)
-    if not sharding.gathered(reason is None).all():
+    if not processes.allgather(reason is None).all():
         reason = reason or "another process cannot read it"
     if reason is not None:
         raise _Damaged(reason)

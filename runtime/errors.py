@@ -1,13 +1,15 @@
 """Mistakes of the user: how they are raised, and the one line a program answers them with."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -38,25 +40,45 @@ def tell(error: UserError) -> None:
     print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def writing(path: Path, remedy: str) -> Iterator[None]:
-    """A full disk, say, is told in a line."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({why}){remedy}") from error
+class Constraint(NamedTuple):
+    """What a value must be beside its type, said where its field is: `Annotated[float, above(0)]`.
+
+    `--help` shows the words, and `check` refuses what does not hold.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
 
 
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` once all is written."""
-    half = path.with_name(f"{path.name}.partial")
-    try:
-        yield half
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
+def above(low: float) -> Constraint:
+    return Constraint(f"above {low:g}", lambda x: low < x < math.inf)
+
+
+def at_least(low: float) -> Constraint:
+    return Constraint(f"{low:g} or more", lambda x: low <= x < math.inf)
+
+
+def between(low: float, high: float) -> Constraint:
+    return Constraint(f"from {low:g} to {high:g}", lambda x: low <= x <= high)
+
+
+def below(low: float, high: float) -> Constraint:
+    return Constraint(f"from {low:g} to below {high:g}", lambda x: low <= x < high)
+
+
+def constraint_of(hint: Any) -> Constraint | None:
+    return next((x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Constraint)), None)
+
+
+def check(config: object, prefix: str = "--") -> None:
+    """Refuses the first field of a dataclass that breaks its constraint; None keeps any."""
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        constraint = constraint_of(hint)
+        if constraint is None or (value := getattr(config, name)) is None:
+            continue
+        if not constraint.holds(value):
+            flag = prefix + _spelled(name)
+            raise UserError(f"{flag} is {value}: it must be {constraint.words}")
 
 
 def check_counts(config: object, *names: str, least: int = 1, prefix: str = "--") -> None:
@@ -86,11 +108,13 @@ def cli(
     """
     import tyro
 
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.struct_rule(_with_constraints)
     args = sys.argv[1:] if args is None else list(args)
     flags = _flags(Config, tyro.MISSING_NONPROP)
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), registry:
             config = tyro.cli(Config, args=args, prog=prog, description=description)
     except SystemExit as refusal:
         if not refusal.code:  # --help
@@ -101,6 +125,24 @@ def cli(
     if reason := _repeated(flags, args):
         raise UserError(reason)
     return config
+
+
+def _with_constraints(info: Any) -> Any:
+    """tyro's own reading of a dataclass, with the constraints in the help of its fields."""
+    from tyro.constructors._struct_spec_dataclass import dataclass_rule
+
+    if not dataclasses.is_dataclass(info.type):
+        return None
+    spec = dataclass_rule(info)
+
+    def helped(field: Any) -> Any:
+        constraint, text = constraint_of(field.type), field.helptext
+        if constraint is None:
+            return field
+        text = (text() if callable(text) else text) or ""
+        return dataclasses.replace(field, helptext=f"{text} Must be {constraint.words}.".strip())
+
+    return dataclasses.replace(spec, fields=tuple(map(helped, spec.fields)))
 
 
 class _Flag(NamedTuple):
