@@ -238,11 +238,11 @@ def _load(folder: Path) -> Store | None:
     """
     try:
         manifest = json.loads((folder / "store.json").read_bytes())
-        digest = manifest.pop("digest")
-        if digest != digest(manifest) or manifest.pop("version") != VERSION:
+        checksum = manifest.pop("digest")
+        if checksum != digest(manifest) or manifest.pop("version") != VERSION:
             return None
         hashes = manifest.pop("files")
-        store = Store(folder, **manifest, digest=digest)
+        store = Store(folder, **manifest, digest=checksum)
         size = store.tokens * np.dtype(store.dtype).itemsize
         if (folder / "tokens").stat().st_size != size:
             return None
