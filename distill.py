@@ -564,7 +564,7 @@ def loop(
         f"compiled  in {report.duration(time.monotonic() - compiling)}, {plan.memory(program)}",
     )
     flops = run.step_tokens * plan.step_flops(
-        state.student, run.teacher if run.distils and not run.targets else None, config.seq_len
+        state.student, run.teacher if run.uses_teacher_loss and not run.targets else None, config.seq_len
     )
     peak = plan.matrix_peak(config.compute_dtype)
     turns = on_policy.turns(config.on_policy, config.seed, start, config.steps)
@@ -593,7 +593,7 @@ def loop(
         seconds, steps = spent.lap(number)
         rate = run.step_tokens * steps / seconds
         line = {"step": number} | {k: float(found[k]) for k in ("loss", "divergence", "ce")}
-        if not run.distils:
+        if not run.uses_teacher_loss:
             line["divergence"] = None
         line |= {"features": found["features"]} if "features" in found else {}
         line |= {"on_policy": int(turns[number - 1 - start])} if config.on_policy.fraction else {}

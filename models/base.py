@@ -75,11 +75,11 @@ class LanguageModel(eqx.Module):
         tokens: Int[Array, "batch seq"],
         segments: Int[Array, "batch seq"] | None = None,
         *,
-        rows: Float[Array, "batch seq embed"] | None = None,
+        embedded: Float[Array, "batch seq embed"] | None = None,
         cache: Cache | None = None,
         dtype: Any = None,
         remat: str = "none",
-        after: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (),
     ) -> (
         Float[Array, "batch seq embed"]
         | tuple[Float[Array, "batch seq embed"], Cache]
@@ -90,9 +90,9 @@ class LanguageModel(eqx.Module):
         Tokens attend and count positions within their own run of equal `segments`; segment 0 is
         padding. With a `cache` they continue its rows, and the grown cache is returned too; then
         `segments` only tells tokens from the padding behind them, which the cache forgets. `dtype`
-        is computed in, `remat` (none, dots, full) trades memory for recomputation. `rows` are those
+        is computed in, `remat` (none, dots, full) trades memory for recomputation. `embedded` are those
         of the embedding, where the caller has looked them up to differentiate by them. With the
-        numbers of some blocks, ascending, in `after` their outputs are returned too.
+        numbers of some blocks, ascending, in `taps` their outputs are returned too.
         """
         here = positions(tokens, segments, cache)
         position_inputs = self.position_inputs(here)
@@ -109,21 +109,21 @@ class LanguageModel(eqx.Module):
             x, cache = through(x, cache, layer, weights)
             if states is not None:
                 # One that is not asked for lies where the next that is will lie.
-                slot = jnp.sum(jnp.array(after) < layer)
+                slot = jnp.sum(jnp.array(taps) < layer)
                 states = jax.lax.dynamic_update_index_in_dim(states, x, slot, 0)
                 states = constrain(states, "taps batch seq embed")
             return (x, cache, states), None
 
-        rows = self.embedding[tokens] if rows is None else rows
-        x = self.embed_input(rows.astype(self.dtype if dtype is None else dtype))
+        embedded = self.embedding[tokens] if embedded is None else embedded
+        x = self.embed_input(embedded.astype(self.dtype if dtype is None else dtype))
         layers, states = jnp.arange(self.config.layers), None
-        if after:
-            rest = after[-1] + 1 < len(layers)  # blocks behind the last, which need a place too
-            states = jnp.zeros((len(after) + rest, *x.shape), x.dtype)
+        if taps:
+            rest = taps[-1] + 1 < len(layers)  # blocks behind the last, which need a place too
+            states = jnp.zeros((len(taps) + rest, *x.shape), x.dtype)
         (x, cache, states), _ = jax.lax.scan(step, (x, cache, states), (layers, self.blocks))
         x = constrain(self.final_norm(x), "batch seq embed")
         if states is not None:
-            return x, states[: len(after)]
+            return x, states[: len(taps)]
         if cache is None:
             return x
         return x, eqx.tree_at(lambda cache: cache.length, cache, here.extent[:, 0])

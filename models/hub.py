@@ -115,7 +115,7 @@ def check_links(folder: Path) -> None:
     for name in ("config.json", GENERATION, *TOKENIZER, *WEIGHTS, "*.safetensors"):
         for path in folder.glob(name):
             target = Path(os.path.realpath(path))
-            if not any(target.is_relative_to(positions) for place in inside):
+            if not any(target.is_relative_to(place) for place in inside):
                 raise UserError(
                     f"{path}: it is a link to a file outside of {folder}: put the file itself there"
                 )

@@ -85,10 +85,10 @@ def test_only_chosen_outputs_are_kept():
         return str(jax.make_jaxpr(lambda model: model.hidden(*read, **how))(model))
 
     width = model.config.embed
-    assert f"f32[3,8,24,{width}]" in program(after=(0, 1, 2))
-    assert f"f32[3,8,24,{width}]" not in program(after=(0,))
-    assert f"f32[1,8,24,{width}]" in program(after=(2,))
-    assert f"f32[2,8,24,{width}]" not in program(after=(2,))
+    assert f"f32[3,8,24,{width}]" in program(taps=(0, 1, 2))
+    assert f"f32[3,8,24,{width}]" not in program(taps=(0,))
+    assert f"f32[1,8,24,{width}]" in program(taps=(2,))
+    assert f"f32[2,8,24,{width}]" not in program(taps=(2,))
     assert f",8,24,{width}]" not in program()
 
 
