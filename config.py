@@ -6,8 +6,6 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
-
 import data
 import losses
 import models
@@ -16,7 +14,7 @@ import sharding
 import student as students
 import text
 from losses import features
-from runtime import checkpoint, files, on_policy, target_store
+from runtime import files, on_policy, target_store
 from runtime.errors import UserError, above, at_least, below, check
 
 # A field hides the module it is named after.
@@ -179,14 +177,14 @@ def profile_window(steps: str) -> tuple[int, int]:
 
 # What may differ between a run and its continuation. Of these, only `steps` changes what follows:
 # the schedules end there.
-MAY_CHANGE = {
+MAY_CHANGE = frozenset({
     "--out", "--resume", "--resume-anyway", "--steps", "--time-limit", "--eval-every",
     "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best", "--log-every",
     "--log-norms", "--quiet", "--mesh", "--zero", "--teacher-devices", "--export-dtype", "--remat",
     "--microbatches", "--loss.chunk", "--data.cache", "--data.streaming", "--profile-steps",
     "--plan", "--devices", "--device-memory", "--force", "--distributed", "--coordinator",
     "--processes", "--process-id",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def with_defaults(config: Config) -> Config:
@@ -291,46 +289,10 @@ def student_config(config: Config) -> Any:
     return models.config(config.teacher if config.student is None else config.student)
 
 
-def check_resumable(config: Config, out: Path) -> None:
-    """A run that is to be continued must have the configuration that is noted there."""
-    path, content = out / "config.json", as_json(config)
-    now, before = flags(content), flags(files.read_json(path) if path.exists() else content)
-    changed = [
-        f"{flag} was {before.get(flag)}, is {value}"
-        for flag, value in now.items()
-        if value != before.get(flag) and not MAY_CHANGE & {flag, flag.partition(".")[0]}
-    ]
-    begun = checkpoint.latest(out / "checkpoints") is not None
-    if changed and begun and not config.resume_anyway:
-        raise UserError(
-            f"{out} holds a run with other settings ({'; '.join(changed)}): give the same,"
-            " another --out, --no-resume, or --resume-anyway to go on with these"
-        )
-    if changed and begun:
-        say(config, f"continued anyway: {'; '.join(changed)}")
-    if begun and now["--steps"] != before.get("--steps"):
-        say(config, f"--steps was {before.get('--steps')}: schedules now end at {config.steps}")
-    if changed and not begun and jax.process_index() == 0:
-        (out / "choice.json").unlink(missing_ok=True)
-
-
-def write_config(config: Config, out: Path) -> None:
-    """Writes down the configuration."""
-    if jax.process_index() == 0:
-        files.write_json(out / "config.json", as_json(config))
-
-
-def as_json(config: Config) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def flags(content: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
-    """A configuration as its flags."""
-    found = {}
-    for name, value in content.items():
-        flag = prefix + name.replace("_", "-")
-        found |= flags(value, flag + ".") if isinstance(value, dict) else {flag: value}
-    return found
+def run_folder(config: Config) -> files.RunFolder:
+    """The folder of a run, which holds its configuration."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    return files.RunFolder(Path(config.out), settings, MAY_CHANGE, prefix="--")
 
 
 def uses_teacher_loss(loss: losses.Config) -> bool:

@@ -29,6 +29,7 @@ from config import (
     Data,
     Mesh,
     Optim,
+    run_folder,
     uses_teacher_loss,
     with_defaults,
 )
@@ -222,17 +223,18 @@ def abstract_arguments(
     return plan.abstract_frozen(config, placement), state
 
 
+def device_bytes(config: Config, placement: Placement) -> plan.DeviceBytes:
+    """What a device holds of this run while it takes a step."""
+    optimizer, objective = prepare.optimizer_and_objective(config)
+    arguments = abstract_arguments(config, placement)
+    program = plan.compile_abstract(step, arguments, optimizer, objective)
+    resident = plan.resident_bytes(config, placement, *arguments, optimizer)
+    return resident._replace(temporaries=program.memory_analysis().temp_size_in_bytes)
+
+
 def print_plan(config: Config, placement: Placement) -> None:
     """Prints what each device would hold, and the settings nearest to these that would fit."""
-
-    def need(config: Config) -> plan.DeviceBytes:
-        optimizer, objective = prepare.optimizer_and_objective(config)
-        arguments = abstract_arguments(config, placement)
-        program = plan.compile_abstract(step, arguments, optimizer, objective)
-        resident = plan.resident_bytes(config, placement, *arguments, optimizer)
-        return resident._replace(temporaries=program.memory_analysis().temp_size_in_bytes)
-
-    total, (memory, _) = need(config), plan.device_memory(config)
+    total, (memory, _) = device_bytes(config, placement), plan.device_memory(config)
     objective = prepare.optimizer_and_objective(config)[1]
     loss = plan.loss_bytes(config, *abstract_arguments(config, placement), objective)
     print(plan.table(config, placement, total, loss))
@@ -242,7 +244,7 @@ def print_plan(config: Config, placement: Placement) -> None:
         print("it fits")
     elif total.total > memory:
         for flags, smaller in plan.smaller_settings(config, placement):
-            if (less := need(smaller).total) <= memory:
+            if (less := device_bytes(smaller, placement).total) <= memory:
                 print(f"it does not fit; with{flags} it does, in {report.size(less)}")
                 return
         print(
@@ -263,21 +265,18 @@ def train(config: Config) -> Path:
         if config.plan:
             print_plan(config, placement)
             return out
-        if jax.process_index() == 0:
-            prepare.make_folder(config, out)
-        processes.sync("folder")
+        folder = prepare.make_folder(config)
         with checkpoint.lock(out):
-            if prepare.is_finished(config, out):
-                processes.say(
-                    config.quiet, f"this run is finished: the student is in {out / 'student'}"
-                )
+            last = prepare.last_step(config, folder)
+            if last is not None and last >= config.steps and (out / "student").exists():
+                line = f"this run is finished: the student is in {out / 'student'}"
+                processes.say(config.quiet, line)
                 return out / "student"
             if not config.force:
                 optimizer, _ = prepare.optimizer_and_objective(config)
                 arguments = abstract_arguments(config, placement)
                 plan.refuse(config, plan.resident_bytes(config, placement, *arguments, optimizer))
-            run, student = prepare.prepare(config, out, placement)
-            state = initial_or_restored_state(run, student)
+            run, state = prepare_state(config, out, placement)
             prepare.print_summary(run, state.student)
             if int(state.step) < config.steps:
                 if jax.process_index() == 0 and (out / "student").exists():  # that of fewer steps
@@ -288,26 +287,27 @@ def train(config: Config) -> Path:
             return results.finish(run, state.student, int(state.step))
 
 
-def initial_or_restored_state(run: Run, student: LanguageModel | None) -> State:
-    """The state before the first step, or that of the last checkpoint."""
-    config, (mesh, layout, _) = run.config, run.placement
+def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run, State]:
+    """A run, and its state before the first step or at the last checkpoint."""
+    run, student = prepare.prepare(config, out, placement)
+    mesh, layout, _ = placement
     if student is not None:
         projection = prepare.projection(config, student.config.embed)
         state = init_state(student, run.optimizer, projection)
         # What lies there already stays: `sharding.shard` would hold all of it twice for a moment.
-        return jax.device_put(state, plan.state_shardings(state, mesh, layout))
-    _, like = abstract_arguments(config, run.placement, run.layers)
-    state, extra, _ = checkpoint.restore(run.out / "checkpoints", like)
+        return run, jax.device_put(state, plan.state_shardings(state, mesh, layout))
+    _, like = abstract_arguments(config, placement, run.layers)
+    state, extra, _ = checkpoint.restore(out / "checkpoints", like)
     if extra["data"] != run.corpus.digest:
-        other = f"{run.out} was trained on other text than {' '.join(config.data.source)} holds now"
+        other = f"{out} was trained on other text than {' '.join(config.data.source)} holds now"
         if not config.resume_anyway:
             raise UserError(
                 f"{other}: put the old text back, begin anew with --no-resume, or add"
                 " --resume-anyway"
             )
         processes.say(config.quiet, f"continued anyway: {other}")
-    prepare.write_config(config, run.out)  # only now: what is refused leaves the run as it was
-    return eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
+    prepare.write_config(run_folder(config))  # only now: what is refused leaves the run as it was
+    return run, eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
 
 
 def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) -> State:

@@ -1,7 +1,6 @@
 """From a configuration to all that a run needs before its first step."""
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -21,11 +20,10 @@ import student as students
 import text
 from config import (
     Config,
-    check_resumable,
     needs_teacher,
+    run_folder,
     student_config,
     uses_teacher_loss,
-    write_config,
 )
 from losses import features
 from models.base import LanguageModel
@@ -141,29 +139,48 @@ def optimizer_and_objective(
 # ---- the folder ----------------------------------------------------------------------------------
 
 
-def make_folder(config: Config, out: Path) -> None:
-    """Makes the folder of a run, or, with --no-resume, moves the run that is there aside."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not config.resume and (out / "config.json").exists():
-            with checkpoint.lock(out):
-                names = (Path(f"{out}.{i}") for i in itertools.count(1))
-                aside = next(path for path in names if not path.exists())
-                out.rename(aside)
-            out.mkdir()
-            processes.say(config.quiet, f"the run that was in {out} is in {aside} now")
-        (out / ".lock").touch()
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+def make_folder(config: Config) -> files.RunFolder:
+    """The folder of a run, made by the first process; --no-resume moves the run that is there
+    aside."""
+    folder = run_folder(config)
+    if jax.process_index() == 0:
+        with files.disk_errors(folder.path, ": give another --out"):
+            folder.path.mkdir(parents=True, exist_ok=True)
+            if not config.resume and folder.previous() is not None:
+                with folder.lock():
+                    aside = folder.set_aside()
+                folder.path.mkdir()
+                line = f"the run that was in {folder.path} is in {aside} now"
+                processes.say(config.quiet, line)
+    processes.sync("folder")
+    return folder
 
 
-def is_finished(config: Config, out: Path) -> bool:
-    """Whether the run that lies in `out` has nothing left to do; one that is another is refused."""
-    last = checkpoint.latest(out / "checkpoints")
-    check_resumable(config, out)
+def last_step(config: Config, folder: files.RunFolder) -> int | None:
+    """The step of the last checkpoint of a run, which must have been made by the same settings."""
+    last = checkpoint.latest(folder.path / "checkpoints")
+    changed = folder.changed()
     if last is None:
-        write_config(config, out)
-    return last is not None and last >= config.steps and (out / "student").exists()
+        if changed and jax.process_index() == 0:
+            (folder.path / CHOICE).unlink(missing_ok=True)
+        write_config(folder)
+        return None
+    if changed and not config.resume_anyway:
+        folder.check(
+            "give the same, another --out, --no-resume, or --resume-anyway to go on with these"
+        )
+    if changed:
+        processes.say(config.quiet, f"continued anyway: {'; '.join(changed)}")
+    steps = (folder.previous() or {}).get("steps")
+    if steps not in (None, config.steps):
+        line = f"--steps was {steps}: schedules now end at {config.steps}"
+        processes.say(config.quiet, line)
+    return last
+
+
+def write_config(folder: files.RunFolder) -> None:
+    if jax.process_index() == 0:
+        folder.write()
 
 
 # ---- text, teacher, student ----------------------------------------------------------------------
