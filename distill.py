@@ -47,7 +47,7 @@ from config import (
     with_defaults,
     write_config,
 )
-from eval import Head, Seen, evaluate, view
+from eval import evaluate
 from losses import features
 from models.base import LanguageModel
 from runtime import (
@@ -106,7 +106,7 @@ def thawed(optimizer: optim.Optimizer) -> optim.Optimizer:
 
 @eqx.filter_jit(donate="all-except-first")
 def step(
-    frozen: tuple[LanguageModel | Head | None, data.Batch | Seen | target_store.Told],
+    frozen: tuple[LanguageModel | None, data.Batch],
     state: State,
     optimizer: optim.Optimizer,
     objective: losses.Objective,
@@ -120,38 +120,38 @@ def step(
     if not uses_teacher_loss(objective.config):
         teacher = None
     moving, still = eqx.partition(state.student, optimizer.trainable(state.student))
-    ours, theirs = features.ends(objective.pairs)
+    student_layers, teacher_layers = features.tapped_layers(objective.pairs)
     tokens = jnp.sum(batch.mask).astype(jnp.float32)
     share = 1 / jnp.maximum(tokens, 1)
 
     def loss(moving, embedded, projection, rows):
         student = eqx.combine(moving, still)
         read, segments, labels = rows.tokens[:, :-1], rows.segments[:, :-1], rows.tokens[:, 1:]
-        kept = rows.kept if isinstance(rows, target_store.Told) else None
+        signal = rows.signal
         with jax.named_scope("teacher"):
-            if theirs:
-                seen, goals = teacher.hidden(read, segments, dtype=objective.dtype, taps=theirs)
-                beside = seen, teacher.unembedding
-            else:
-                beside = (None, None) if kept else view(teacher, rows, objective.dtype)
+            if signal is None and teacher is not None:
+                signal = losses.teacher_states(
+                    teacher, rows, dtype=objective.dtype, taps=teacher_layers
+                )
         with jax.named_scope("student"):
             hidden = student.hidden(
                 read, segments, embedded=embedded, dtype=objective.dtype, remat=objective.remat,
-                taps=ours,
+                taps=student_layers,
             )  # fmt: skip
-            hidden, states = hidden if ours else (hidden, None)
+            hidden, states = hidden if student_layers else (hidden, None)
         with jax.named_scope("loss"):
             total, parts = losses.distill_loss(
-                hidden, student.unembedding, *beside, labels, rows.mask,
-                objective=objective, step=state.step, kept=kept,
+                hidden, student.unembedding, signal, labels, rows.mask,
+                objective=objective, step=state.step,
             )  # fmt: skip
-        if ours:
+        if student_layers:
             with jax.named_scope("features"):
-                far = features.loss(
-                    objective.config.features, objective.pairs, states, goals, rows.mask, projection
-                )
-                total += objective.at("feature_weight", state.step) * far
-                parts["features"] = far
+                distance = features.loss(
+                    objective.config.features, objective.pairs, states, signal.taps, rows.mask,
+                    projection,
+                )  # fmt: skip
+                total += objective.at("feature_weight", state.step) * distance
+                parts["features"] = distance
         return total * share, {"loss": total} | parts
 
     def gradient(rows):
@@ -169,11 +169,16 @@ def step(
     if objective.microbatches == 1:
         (grads, d_projection), parts = gradient(batch)
     else:
-        rows = microbatches(batch, objective.microbatches)
-        outline = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], rows))
+        rows, head = losses.partition_rows(batch)
+        rows = microbatches(rows, objective.microbatches)
+
+        def part(rows):
+            return gradient(eqx.combine(rows, head))
+
+        outline = jax.eval_shape(part, jax.tree.map(lambda x: x[0], rows))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outline)
         ((grads, d_projection), parts), _ = jax.lax.scan(
-            lambda sums, rows: (jax.tree.map(jnp.add, sums, gradient(rows)), None), zeros, rows
+            lambda sums, rows: (jax.tree.map(jnp.add, sums, part(rows)), None), zeros, rows
         )
     with jax.named_scope("update"):
         sound, moments, projection = jnp.isfinite(parts["loss"]), state.opt_state, state.projection
@@ -200,7 +205,7 @@ def step(
     return state, sharding.constrain_tree(metrics)
 
 
-def microbatches(batch: data.Batch | Seen, count: int) -> data.Batch | Seen:
+def microbatches(batch: data.Batch, count: int) -> data.Batch:
     """Every `count`-th row together: so each part takes rows from every device, and none moves."""
 
     def split(x):
@@ -241,35 +246,34 @@ class Run(NamedTuple):
     corpus: data.Corpus
     optimizer: optim.Optimizer
     objective: losses.Objective
+    head: Array | None = None  # of a teacher with devices of its own, on those of the student
 
     @property
     def uses_teacher_loss(self) -> bool:
         return uses_teacher_loss(self.config.loss)
 
-    def beside(self) -> LanguageModel | Head | None:
-        """What a program on the student's devices is given of the teacher."""
-        if self.teacher is None or self.teacher_mesh is None:
-            return self.teacher
-        head = Head(self.teacher.unembedding)
-        return jax.device_put(head, sharding.specs(head, self.mesh, self.layout.params))
+    def beside(self) -> LanguageModel | None:
+        """The teacher, where it reads on the student's devices."""
+        return self.teacher if self.teacher_mesh is None else None
 
-    def to_device(self, batch: data.Batch) -> data.Batch | Seen:
+    def to_device(self, batch: data.Batch) -> data.Batch:
         here = sharding.from_host(batch, self.mesh, self.layout.params)
-        if self.teacher is None or self.teacher_mesh is None:
+        if self.head is None:
             return here
         with sharding.use_mesh(self.teacher_mesh, self.layout):
             there = sharding.from_host(batch, self.teacher_mesh, self.layout.params)
-            hidden, _ = ask(self.teacher, there, self.objective.dtype)
-        return Seen(*here, jax.device_put(hidden, here.tokens.sharding))
+            hidden = teacher_hidden(self.teacher, there, self.objective.dtype)
+        hidden = jax.device_put(hidden, here.tokens.sharding)
+        return here._replace(signal=losses.TeacherStates(hidden, self.head))
 
-    def batch(self, step: int) -> data.Batch | Seen | target_store.Told:
+    def batch(self, step: int) -> data.Batch:
         """What is read at a step: a pure function of it, so that nothing is to be kept."""
         windows = data.windows(self.corpus, step, self.config.batch_size, *self.share)
         rows = data.read(self.corpus, windows)
         if self.targets is None:
             return self.to_device(rows)
-        told = target_store.Told(*rows, target_store.read(self.targets, windows))
-        return sharding.from_host(told, self.mesh, self.layout.params)
+        rows = rows._replace(signal=target_store.read(self.targets, windows))
+        return sharding.from_host(rows, self.mesh, self.layout.params)
 
     @property
     def step_tokens(self) -> int:
@@ -292,7 +296,15 @@ class Run(NamedTuple):
         return {f"eval/{name}": found[name] for name in kept if name in found}
 
 
-ask = eqx.filter_jit(view)
+def teacher_head(teacher: LanguageModel, mesh: jax.sharding.Mesh, layout: sharding.Layout) -> Array:
+    """The head of a teacher with devices of its own, on those of the student."""
+    states = losses.TeacherStates(jnp.zeros((0, 0, teacher.config.embed)), teacher.unembedding)
+    return jax.device_put(states.head, sharding.specs(states, mesh, layout.params).head)
+
+
+@eqx.filter_jit
+def teacher_hidden(teacher: LanguageModel, batch: data.Batch, dtype: Any) -> Array:
+    return losses.teacher_states(teacher, batch, dtype=dtype).hidden
 
 
 def meshes(config: Config) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh | None]:
@@ -518,7 +530,8 @@ def prepare(
         state = jax.device_put(state, plan.state_shardings(state, mesh, layout))
     run = Run(
         config, out, mesh, layout, share, teacher, teacher_mesh, made, tokenizer, corpus,
-        *fixed(config, kept),
+        *fixed(config, kept), None if teacher_mesh is None or teacher is None else
+        teacher_head(teacher, mesh, layout),
     )  # fmt: skip
     processes.sync("prepared")
     return run, state, kept
@@ -564,7 +577,9 @@ def loop(
         f"compiled  in {report.duration(time.monotonic() - compiling)}, {plan.memory(program)}",
     )
     flops = run.step_tokens * plan.step_flops(
-        state.student, run.teacher if run.uses_teacher_loss and not run.targets else None, config.seq_len
+        state.student,
+        run.teacher if run.uses_teacher_loss and not run.targets else None,
+        config.seq_len,
     )
     peak = plan.matrix_peak(config.compute_dtype)
     turns = on_policy.turns(config.on_policy, config.seed, start, config.steps)

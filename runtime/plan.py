@@ -20,7 +20,6 @@ import models
 import optim
 import sharding
 from config import Config, needs_teacher, student_config, uses_teacher_loss
-from eval import Head, Seen
 from models.base import LanguageModel
 from runtime import target_store
 from runtime.errors import UserError
@@ -117,34 +116,36 @@ def arrays(
     if config.targets is not None:
         made = target_store.load(config.targets)
 
-        def like(dtype, *entries):
-            shape = (config.batch_size, config.seq_len, *entries)
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-
         kind = losses.TopK if made.kind == "top-k" else losses.SampledTargets
-        told = like(jnp.int32, made.entries), like(jnp.float32, made.entries), like(jnp.float32)
-        return (None, target_store.Told(*batch, kind(*told))), state
+        signal = kind.abstract(config.batch_size, config.seq_len, made.entries)
+        signal = jax.tree.map(lambda leaf: leaf.update(sharding=rows), signal)
+        return (None, batch._replace(signal=signal)), state
     if uses_teacher_loss(config.loss) or config.eval_teacher:
         teacher = models.abstract(config.teacher)
         if config.teacher_devices is not None:
-            wide = (config.batch_size, config.seq_len, teacher.config.embed)
-            seen = jax.ShapeDtypeStruct(wide, jnp.dtype(config.compute_dtype), sharding=rows)
-            batch = Seen(*batch, seen)
-            teacher = eqx.filter_eval_shape(lambda model: Head(model.unembedding), teacher)
+            signal = abstract_states(config, teacher, batch, mesh, layout)
+            return (None, batch._replace(signal=signal)), state
         teacher = with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
     return (teacher, batch), state
+
+
+def abstract_states(config, teacher, batch, mesh, layout) -> losses.TeacherStates:
+    how = {"dtype": config.compute_dtype}
+    signal = eqx.filter_eval_shape(losses.teacher_states, teacher, batch, **how)
+    return with_shardings(signal, sharding.specs(signal, mesh, layout.params))
 
 
 def resident_bytes(
     frozen: tuple[Any, Any], state: PyTree, optimizer: optim.Optimizer
 ) -> DeviceBytes:
     """What follows from shapes alone."""
+    rows, head = losses.partition_rows(frozen[1])
     moving = eqx.filter(state.student, optimizer.trainable(state.student))
     return DeviceBytes(
-        teacher=bytes_of(frozen[0]),
+        teacher=bytes_of((frozen[0], head)),
         student=bytes_of(state.student),
         moments=bytes_of(state.opt_state),
-        batch=bytes_of(frozen[1]),
+        batch=bytes_of(rows),
         gradients=bytes_of(moving),
         temporaries=0,
     )
@@ -203,31 +204,24 @@ def loss_bytes(
     (teacher, batch), state = arrays(config, mesh, layout, begin, optimizer)
     rows, seq = config.batch_size // config.microbatches, config.seq_len
 
-    def like(shape, dtype):
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch.mask.sharding)
+    signal = batch.signal
+    if signal is None and teacher is not None and uses_teacher_loss(config.loss):
+        signal = abstract_states(config, teacher, batch, mesh, layout)
+    of_rows, head = losses.partition_rows(batch._replace(signal=signal))
+    of_rows = jax.tree.map(lambda leaf: leaf.update(shape=(rows, *leaf.shape[1:])), of_rows)
+    batch = eqx.combine(of_rows, head)
+    wide = (rows, seq, state.student.config.embed)
+    hidden = batch.mask.update(shape=wide, dtype=jnp.dtype(config.compute_dtype))
 
-    def states(width):
-        return like((seq, width), jnp.dtype(config.compute_dtype))
+    def gradient(hidden, student, batch):
+        def loss(hidden, head):
+            arrays = hidden, head, batch.signal, batch.tokens[:, 1:], batch.mask
+            return losses.distill_loss(*arrays, objective=objective, step=0)[0]
 
-    beside = None
-    if teacher is not None and uses_teacher_loss(config.loss):
-        beside = states(models.config(config.teacher).embed), teacher
+        return jax.grad(loss, (0, 1))(hidden, student.unembedding)
 
-    def loss(hidden, head, beside, labels, mask):
-        total, _ = losses.distill_loss(
-            hidden, head, *beside, labels, mask, objective=objective, step=0
-        )
-        return total
-
-    def gradient(hidden, student, beside, labels, mask):
-        beside = (None, None) if beside is None else (beside[0], beside[1].unembedding)
-        return jax.grad(loss, (0, 1))(hidden, student.unembedding, beside, labels, mask)
-
-    program = jax.jit(gradient).lower(
-        states(state.student.config.embed), state.student, beside,
-        like((seq,), jnp.int32), like((seq,), bool),
-    )  # fmt: skip
-    return sharding.compiled(program).memory_analysis().temp_size_in_bytes
+    program = sharding.compiled(jax.jit(gradient).lower(hidden, state.student, batch))
+    return program.memory_analysis().temp_size_in_bytes
 
 
 # ---- against what there is -----------------------------------------------------------------------
