@@ -34,6 +34,9 @@ MANIFEST, INDEX = "targets.json", "windows"
 SHARD = 1 << 28  # bytes
 
 
+SIGNALS = {"top-k": losses.TopK, "draws": losses.SampledTargets}
+
+
 ROWS = 1 << 16  # rows whose windows are looked up at once
 
 
@@ -296,8 +299,7 @@ def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> losses.Targets:
         values = decode(values)
         if targets.kind == "top-k":  # a distribution again
             values -= np.log(np.exp(values).sum(-1, keepdims=True))
-    kind = losses.TopK if targets.kind == "top-k" else losses.SampledTargets
-    return kind(ids.reshape(shape), values[..., :-1], values[..., -1])
+    return SIGNALS[targets.kind](ids.reshape(shape), values[..., :-1], values[..., -1])
 
 
 def records(
