@@ -18,7 +18,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
@@ -74,6 +74,8 @@ class Batch(NamedTuple):
     """The documents of a row, numbered from 1; 0 is padding."""
     mask: Bool[np.ndarray, "rows targets"]
     """Whether predicting the token after each position counts."""
+    signal: Any = None
+    """What a teacher says of these rows, one of `losses.signal`; None where it is yet to be asked."""
 
 
 class Part(NamedTuple):
@@ -281,7 +283,8 @@ def _read(parts: Sequence[Part], windows: Int[np.ndarray, " rows"], seq_len: int
     if len(batches) == 1:
         return batches[0]
     order = np.argsort(np.argsort(chosen, kind="stable"))
-    return Batch(*(np.concatenate(arrays)[order] for arrays in zip(*batches, strict=True)))
+    arrays = zip(*(batch[:3] for batch in batches), strict=True)
+    return Batch(*(np.concatenate(parts)[order] for parts in arrays))
 
 
 def _read_part(part: Part, windows: Int[np.ndarray, " rows"], seq_len: int) -> Batch:

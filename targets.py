@@ -92,13 +92,13 @@ def targets_of(
     temperature: float,
     chunk: int | None = None,
     dtype: str | None = None,
-) -> target_store.Signal:
+) -> losses.Targets:
     """What a teacher says of a batch, reduced to its entries."""
-    hidden = teacher.hidden(batch.tokens[:, :-1], batch.segments[:, :-1], dtype=dtype)
+    states = losses.teacher_states(teacher, batch, dtype=dtype)
     settings = {"count": entries, "temperature": temperature, "chunk": chunk}
     if kind == "top-k":
-        return losses.top_k(hidden, teacher.unembedding, **settings)
-    return losses.draw(hidden, teacher.unembedding, windows, jax.random.key(seed), **settings)
+        return losses.top_k(states, **settings)
+    return losses.sample_targets(states, windows, jax.random.key(seed), **settings)
 
 
 def make(config: Config) -> Targets:
@@ -202,7 +202,7 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
     program = sharding.compiled(targets_of.lower(teacher, *batch(0), **settings))
     start = time.monotonic()
 
-    def save(step: int, signal: target_store.Signal) -> None:
+    def save(step: int, signal: losses.Targets) -> None:
         positions = todo[step * rows : (step + 1) * rows]
         if len(positions):  # another process may have more
             own = jax.tree.map(lambda x: _own_rows(x)[: len(positions)], signal)

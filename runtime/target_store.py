@@ -12,10 +12,10 @@ import math
 import os
 import zlib
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32, UInt8
+from jaxtyping import Float32, Int, UInt8
 
 import data
 import losses
@@ -32,7 +32,6 @@ ROWS = 1 << 16  # rows whose windows are looked up at once
 SIGNALS = {"top-k": losses.TopK, "draws": losses.SampledTargets}
 
 Data = data.Config  # a field of a config hides the module it is named after
-Signal = losses.TopK | losses.SampledTargets
 
 
 # ---- numbers as bits -----------------------------------------------------------------------------
@@ -282,7 +281,7 @@ def _positions(targets: Targets, windows: Int[np.ndarray, " rows"]) -> Int[np.nd
     return positions
 
 
-def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> Signal:
+def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> losses.Targets:
     """What the teacher says of these windows."""
     rows = np.empty((len(windows), targets.record), np.uint8)
     positions = _positions(targets, windows)
@@ -312,7 +311,7 @@ def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> Signal:
 
 
 def records(
-    targets: Targets, signal: Signal, windows: Int[np.ndarray, " rows"]
+    targets: Targets, signal: losses.Targets, windows: Int[np.ndarray, " rows"]
 ) -> UInt8[np.ndarray, "rows bytes"]:
     """What is on disk for these windows."""
     values = np.concatenate([signal.log_probs, signal.rest[..., None]], -1)
@@ -329,15 +328,6 @@ def records(
     sums = map(targets.checksum, content, windows.tolist())
     sums = np.frombuffer(b"".join(sums), np.uint8).reshape(-1, 4)
     return np.concatenate([content, sums], 1)
-
-
-class Told(NamedTuple):
-    """A batch with what a teacher says of it."""
-
-    tokens: Int32[np.ndarray, "rows positions"]
-    segments: Int32[np.ndarray, "rows positions"]
-    mask: Bool[np.ndarray, "rows targets"]
-    kept: Signal
 
 
 def unwritten(targets: Targets, index: int = 0, count: int = 1) -> Int[np.ndarray, " records"]:
@@ -363,7 +353,7 @@ def unwritten(targets: Targets, index: int = 0, count: int = 1) -> Int[np.ndarra
     return np.concatenate(positions)
 
 
-def append(targets: Targets, signal: Signal, positions: Int[np.ndarray, " rows"]) -> None:
+def append(targets: Targets, signal: losses.Targets, positions: Int[np.ndarray, " rows"]) -> None:
     """Writes the next of what is `unwritten`."""
     shards = positions // targets.shard
     rows = records(targets, signal, targets.windows[positions])
