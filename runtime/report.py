@@ -17,24 +17,24 @@ from runtime.files import atomic_write, disk_errors
 Metrics = Mapping[str, Any]
 
 
-def count(number: float) -> str:
+def count(number: float | int) -> str:
     """1,234,567 as 1.2M."""
     return _scaled(number, ("", "k", "M", "B", "T"))
 
 
-def size(number: float) -> str:
+def size(number: float | int) -> str:
     """3,400,000,000 bytes as 3.4 GB."""
     return _scaled(number, (" B", " kB", " MB", " GB", " TB"))
 
 
-def _scaled(number: float, units: Sequence[str]) -> str:
+def _scaled(number: float | int, units: Sequence[str]) -> str:
     decimals = 0
     while abs(number) >= (999.95 if decimals else 999.5) and len(units) > 1:
         number, units, decimals = number / 1000, units[1:], 1
     return f"{number:.{decimals}f}{units[0]}"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """3,725 seconds as 1h02m."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
