@@ -260,7 +260,7 @@ class Run(NamedTuple):
         with sharding.use_mesh(self.teacher_mesh, self.layout):
             there = sharding.from_host(batch, self.teacher_mesh, self.layout.params)
             hidden, _ = ask(self.teacher, there, self.objective.dtype)
-        return Seen(*here, jax.device_put(hidden, here.tokens.sharding))
+        return Seen(*here[:3], jax.device_put(hidden, here.tokens.sharding))
 
     def batch(self, step: int) -> data.Batch | Seen | target_store.Told:
         """What is read at a step: a pure function of it, so that nothing is to be kept."""
@@ -268,7 +268,7 @@ class Run(NamedTuple):
         rows = data.read(self.corpus, windows)
         if self.targets is None:
             return self.to_device(rows)
-        told = target_store.Told(*rows, target_store.read(self.targets, windows))
+        told = target_store.Told(*rows[:3], target_store.read(self.targets, windows))
         return sharding.from_host(told, self.mesh, self.layout.params)
 
     @property

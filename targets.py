@@ -141,7 +141,7 @@ def make(config: Config) -> Targets:
         Path(config.out),
         windows,
         teacher=models.fingerprint(model),
-        teacher_name=_located(config.teacher),
+        teacher_name=text.canonical(config.teacher),
         tokenizer=text.load_tokenizer(model).fingerprint,
         data=windows_of(corpus),
         data_flags=_flags(config.data),
@@ -168,16 +168,10 @@ def make(config: Config) -> Targets:
         ) from error
 
 
-def _located(name: str) -> str:
-    """A name that means the same from another folder, where it is one of a file."""
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() or set(name) & set("*?[") else name
-
-
 def _flags(config: Data) -> dict[str, Any]:
-    names = tuple(map(_located, config.source))
-    beside = config.eval_source and _located(config.eval_source)
-    config = dataclasses.replace(config, source=names, eval_source=beside, cache=None)
+    names = tuple(map(text.canonical, config.source))
+    eval_source = config.eval_source and text.canonical(config.eval_source)
+    config = dataclasses.replace(config, source=names, eval_source=eval_source, cache=None)
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 

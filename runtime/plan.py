@@ -123,13 +123,13 @@ def arrays(
 
         kind = losses.TopK if made.kind == "top-k" else losses.SampledTargets
         told = like(jnp.int32, made.entries), like(jnp.float32, made.entries), like(jnp.float32)
-        return (None, target_store.Told(*batch, kind(*told))), state
+        return (None, target_store.Told(*batch[:3], kind(*told))), state
     if uses_teacher_loss(config.loss) or config.eval_teacher:
         teacher = models.abstract(config.teacher)
         if config.teacher_devices is not None:
             wide = (config.batch_size, config.seq_len, teacher.config.embed)
             seen = jax.ShapeDtypeStruct(wide, jnp.dtype(config.compute_dtype), sharding=rows)
-            batch = Seen(*batch, seen)
+            batch = Seen(*batch[:3], seen)
             teacher = eqx.filter_eval_shape(lambda model: Head(model.unembedding), teacher)
         teacher = with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
     return (teacher, batch), state

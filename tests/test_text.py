@@ -198,6 +198,23 @@ def test_hub_data_sets_are_read_row_by_row(plain, tmp_path, monkeypatch, streami
             list(text.pieces(text.find(name, streaming=streaming), plain))
 
 
+def test_a_source_has_one_spelling(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "blob").write_text("b")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.txt").symlink_to(tmp_path / "blob")
+    monkeypatch.chdir(tmp_path / "deep")
+    names = ["../a.txt", "~/a.txt", "./../a.txt", "../deep/../a.txt", str(tmp_path / "a.txt")]
+    assert {text.canonical(name) for name in names} == {str(tmp_path / "a.txt")}
+    assert (
+        text.canonical("b.txt") == text.canonical("../deep/b.txt") == str(Path("b.txt").absolute())
+    )
+    assert text.canonical("*.txt") == text.canonical("./*.txt") == str(Path("*.txt").absolute())
+    for name in ("owner/name", "owner/name:config:split", "missing.txt", "~nobody-of-this-name/x"):
+        assert text.canonical(name) == name
+
+
 # --- special tokens ---
 
 
@@ -529,7 +546,9 @@ def test_sources_that_are_not_there(monkeypatch, tmp_path):
             text.find(name)
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="nobody/nothing: no such file .* on the hub .*Couldn't reach") as it:
+    with pytest.raises(
+        UserError, match="nobody/nothing: no such file .* on the hub .*Couldn't reach"
+    ) as it:
         text.find("nobody/nothing")
     assert "\n" not in str(it.value)
 

@@ -7,6 +7,7 @@ import glob
 import io
 import itertools
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -41,9 +42,14 @@ class Source:
 
 
 def canonical(name: str) -> str:
-    """One spelling for a path or glob, which means the same from any folder; others are as is."""
-    path = Path(name).expanduser()
-    return str(path.absolute()) if _is_glob(name) or path.exists() else name
+    """One spelling for a path, which means the same from any folder; an id of the hub is as it is.
+
+    A link is not followed: the file that it leads to may lack the suffix.
+    """
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
+        return str(path.parent.resolve() / path.name)
+    return str(path.absolute()) if _is_glob(name) else name
 
 
 def _is_glob(name: str) -> bool:
