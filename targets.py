@@ -100,13 +100,13 @@ def targets_of(
     temperature: float,
     chunk: int | None = None,
     dtype: str | None = None,
-) -> losses.TeacherTargets:
+) -> losses.Targets:
     """What is kept of a teacher on a batch."""
-    hidden = teacher.hidden(batch.tokens[:, :-1], batch.segments[:, :-1], dtype=dtype)
+    states = losses.teacher_states(teacher, batch, dtype=dtype)
     settings = {"count": entries, "temperature": temperature, "chunk": chunk}
     if kind == "top-k":
-        return losses.top_k(hidden, teacher.unembedding, **settings)
-    return losses.draw(hidden, teacher.unembedding, windows, jax.random.key(seed), **settings)
+        return losses.top_k(states, **settings)
+    return losses.sample_targets(states, windows, jax.random.key(seed), **settings)
 
 
 def make(config: Config) -> Targets:
@@ -205,7 +205,7 @@ def _make(
 
     program = sharding.compiled(targets_of.lower(teacher, *batch(0), **settings))
 
-    def finish(step: int, kept: losses.TeacherTargets) -> None:
+    def finish(step: int, kept: losses.Targets) -> None:
         places = todo[step * own : (step + 1) * own]
         if len(places):  # another process may have more
             append(targets, jax.tree.map(lambda x: _own_rows(x)[: len(places)], kept), places)

@@ -13,10 +13,10 @@ import math
 import os
 import zlib
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32, UInt8
+from jaxtyping import Float32, Int, UInt8
 
 import data
 import losses
@@ -270,7 +270,7 @@ def _places(targets: Targets, windows: Int[np.ndarray, " rows"]) -> Int[np.ndarr
     return places
 
 
-def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> losses.TeacherTargets:
+def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> losses.Targets:
     """What is kept of these windows."""
     rows = np.empty((len(windows), targets.record), np.uint8)
     places = _places(targets, windows)
@@ -301,7 +301,7 @@ def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> losses.TeacherT
 
 
 def records(
-    targets: Targets, kept: losses.TeacherTargets, windows: Int[np.ndarray, " rows"]
+    targets: Targets, kept: losses.Targets, windows: Int[np.ndarray, " rows"]
 ) -> UInt8[np.ndarray, "rows bytes"]:
     """What is on disk for these windows."""
     ids, log_probs, rest = kept
@@ -319,15 +319,6 @@ def records(
         targets.seal(row, window) for row, window in zip(content, windows.tolist(), strict=True)
     ]
     return np.concatenate([content, np.stack(seals)], 1)
-
-
-class Told(NamedTuple):
-    """A batch, and what was kept of a teacher on it."""
-
-    tokens: Int32[np.ndarray, "rows positions"]
-    segments: Int32[np.ndarray, "rows positions"]
-    mask: Bool[np.ndarray, "rows targets"]
-    kept: losses.TeacherTargets
 
 
 def begin(targets: Targets) -> Targets:
@@ -378,7 +369,7 @@ def missing(targets: Targets, index: int = 0, count: int = 1) -> Int[np.ndarray,
     return np.concatenate(places)
 
 
-def append(targets: Targets, kept: losses.TeacherTargets, places: Int[np.ndarray, " rows"]) -> None:
+def append(targets: Targets, kept: losses.Targets, places: Int[np.ndarray, " rows"]) -> None:
     """Write the next of what is `missing`."""
     shards = places // targets.shard
     rows = records(targets, kept, targets.windows[places])

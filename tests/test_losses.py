@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import losses
 import sharding
-from losses import DIVERGENCES, Config, Objective
+from losses import DIVERGENCES, Config, Objective, TeacherStates
+from losses.divergences import terms
 from runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -27,7 +28,7 @@ BATCH, SEQ, VOCAB, EMBED, TEACHER_EMBED = 3, 10, 40, 8, 12
 
 
 def problem(seed=0, batch=BATCH, seq=SEQ, vocab=VOCAB, padding=(0, 0), dtype=jnp.float32):
-    """student hidden, head, teacher hidden, head, labels, mask; `padding` rows on the two heads."""
+    """student hidden, head, teacher states, labels, mask; `padding` rows on the two heads."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape, scale=1.0):
@@ -36,8 +37,10 @@ def problem(seed=0, batch=BATCH, seq=SEQ, vocab=VOCAB, padding=(0, 0), dtype=jnp
     return (
         normal(batch, seq, EMBED),
         normal(vocab + padding[0], EMBED, scale=0.5),
-        normal(batch, seq, TEACHER_EMBED),
-        normal(vocab + padding[1], TEACHER_EMBED, scale=0.5),
+        TeacherStates(
+            normal(batch, seq, TEACHER_EMBED),
+            normal(vocab + padding[1], TEACHER_EMBED, scale=0.5),
+        ),
         jnp.asarray(rng.integers(0, vocab, (batch, seq)), jnp.int32),
         jnp.asarray(rng.random((batch, seq)) < 0.7),
     )
@@ -69,10 +72,10 @@ def naive(config, p, q):
             return -(p**a * q**b - mixed).sum(-1) / (a * b)
 
 
-def dense(config, hidden, head, teacher_hidden, teacher_head, labels, mask, alpha, t):
+def dense(config, hidden, head, teacher, labels, mask, alpha, t):
     """Loss, (divergence, ce) and the gradients on hidden and head, all at once and in float64."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        wide = (hidden, head, teacher_hidden, teacher_head)
+        wide = (hidden, head, teacher.hidden, teacher.head)
         hidden, head, teacher_hidden, teacher_head = (np.asarray(x, np.float64) for x in wide)
         width = min(len(head), len(teacher_head))
         z_teacher = teacher_hidden @ teacher_head[:width].T
@@ -596,7 +599,7 @@ def coarse(config, arrays, kept, t):
     """As `dense`, with teacher and student summed up over all that is not kept."""
     hidden, head, teacher_hidden, teacher_head, labels, mask = arrays
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        wide = (hidden, head, teacher_hidden, teacher_head)
+        wide = (hidden, head, teacher.hidden, teacher.head)
         hidden, head, teacher_hidden, teacher_head = (np.asarray(x, np.float64) for x in wide)
         labels, mask, ids = np.asarray(labels), np.asarray(mask), np.asarray(kept.ids)
         inside = np.zeros((*ids.shape[:2], len(head)))
