@@ -157,7 +157,7 @@ def _refuse_repeated(args: Sequence[str]) -> None:
 def _refusal(printed: str, args: Sequence[str]) -> str:
     """What tyro says first in its box, and the flags it suggests below, without the frames."""
     text = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", printed).replace("─", "-")
-    _, body, *sections = re.split(r"-{8,} *\n", text)
+    _, body, *sections = re.split(r"(?m)^ *(?:- [\w ]+ )?-{8,} *\n", text)
     # What a `__post_init__` complains of comes behind the name of a class or a group of flags.
     reason = re.sub(r"^Error parsing \w[\w.-]*: |Got errors:.*", "", _one_line(body)).rstrip(" .")
     words = [word for arg in args for word in arg.split("=", 1)]
@@ -165,7 +165,7 @@ def _refusal(printed: str, args: Sequence[str]) -> str:
     if stray and stray[1] in words:  # a value too many, behind some flag
         before = [word for word in words[: words.index(stray[1])] if word.startswith("--")]
         reason += f" behind {before[-1]}" if before else ""
-    for heading, *lines in (section.strip().splitlines() for section in sections if section):
+    for heading, *lines in (x.strip().splitlines() for x in sections if x.strip()):
         if flags := [line.strip() for line in lines if re.match(r"\s*--\w", line)]:
             reason += f"; {heading.strip()} {', '.join(flags)}"
     return reason.replace("Argument helptext:", "expected")
