@@ -364,7 +364,7 @@ def choose(config: Config, teacher: LanguageModel, windows: data.Batch, out: Pat
     else:
         begun = time.monotonic()
         seen = students.Calibration(windows.tokens[:, :-1], windows.segments[:, :-1], windows.mask)
-        with report.counting("choosing blocks", quiet=config.quiet) as progress:
+        with report.progress("choosing blocks") as progress:
             choice = students.choose(
                 teacher, config.student_layers, config.student_init, seen,
                 dtype=config.compute_dtype, progress=progress,
@@ -567,8 +567,8 @@ def loop(
         state.student, run.teacher if run.uses_teacher_loss and not run.targets else None, config.seq_len
     )
     peak = plan.matrix_peak(config.compute_dtype)
-    turns = on_policy.turns(config.on_policy, config.seed, start, config.steps)
-    write = author(run, state) if turns.any() else None
+    turns = on_policy.on_policy_steps(config.on_policy, config.seed, start, config.steps)
+    write = compile_writer(run, state) if turns.any() else None
     if start:
         say(config, f"goes on   from step {start}")
     spent = report.Stopwatch()
@@ -605,7 +605,7 @@ def loop(
     def look(number: int) -> None:
         found = {"step": number} | run.evaluate(state.student)
         name = "eval/kl" if "eval/kl" in found else "eval/ce"
-        told = report.read(metrics) if config.keep_best else []
+        told = report.read_metrics(metrics) if config.keep_best else []
         lines = [line for line in told if line["step"] < number]
         before = [line[name] for line in lines if line.get(name) is not None]
         if config.keep_best and found[name] <= min(before, default=float("inf")):
@@ -658,7 +658,7 @@ def loop(
                 continue
             tell(*behind)
             behind = None
-            with spent.aside():
+            with spent.paused():
                 if evaluates:
                     look(number)
                 if saves or ends:
@@ -672,27 +672,23 @@ def loop(
     return state
 
 
-def author(run: Run, state: State) -> Callable[[State, data.Batch], data.Batch]:
+def compile_writer(run: Run, state: State) -> Callable[[State, data.Batch], data.Batch]:
     """Makes the batch of a step from the state before it and the data's batch."""
     config = run.config
-    how = {
-        "config": config.on_policy,
-        "seed": config.seed,
-        "vocab": min(state.student.config.vocab, run.teacher.config.vocab),
-        "stop": text.stop_ids(run.tokenizer),
-        "dtype": run.objective.dtype,
-    }
 
-    def given(state: State, batch: data.Batch) -> tuple[Any, ...]:
-        writer = run.teacher if config.on_policy.writer == "teacher" else state.student
-        return writer, batch, state.step
+    def writer(state: State) -> LanguageModel:
+        return run.teacher if config.on_policy.writer == "teacher" else state.student
 
     begun = time.monotonic()
-    lowered = on_policy.write.lower(*given(state, run.batch(int(state.step))), **how)
-    program = sharding.compiled(lowered)
+    continued = on_policy.compile_writer(
+        writer(state), run.batch(int(state.step)), state.step,
+        config=config.on_policy, seed=config.seed,
+        vocab=min(state.student.config.vocab, run.teacher.config.vocab),
+        stop=text.stop_ids(run.tokenizer), dtype=run.objective.dtype,
+    )  # fmt: skip
     took = report.duration(time.monotonic() - begun)
     say(config, f"writer    the {config.on_policy.writer}, compiled in {took}")
-    return lambda state, batch: processes.block_on_cpu(program(*given(state, batch), **how))
+    return lambda state, batch: continued(writer(state), batch, state.step)
 
 
 class Interruption:
@@ -748,14 +744,14 @@ def finish(run: Run, state: State, kept: list[int] | None) -> Path:
     """Curves, the exported student, samples and the table."""
     config, folder, metrics = run.config, run.out / "student", run.out / "metrics.jsonl"
     number, first = int(state.step), jax.process_index() == 0
-    lines = report.read(metrics) if first else []
+    lines = report.read_metrics(metrics) if first else []
     told = any(line["step"] == number and "eval/ce" in line for line in lines)
     if processes.allgather(first and not told).any():  # where --steps has moved to an earlier save
         with report.Log(
             metrics if first else None, steps=number, start=number, quiet=config.quiet
         ) as log:
             log.evaluation({"step": number} | run.evaluate(state.student))
-        lines = report.read(metrics) if first else []
+        lines = report.read_metrics(metrics) if first else []
     if first:
         figures.curves(metrics, run.out / "curves.png")
     # Last of all files: a run that has its student is finished.
@@ -792,7 +788,7 @@ def main() -> None:
         distributed=config.distributed, coordinator=config.coordinator,
         processes=config.processes, process_id=config.process_id, devices=config.devices,
     )  # fmt: skip
-    with processes.exit_with_peers():
+    with processes.exit_with_peers(), report.quietly(config.quiet or jax.process_index() > 0):
         train(config)
 
 

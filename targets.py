@@ -221,7 +221,7 @@ def _make(
 
     begun = time.monotonic()
     with (
-        report.counting("targets", quiet=config.quiet) as progress,
+        report.progress("targets") as progress,
         contextlib.closing(data.prefetch(batch, 0, steps)) as batches,
     ):
         behind = None
@@ -246,7 +246,7 @@ def main() -> None:
         distributed=config.distributed, coordinator=config.coordinator,
         processes=config.processes, process_id=config.process_id,
     )  # fmt: skip
-    with processes.exit_with_peers():
+    with processes.exit_with_peers(), report.quietly(config.quiet or jax.process_index() > 0):
         targets = make(config)
     if jax.process_index() == 0 and not config.quiet:
         tokens = len(targets.windows) * targets.seq_len

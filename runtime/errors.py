@@ -50,19 +50,19 @@ class Constraint(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def above(low: float) -> Constraint:
+def above(low: float | int) -> Constraint:
     return Constraint(f"above {low:g}", lambda x: low < x < math.inf)
 
 
-def at_least(low: float) -> Constraint:
+def at_least(low: float | int) -> Constraint:
     return Constraint(f"{low:g} or more", lambda x: low <= x < math.inf)
 
 
-def between(low: float, high: float) -> Constraint:
+def between(low: float | int, high: float | int) -> Constraint:
     return Constraint(f"from {low:g} to {high:g}", lambda x: low <= x <= high)
 
 
-def below(low: float, high: float) -> Constraint:
+def below(low: float | int, high: float | int) -> Constraint:
     return Constraint(f"from {low:g} to below {high:g}", lambda x: low <= x < high)
 
 

@@ -58,7 +58,7 @@ def ends(model) -> tuple[int, ...]:
 def written(writer, batch, step=STEP, vocab=96, seed=0, **settings):
     how = on_policy.Config(prompt=8, **settings)
     told = {"config": how, "seed": seed, "vocab": vocab, "stop": ends(writer)}
-    made = on_policy.write(writer, batch, step, **told)
+    made = on_policy.continue_rows(writer, batch, step, **told)
     return data.Batch(*map(np.asarray, made))
 
 
@@ -113,10 +113,10 @@ def test_the_text_is_of_the_step_and_the_seed():
     assert np.array_equal(made.tokens, written(model, batch).tokens)
     assert not np.array_equal(made.tokens, written(model, batch, step=STEP + 1).tokens)
     assert not np.array_equal(made.tokens, written(model, batch, seed=1).tokens)
-    prompts, lengths = on_policy.beginnings(jax.tree.map(jnp.asarray, batch), 8, ())
+    prompts, lengths = on_policy.row_prompts(jax.tree.map(jnp.asarray, batch), 8, ())
     found, counts = generate.sample(
-        model, prompts, lengths, on_policy.keys(0, STEP)[1], max_new=13,
-        stop=ends(model),
+        model, prompts, lengths, on_policy.step_keys(0, STEP)[1],
+        generate.Decoding(13, stop=ends(model)),
     )  # fmt: skip
     for row, size in enumerate(np.asarray(lengths)):
         labels = made.tokens[row, size : size + int(counts[row])]
@@ -132,7 +132,9 @@ def test_on_a_mesh_the_text_is_the_same(sizes):
     with sharding.use_mesh(mesh):
         there = sharding.from_host(batch, mesh)
         how = on_policy.Config(prompt=8, temperature=0.7)
-        split = on_policy.write(model, there, STEP, config=how, seed=0, vocab=96, stop=ends(model))
+        split = on_policy.continue_rows(
+            model, there, STEP, config=how, seed=0, vocab=96, stop=ends(model)
+        )
     for mine, data_s, expected in zip(split, there, alone, strict=True):
         assert mine.sharding.is_equivalent_to(data_s.sharding, mine.ndim)
         assert mine.dtype == data_s.dtype
@@ -161,14 +163,14 @@ def test_a_step_on_it_counts_what_was_written(divergence):
 
 def test_the_steps_that_have_one():
     half = on_policy.Config(fraction=0.5)
-    drawn = on_policy.turns(half, 0, 0, 1000)
+    drawn = on_policy.on_policy_steps(half, 0, 0, 1000)
     assert 430 < drawn.sum() < 570
-    np.testing.assert_array_equal(on_policy.turns(half, 0, 640, 700), drawn[640:700])
-    assert (on_policy.turns(half, 1, 0, 1000) != drawn).any()
-    fewer = on_policy.turns(on_policy.Config(fraction=0.2), 0, 0, 1000)
+    np.testing.assert_array_equal(on_policy.on_policy_steps(half, 0, 640, 700), drawn[640:700])
+    assert (on_policy.on_policy_steps(half, 1, 0, 1000) != drawn).any()
+    fewer = on_policy.on_policy_steps(on_policy.Config(fraction=0.2), 0, 0, 1000)
     assert (fewer <= drawn).all() and 0 < fewer.sum() < drawn.sum()
-    assert on_policy.turns(on_policy.Config(fraction=1.0), 0, 0, 1000).all()
-    assert not on_policy.turns(on_policy.Config(), 0, 0, 1000).any()
+    assert on_policy.on_policy_steps(on_policy.Config(fraction=1.0), 0, 0, 1000).all()
+    assert not on_policy.on_policy_steps(on_policy.Config(), 0, 0, 1000).any()
 
 
 # ---- the run ----
@@ -225,7 +227,7 @@ def test_who_writes_at_a_step(config, teacher, brief, monkeypatch, writer):  # n
 
         def same(model, step=step, batch=batch, made=made) -> float:
             how = {"config": asks.on_policy, "seed": SEED, "vocab": 2048, "stop": (0,)}
-            again = on_policy.write(model, batch, jnp.array(step), **how)
+            again = on_policy.continue_rows(model, batch, jnp.array(step), **how)
             return np.mean(
                 np.asarray(again.tokens)[:, 1:][made.mask] == made.tokens[:, 1:][made.mask]
             )
