@@ -121,11 +121,12 @@ def main() -> None:
     model = models.load(folder, mesh=mesh)
     teacher = None if config.teacher is None else models.load(config.teacher, mesh=mesh)
     rows = -(-config.batch_size // mesh.size) * mesh.size  # each device has as many
-    with jax.set_mesh(mesh):
+    total = -(-sum(part.windows for part in corpus.held_out) // rows)
+    with jax.set_mesh(mesh), report.quietly(config.json):
         found = evaluate(
             model,
             teacher,
-            data.evaluation(corpus, rows),
+            report.track(data.evaluation(corpus, rows), "scoring", total),
             to_device=partial(sharding.from_host, mesh=mesh),
             dtype=sharding.compute_dtype(),
         )

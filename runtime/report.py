@@ -7,16 +7,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from runtime.errors import UserError
 from runtime.files import _whole, _writing
 
 Metrics = Mapping[str, Any]
+T = TypeVar("T")
 
 
 def count(number: float | int) -> str:
@@ -202,7 +203,8 @@ def progress(name: str, total: int | None = None) -> Iterator[Callable[..., None
                     screen.write(line + "\n")
                     screen.flush()
                     continue
-                bar = bar or tqdm(file=screen, leave=False, bar_format="{desc}", dynamic_ncols=True)
+                if bar is None:
+                    bar = tqdm(file=screen, leave=False, bar_format="{desc}", dynamic_ncols=True)
                 bar.n, bar.total = done, total
                 bar.bar_format = "{percentage:3.0f}%|{bar}| {desc}" if total else "{desc}"
                 bar.set_description_str(line)
@@ -218,6 +220,14 @@ def progress(name: str, total: int | None = None) -> Iterator[Callable[..., None
         ended.set()
         if thread.is_alive():
             thread.join()
+
+
+def track(items: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
+    """The items, with the progress of whoever works through them."""
+    with progress(name, total) as advance:
+        for done, item in enumerate(items):
+            advance(done)
+            yield item
 
 
 def phase_line(name: str, done: int, total: int | None, remark: str, seconds: float) -> str:

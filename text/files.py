@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from runtime import report
 from runtime.errors import UserError
 from runtime.files import _line, check_links, digest
 
@@ -106,13 +107,15 @@ def _from_hub(told: str) -> Iterator[None]:
 def _find_on_hub(name: str, streaming: bool) -> Source:
     import datasets
 
+    datasets.disable_progress_bars()  # they would run into ours
     repository, config, split = (*name.split(":", 2), "", "")[:3]
     split = split or "train"
     with _from_hub(
         f"{name}: neither a local file nor a hub data set that can be read"
         " ({}); check the name and the network, or give a local file"
     ):
-        hub = datasets.load_dataset_builder(repository, config or None)
+        with report.progress(f"fetching {repository}"):
+            hub = datasets.load_dataset_builder(repository, config or None)
     splits = hub.info.splits or {}
     size = splits[split].num_examples if split in splits else None
     facts = [repository, hub.config.name, str(hub.info.version), hub.hash, split]
@@ -259,7 +262,8 @@ def _hub_records(source: Source, choose: Choose, progress: Progress) -> Iterator
         if source.streaming:
             rows = source.hub.as_streaming_dataset(source.split)
         else:
-            source.hub.download_and_prepare()
+            with report.progress(f"fetching {source.name}"):
+                source.hub.download_and_prepare()
             rows = source.hub.as_dataset(source.split)
     if rows.column_names:
         rows = rows.select_columns(choose(rows.column_names, source.name))

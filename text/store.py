@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime import report
 from runtime.errors import UserError
 from runtime.files import digest
 from text import files, records
@@ -157,8 +159,6 @@ def _tokenize(
     held: _Stream,
 ) -> int:
     """Write the tokens of a source to two streams; returns the bytes of the text to learn."""
-    from tqdm import tqdm
-
     bos, size, out = [] if tokenizer.bos is None else [tokenizer.bos], 0, training
 
     def write(pieces: Sequence[records.Piece], encodings: Sequence[Any]) -> None:
@@ -178,31 +178,32 @@ def _tokenize(
         training.flush()
         held.flush()
 
-    bar = tqdm(
-        desc=f"tokenizing {source.name}",
-        total=source.size,
-        disable=None,  # unless on a terminal
-        bar_format="{desc}: {percentage:3.0f}% {elapsed}<{remaining}{postfix}",
-    )
-    with bar, ThreadPoolExecutor(1) as pool:
+    start, position = time.monotonic(), 0
+
+    def read(amount: int) -> None:
+        nonlocal position
+        position += amount
+
+    phase = report.progress(f"tokenizing {source.name}", source.size)
+    with phase as advance, ThreadPoolExecutor(1) as pool:
         pieces = records.pieces(
             source,
             tokenizer,
             text_field=config.text_field,
             documents=config.documents,
             mask=config.mask,
-            progress=bar.update,
+            progress=read,
         )
         # While a chunk is tokenized the next is read and the one before is written.
         before = None
         for chunk in itertools.chain(_chunks(pieces), [None]):
-            now = chunk and (chunk, pool.submit(tokenizer.encode, chunk))
+            now = chunk and (chunk, pool.submit(tokenizer.encode, chunk), position)
             if before:
                 write(before[0], before[1].result())
+                tokens = training.tokens + held.tokens
+                speed = report.count(tokens / max(time.monotonic() - start, 1e-3))
+                advance(before[2], remark=f"{report.count(tokens)} tokens  {speed} tok/s")
             before = now
-            tokens = training.tokens + held.tokens
-            speed = tokens / max(bar.format_dict["elapsed"], 1e-3)
-            bar.set_postfix_str(f"{tokens / 1e6:.1f}M tokens, {speed / 1e6:.2f}M tokens/s")
     return size
 
 
