@@ -5,17 +5,14 @@ checksum of every array by its path in the state, and the JSON that the caller s
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Shaped, UInt, UInt32
 
-from runtime import processes
+from runtime import files, processes
 from runtime.errors import UserError
 
 # What another of its step is about to replace is `<step>.old`: second choice, but still counted.
@@ -35,23 +32,10 @@ class _Damaged(Exception):
     """A checkpoint that cannot be trusted; its text says why."""
 
 
-@contextlib.contextmanager
-def lock(folder: str | Path) -> Iterator[None]:
-    """Keeps other runs out of `folder`; the system lets go of it however the process ends."""
-    if jax.process_index() != 0:
-        yield
-        return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    with os.fdopen(file):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder} is in use by another run: wait for its end, or choose another folder"
-            ) from None
-        yield
+def lock(folder: str | Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps other runs out of `folder`; the first process holds it for all."""
+    first = jax.process_index() == 0
+    return files.lock(Path(folder) / ".lock") if first else contextlib.nullcontext()
 
 
 class Checkpoints:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime.errors import UserError
-from runtime.files import _whole, _writing
+from runtime.files import atomic_write, disk_errors
 
 Metrics = Mapping[str, Any]
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class Log:
         if path is None:
             return
         earlier = [line for line in read_metrics(path) if line["step"] <= start] if start else []
-        with _whole(path) as half:
+        with atomic_write(path) as half:
             half.write_text("".join(map(_encode, earlier)), encoding="utf-8")
         self.file = path.open("ab", buffering=0)
         if sys.stderr.isatty() and not quiet:
@@ -116,7 +116,7 @@ class Log:
         metrics = {name: plain(value) for name, value in metrics.items()}
         if self.file is not None:
             line = _encode(metrics).encode()
-            with _writing(self.path):
+            with disk_errors(self.path):
                 if self.file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return metrics

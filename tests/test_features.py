@@ -21,6 +21,7 @@ import optim
 import sharding
 from losses import features
 from models.attention import positions
+from runtime import results
 from runtime.errors import UserError
 
 SGD = optim.make(
@@ -245,8 +246,8 @@ def test_the_map_follows_the_cut():
 @pytest.fixture
 def brief(monkeypatch):
     """Runs that neither evaluate nor show samples."""
-    monkeypatch.setattr(distill.Run, "evaluate", lambda *_: {"eval/ce": 1.0})
-    monkeypatch.setattr(distill.generate, "continuations", lambda *_, **__: ())
+    monkeypatch.setattr(results, "score", lambda *_: {"eval/ce": 1.0})
+    monkeypatch.setattr(results.generate, "continuations", lambda *_, **__: ())
 
 
 class Reached(Exception):

@@ -25,7 +25,7 @@ import sharding
 import student
 import targets
 from models.llama import Config, Llama
-from runtime import errors, target_store
+from runtime import errors, results, target_store
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -243,7 +243,7 @@ def test_a_run_learns_from_them_without_a_teacher(config, teacher, tmp_path, mon
         eval_every=4, eval_windows=8, save_every=2, log_every=1, data=config.data, quiet=True,
         optim=optim.Config(lr=1e-2, eps=1e-4), out=str(tmp_path / "beside"),
     )  # fmt: skip
-    monkeypatch.setattr(distill.generate, "continuations", lambda *_, **__: ())
+    monkeypatch.setattr(results.generate, "continuations", lambda *_, **__: ())
     beside = models.load(distill.train(run))
     alone = dataclasses.replace(
         run, teacher=None, data=data.Config(cache=config.data.cache), seq_len=None,
@@ -269,10 +269,10 @@ def test_a_run_learns_from_them_without_a_teacher(config, teacher, tmp_path, mon
 def test_flags_beside_targets_are_not_dropped(config, kept, teacher, text, tmp_path):
     flags = ["--targets", str(kept.folder), "--data.cache", str(text.parent), "--quiet"]
     flags += ["--out", str(tmp_path / "run"), "--student-layers", "1", "--batch-size", "8"]
-    found = distill.resolved(errors.cli(distill.Config, flags))
+    found = distill.with_defaults(errors.cli(distill.Config, flags))
     assert found.data.source == config.data.source and found.data.documents == "paragraph"
     other = errors.cli(distill.Config, [*flags, "--data.held-out", "0.3"])
-    assert distill.resolved(other).data.held_out == 0.3
+    assert distill.with_defaults(other).data.held_out == 0.3
     assert "--data flags that give another" in refusal(distill.train, other)
 
 
