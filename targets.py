@@ -206,7 +206,7 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
         progress(done, len(todo), f"{report.count(speed)} tok/s")
 
     with (
-        report.counting("targets", quiet=config.quiet) as progress,
+        report.progress("targets") as progress,
         contextlib.closing(data.prefetch(batch, 0, steps)) as batches,
     ):
         computed = None  # on the device, while the records of the batch before are written
@@ -229,7 +229,7 @@ def _own_rows(x: Array) -> np.ndarray:
 def main() -> None:
     config = errors.cli(Config)
     config.start_processes()
-    with processes.exit_with_peers():
+    with processes.exit_with_peers(), report.quietly(config.quiet or jax.process_index() > 0):
         targets = make(config)
     if jax.process_index() == 0 and not config.quiet:
         tokens = len(targets.windows) * targets.seq_len

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 import sharding
 from models.base import LanguageModel
 from models.hf_config import HFConfig
+from runtime import report
 from runtime.errors import UserError
 
 from .bloom import Bloom
@@ -73,11 +74,13 @@ def fetch(source: str | os.PathLike, *, weights: bool = True) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         cause = "no such folder, and no hub id (owner/name, owner/name@revision)"
         raise UserError(f"{printable(str(source))}: {cause}")
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors, snapshot_download, utils
 
     wanted = ["config.json", GENERATION, *TOKENIZER, *(WEIGHTS if weights else ())]
+    utils.disable_progress_bars()  # they would run into ours
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+        with report.progress(f"fetching {name}"):
+            return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except errors.GatedRepoError:
         cause = (
             "is gated: accept its terms on the hub, then log in with `hf auth login` or HF_TOKEN"

@@ -114,7 +114,9 @@ class Run(NamedTuple):
         if self.placement.teacher_mesh is None:  # else they are to divide over its devices too
             rows //= self.config.microbatches
         batches = data.evaluation(self.corpus, rows, *self.process_rows)
-        return islice(batches, -(-self.config.eval_windows // rows))
+        windows = sum(part.windows for part in self.corpus.held_out)
+        count = -(-min(self.config.eval_windows, windows) // rows)
+        return report.track(islice(batches, count), "evaluating", count)
 
 
 teacher_states = sharding.jit(losses.teacher_states)
@@ -284,7 +286,7 @@ def choose_or_restore_layers(
         begun = time.monotonic()
         windows = data.batch(corpus, 0, min(config.calibration_windows, corpus.windows))
         text = students.Calibration(windows.tokens[:, :-1], windows.segments[:, :-1], windows.mask)
-        with report.counting("choosing blocks", quiet=config.quiet) as progress:
+        with report.progress("choosing blocks") as progress:
             chosen = students.choose(
                 teacher, config.student_layers, config.student_init, text,
                 dtype=config.compute_dtype, progress=progress,
