@@ -487,7 +487,7 @@ def prepare(
         if cuts:
             windows = data.batch(corpus, 0, min(config.calibration_windows, corpus.windows))
             kept = choose(config, teacher, windows, out)
-            shape = shape.select_layers(tuple(kept))
+            shape = shape.select({"layers": tuple(kept)})
         student = None
         if last is None and cuts:
             student = students.cut(teacher, tuple(kept))

@@ -152,7 +152,7 @@ def _declared(node, path, leaf) -> tuple[str, ...] | None:
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):
             if isinstance(node, eqx.Module):
-                names = _field_axes(type(node), key.name)
+                names = field_axes(type(node), key.name)
             node = getattr(node, key.name)
         elif isinstance(key, jax.tree_util.SequenceKey):
             node = node[key.idx]
@@ -167,7 +167,7 @@ def _declared(node, path, leaf) -> tuple[str, ...] | None:
     return names if leaf.ndim == len(names) else None
 
 
-def _field_axes(module: type, field: str) -> tuple[str, ...] | None:
+def field_axes(module: type, field: str) -> tuple[str, ...] | None:
     annotation = next((f.type for f in dataclasses.fields(module) if f.name == field), None)
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         options = [kind for kind in typing.get_args(annotation) if kind is not type(None)]

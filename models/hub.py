@@ -152,21 +152,16 @@ class Leaf(NamedTuple):
 
 def leaves(model: LanguageModel) -> list[Leaf]:
     """The arrays of a model (or of its outline) beside the names and shapes of their tensors."""
-    arrays, structure = jax.tree_util.tree_flatten_with_path(model)
-    found = []
-    for (path, array), axes in zip(
-        arrays, structure.flatten_up_to(sharding.axes(model)), strict=True
-    ):
-        name = model.NAMES[jax.tree_util.keystr(path).lstrip(".")]
+    entries = []
+    structure = jax.tree.structure(model)
+    axes_of = structure.flatten_up_to(sharding.axes(model))
+    for (name, array), axes in zip(model.tensors(), axes_of, strict=True):
         name = name if name == HEAD else model.PREFIX + name
         stacked = axes[0] == "layers"
-        if stacked:
-            names = tuple(name.format(layer) for layer in range(array.shape[0]))
-            shape = merge(axes[1:], array.shape[1:])
-        else:
-            names, shape = (name,), merge(axes, array.shape)
-        found.append(Leaf(array, names, shape, stacked))
-    return found
+        layers = range(array.shape[0]) if stacked else (0,)
+        shape = merge(axes[stacked:], array.shape[stacked:])
+        entries.append(Leaf(array, tuple(map(name.format, layers)), shape, stacked))
+    return entries
 
 
 def merge(axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -142,7 +142,7 @@ class Rope:
         if self.kind == "linear":
             return plain / np.float32(self.factor)
         if self.kind == "dynamic":  # the base grows with the document, past the trained positions
-            extent = jnp.maximum(positions.extent, self.original).astype(jnp.float32)
+            extent = jnp.maximum(positions.doc_length, self.original).astype(jnp.float32)
             growth = self.factor * extent / self.original - (self.factor - 1)
             theta = self.theta * growth ** (head_dim / (head_dim - 2))
             return 1.0 / theta[:, :, None] ** exponents

@@ -102,7 +102,7 @@ def arrays(
     """The arguments of a step: frozen and state."""
     shape = student_config(config)
     if config.student is None and config.student_init != "random":
-        shape = shape.select_layers(tuple(range(config.student_layers)))
+        shape = shape.select({"layers": tuple(range(config.student_layers))})
     family = models.FAMILIES[shape.model_type]
     # First, so that what does not divide is named as a leaf of the student, not as its moment.
     sharding.specs(eqx.filter_eval_shape(family, shape, jax.random.key(0)), mesh, layout.params)
