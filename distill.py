@@ -365,12 +365,12 @@ def choose(config: Config, teacher: LanguageModel, windows: data.Batch, out: Pat
         begun = time.monotonic()
         seen = students.Calibration(windows.tokens[:, :-1], windows.segments[:, :-1], windows.mask)
         with report.counting("choosing blocks", quiet=config.quiet) as progress:
-            choice = students.choose(
+            choice = students.choose_layers(
                 teacher, config.student_layers, config.student_init, seen,
                 dtype=config.compute_dtype, progress=progress,
             )  # fmt: skip
         seconds = round(time.monotonic() - begun, 1)
-        found = {"kept": list(choice.kept), "kl": choice.kl, "seconds": seconds}
+        found = {"kept": list(choice.layers), "kl": choice.kl, "seconds": seconds}
         if jax.process_index() == 0:
             files.write_json(path, found)
     cost = "" if found["kl"] is None else f", which leaves a KL of {found['kl']:.3f}"
@@ -490,7 +490,7 @@ def prepare(
             shape = shape.select({"layers": tuple(kept)})
         student = None
         if last is None and cuts:
-            student = students.cut(teacher, tuple(kept))
+            student = students.cut(teacher, {"layers": tuple(kept)})
     if not looking:
         teacher = None
     family = models.FAMILIES[shape.model_type]
@@ -564,7 +564,9 @@ def loop(
         f"compiled  in {report.duration(time.monotonic() - compiling)}, {plan.memory(program)}",
     )
     flops = run.step_tokens * plan.step_flops(
-        state.student, run.teacher if run.uses_teacher_loss and not run.targets else None, config.seq_len
+        state.student,
+        run.teacher if run.uses_teacher_loss and not run.targets else None,
+        config.seq_len,
     )
     peak = plan.matrix_peak(config.compute_dtype)
     turns = on_policy.turns(config.on_policy, config.seed, start, config.steps)
