@@ -33,11 +33,11 @@ def agree(out: Path, before: Settings | None, now: Settings) -> None:
         )
 
 
-_writing = partial(
-    files.writing,
-    remedy="; answers that are finished are kept: make room or give permission, and give the same"
-    " command again",
+REMEDY = (
+    "; answers that are finished are kept: make room or give permission, and give the same command"
+    " again"
 )
+_writing = partial(files.disk_errors, remedy=REMEDY)
 
 
 # ---- while it writes -----------------------------------------------------------------------------
@@ -152,11 +152,11 @@ def save(out: Path, rows: Iterable[dict[str, Any]], columns: Any, settings: Sett
     """
     import pyarrow.parquet
 
-    with _writing(out), files.whole(out) as half:
+    with files.atomic_write(out, REMEDY) as half:
         if out.suffix == ".jsonl":
             with half.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            with files.whole(sidecar(out)) as beside:
+            with files.atomic_write(sidecar(out), REMEDY) as beside:
                 beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             return
         columns, rows = columns.with_metadata({"generation": json.dumps(settings)}), iter(rows)

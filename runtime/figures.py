@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.files import _whole
+from runtime.files import atomic_write
 from runtime.report import Metrics, _figure, count, read
 
 
@@ -51,7 +51,7 @@ def curves(metrics_path: Path, png_path: Path) -> None:
     rate.xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel("optimizer step", fontsize="medium")
     plain = {"axes.formatter.min_exponent": 4}  # 0.3 beside 0.1, not 3 × 10^-1
-    with _whole(png_path) as half, matplotlib.rc_context(plain):
+    with atomic_write(png_path) as half, matplotlib.rc_context(plain):
         figure.savefig(half, format="png", dpi=130)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.files import _whole, _writing
+from runtime.files import atomic_write, disk_errors
 
 Metrics = Mapping[str, Any]
 
@@ -67,7 +67,7 @@ class Log:
         if path is None:
             return
         kept = [line for line in read(path) if line["step"] <= start] if start else []
-        with _whole(path) as half:
+        with atomic_write(path) as half:
             half.write_text("".join(map(_encode, kept)), encoding="utf-8")
         self.file = path.open("ab", buffering=0)
         if sys.stderr.isatty() and not quiet:
@@ -118,7 +118,7 @@ class Log:
         if self.file is None:
             return metrics
         line = _encode(metrics).encode()
-        with _writing(self.path):
+        with disk_errors(self.path):
             if self.file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return metrics
