@@ -221,9 +221,9 @@ def with_defaults(config: Config) -> Config:
         source = dataclasses.replace(source, source=("Salesforce/wikitext:wikitext-103-raw-v1",))
     teacher = config.teacher or str(DEMO / "teacher")
     settings = models.config(teacher)
-    limits = [settings.max_positions]
+    limits = [settings.longest]
     if config.student is not None:
-        limits.append(models.config(config.student).max_positions)
+        limits.append(models.config(config.student).longest)
     longest = min((limit for limit in limits if limit is not None), default=None)
     if config.seq_len is not None and longest is not None and config.seq_len > longest:
         raise UserError(f"--seq-len {config.seq_len}: the model was made for {longest} positions")

@@ -166,7 +166,7 @@ def begin(
         start, cache, last = carry
         tokens = jax.lax.dynamic_slice_in_dim(prompts, start, part, axis=1)
         real = (start + jnp.arange(part) < lengths[:, None]).astype(jnp.int32)
-        hidden, cache = model.hidden(tokens, real, cache=cache, dtype=dtype)
+        hidden, cache = model.hidden(tokens, real, cache=cache, doc_length=lengths, dtype=dtype)
         at = lengths - 1 - start
         here = (0 <= at) & (at < part)
         last = jnp.where(here[:, None], hidden[row, jnp.clip(at, 0, part - 1)], last)
@@ -458,13 +458,13 @@ def prepare(config: Config, folder: Path, tokenizer: text.Tokenizer) -> Task:
         if not 0 <= token < shape.vocab:
             raise UserError(f"--stop {token}: expected token ids from 0 to {shape.vocab - 1}")
     room, remedy = config.max_prompt, "raise --max-prompt"
-    if shape.max_positions is not None and shape.max_positions - config.max_new < room:
-        room = shape.max_positions - config.max_new
-        remedy = f"lower --max-new (the model has {shape.max_positions} positions)"
+    if shape.longest is not None and shape.longest - config.max_new < room:
+        room = shape.longest - config.max_new
+        remedy = f"lower --max-new (the model has {shape.longest} positions)"
         if room < 1:
             raise UserError(
                 f"--max-new {config.max_new} leaves no room for prompts: the model was made for"
-                f" {shape.max_positions} positions"
+                f" {shape.longest} positions"
             )
     prompts = list(text.prompts(text.find(config.prompts), tokenizer, config.column))
     if not prompts:

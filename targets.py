@@ -113,11 +113,9 @@ def make(config: Config) -> Targets:
     """Compute the targets that `config` describes, or what is missing of them."""
     model = models.fetch(config.teacher)
     shape = models.config(model)
-    seq_len = config.seq_len or min(1024, shape.max_positions or 1024)
-    if seq_len > (shape.max_positions or seq_len):
-        raise UserError(
-            f"--seq-len {seq_len}: the model was made for {shape.max_positions} positions"
-        )
+    seq_len = config.seq_len or min(1024, shape.longest or 1024)
+    if seq_len > (shape.longest or seq_len):
+        raise UserError(f"--seq-len {seq_len}: the model was made for {shape.longest} positions")
     kind, entries = ("draws", config.draws) if config.draws else ("top-k", config.top_k or 32)
     if entries + (kind == "draws") > shape.vocab:
         raise UserError(f"--{kind} {entries}: the teacher's vocabulary has {shape.vocab} tokens")

@@ -25,6 +25,12 @@ from runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Config(ModelConfig):
+    HARMLESS: ClassVar = (
+        "offset_alibi", "skip_bias_add*", "*_fusion", "attention_softmax_in_fp32",
+        "pretraining_tp",  # nothing is sliced unless slow_but_exact says so, nor then another model
+        "slow_but_exact",
+    )  # fmt: skip
+
     vocab: int
     embed: int
     layers: int
@@ -57,7 +63,7 @@ class Config(ModelConfig):
     @classmethod
     def read(cls, settings: HFConfig) -> "Config":
         """From the fields of a Hugging Face config."""
-        settings = HFConfig({"bos_token_id": 1, "eos_token_id": 2} | settings.raw)
+        settings.raw = {"bos_token_id": 1, "eos_token_id": 2} | settings.raw
         embed = settings.count("hidden_size", "n_embed")
         settings.fixed("n_inner", 4 * embed)
         return cls(

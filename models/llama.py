@@ -50,6 +50,7 @@ DEFAULTS = {
 class Config(ModelConfig):
     SELECTABLE: ClassVar = ("layers", "embed", "mlp", "heads", "kv_heads")
     PER_LAYER: ClassVar = ("windows",)
+    HARMLESS: ClassVar = ("use_sliding_window", "max_window_layers")  # read where they matter
 
     vocab: int
     embed: int
@@ -84,11 +85,15 @@ class Config(ModelConfig):
                 f"head_dim {self.head_dim} does not fit rotary positions of {self.rope.kind}"
             )
 
+    @property
+    def longest(self) -> int:
+        return max(self.max_positions, self.rope.longest)
+
     @classmethod
     def read(cls, settings: HFConfig) -> "Config":
         """From the fields of a Hugging Face config."""
-        kind = settings.raw["model_type"]
-        settings = HFConfig(DEFAULTS[kind] | settings.raw)
+        kind = settings.peek("model_type")
+        settings.raw = DEFAULTS[kind] | settings.raw
         embed, layers = settings.count("hidden_size"), settings.layers("num_hidden_layers")
         heads = settings.count("num_attention_heads")
         head_dim = settings.count("head_dim", default=None)
@@ -153,7 +158,7 @@ class Config(ModelConfig):
 
 def read_windows(settings: HFConfig, layers: int) -> tuple[int | None, ...]:
     """How far back each layer sees; `None` is all the way."""
-    kind = settings.raw["model_type"]
+    kind = settings.peek("model_type")
     window = settings.count("sliding_window", default=None)
     mixed = kind.startswith("qwen")  # the others give every layer the same
     if mixed and not settings.flag("use_sliding_window", False):
