@@ -86,7 +86,7 @@ def main() -> None:
     folder = models.fetch(config.model)
     shape = models.config(folder)
     for name in filter(None, (config.model, config.teacher)):
-        longest = models.config(name).max_positions
+        longest = models.config(name).longest
         if longest is not None and config.seq_len > longest:
             raise UserError(f"--seq-len {config.seq_len}: {name} was made for {longest} positions")
     if config.teacher is not None:

@@ -125,7 +125,7 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
     """The targets of a config, whether or not they are on disk, and the text they are for."""
     folder = models.fetch(config.teacher)
     shape = models.config(folder)
-    longest = shape.max_positions or config.seq_len or 1024
+    longest = shape.longest or config.seq_len or 1024
     seq_len = config.seq_len or min(1024, longest)
     if seq_len > longest:
         raise UserError(f"--seq-len {seq_len}: the model was made for {longest} positions")

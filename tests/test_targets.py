@@ -237,7 +237,7 @@ def test_a_run_learns_from_them_without_a_teacher(config, teacher, tmp_path, mon
     """As beside the teacher, and when it is continued."""
     whole = made(config, tmp_path / "targets", values="float32", top_k=VOCAB, steps=4)
     start = tmp_path / "start"
-    models.save(student.cut(models.load(teacher), (1,)), start, tokenizer=teacher)
+    models.save(student.cut(models.load(teacher), {"layers": (1,)}), start, tokenizer=teacher)
     run = distill.Config(
         teacher=str(teacher), student=str(start), seq_len=SEQ, batch_size=8, steps=4,
         eval_every=4, eval_windows=8, save_every=2, log_every=1, data=config.data, quiet=True,
