@@ -82,9 +82,11 @@ def _sync(path: Path) -> None:
         os.close(file)
 
 
-def write_json(path: Path, content: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+def write_json(
+    path: Path, content: Mapping[str, Any], remedy: str = RESUME, *, sort_keys: bool = False
+) -> None:
     """Writes a file that is there whole or not at all."""
-    with atomic_write(path) as partial:
+    with atomic_write(path, remedy) as partial:
         text = json.dumps(content, indent=2, sort_keys=sort_keys)
         partial.write_text(f"{text}\n", encoding="utf-8")
 
@@ -150,10 +152,11 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+def lock(path: Path, guarded: Path | None = None, *, wait: bool = False) -> Iterator[None]:
     """Holds the lock file `path`, which the system releases however the process ends.
 
-    Where another process holds it, this waits or raises a `UserError`.
+    Where another process holds it, this waits, or raises a `UserError` that names what is
+    `guarded`, by default the folder.
     """
     import filelock
 
@@ -163,7 +166,8 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         held.acquire()
     except filelock.Timeout:
         raise UserError(
-            f"{path.parent} is in use by another run: wait for its end, or choose another folder"
+            f"{guarded or path.parent} is in use by another run: wait for its end, or choose"
+            " another name"
         ) from None
     except OSError as error:  # filelock itself knows file systems without flock
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
