@@ -75,7 +75,7 @@ class Batch(NamedTuple):
     mask: Bool[np.ndarray, "rows targets"]
     """Whether predicting the token after each position counts."""
     signal: Any = None
-    """What a teacher says of these rows, one of `losses.signal`; None where it is yet to be asked."""
+    """What a teacher says of the batch, where the losses are given it."""
 
 
 class Part(NamedTuple):

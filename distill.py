@@ -376,26 +376,21 @@ def compile_step(run: Run, state: State) -> Any:
 
 
 def compile_writer(run: Run, state: State) -> Callable[[State, data.Batch], data.Batch]:
-    """Makes the batch of a step from the state before it and the data's batch."""
-    config, teacher = run.config, run.teacher
-    how = {
-        "config": config.on_policy,
-        "seed": config.seed,
-        "vocab": min(state.student.config.vocab, teacher.config.vocab),
-        "stop": text.stop_ids(run.tokenizer),
-        "dtype": run.objective.dtype,
-    }
+    """What makes the batch of a step from the state before it and the data's batch."""
+    config, teacher, begun = run.config, run.teacher, time.monotonic()
 
     def arguments(state: State, batch: data.Batch) -> tuple[Any, ...]:
         writer = teacher if config.on_policy.writer == "teacher" else state.student
         return writer, batch, state.step
 
-    begun = time.monotonic()
-    lowered = on_policy.write.lower(*arguments(state, run.batch(int(state.step))), **how)
-    program = sharding.compiled(lowered)
+    write = on_policy.compile_writer(
+        *arguments(state, run.batch(int(state.step))),
+        config=config.on_policy, seed=config.seed, stop=text.stop_ids(run.tokenizer),
+        vocab=min(state.student.config.vocab, teacher.config.vocab), dtype=run.objective.dtype,
+    )  # fmt: skip
     took = report.duration(time.monotonic() - begun)
     processes.say(config.quiet, f"writer    the {config.on_policy.writer}, compiled in {took}")
-    return lambda state, batch: processes.block_on_cpu(program(*arguments(state, batch), **how))
+    return lambda state, batch: write(*arguments(state, batch))
 
 
 def must_stop(config: Config, number: int, asked: bool) -> bool:

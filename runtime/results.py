@@ -1,5 +1,6 @@
 """What a run measures of its student, and what it leaves: the checkpoint, the curves, the table."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import data
-import eval
+import eval as evaluation
 import generate
 import models
-from config import describe_loss
+from config import describe_loss, uses_teacher_loss
 from models.base import LanguageModel
-from runtime import figures, processes, report
+from runtime import figures, plan, processes, report
+from runtime.errors import UserError
 from runtime.prepare import Run
 
 PATIENCE = 5  # updates in a row that may be left out
@@ -78,7 +80,7 @@ def step_logger(
 def score(run: Run, student: LanguageModel) -> dict[str, int | float]:
     """Figures on held-out windows, as metrics."""
     teacher = None if run.placement.teacher_mesh is not None else run.teacher
-    scores = eval.evaluate(
+    scores = evaluation.evaluate(
         student, teacher, run.held_out(),
         to_device=run.to_device, dtype=run.objective.dtype, chunk=run.config.loss.chunk,
     )  # fmt: skip
@@ -169,7 +171,7 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
     return folder
 
 
-def samples(run: Run, student: LanguageModel) -> Any:
+def samples(run: Run, student: LanguageModel) -> Iterator[str]:
     """Lines that show how teacher and student continue two held-out texts."""
     mesh, layout, teacher_mesh = run.placement
     windows, length = next(data.evaluation(run.corpus, 32)), min(24, run.config.seq_len)
