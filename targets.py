@@ -143,7 +143,7 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
         Path(config.out),
         windows,
         teacher=models.fingerprint(folder),
-        teacher_name=_absolute(config.teacher),
+        teacher_name=text.canonical(config.teacher),
         tokenizer=text.load_tokenizer(folder).fingerprint,
         data=target_store.windows_digest(corpus),
         data_flags=_flags(config.data),
@@ -162,16 +162,10 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
     return dataclasses.replace(targets, shard=max(1, shard)), corpus
 
 
-def _absolute(name: str) -> str:
-    """A name that means the same from another folder, where it is one of a file."""
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() or set(name) & set("*?[") else name
-
-
 def _flags(config: Data) -> dict[str, Any]:
-    sources = tuple(map(_absolute, config.source))
-    eval_source = config.eval_source and _absolute(config.eval_source)
-    config = dataclasses.replace(config, source=sources, eval_source=eval_source, cache=None)
+    names = tuple(map(text.canonical, config.source))
+    eval_source = config.eval_source and text.canonical(config.eval_source)
+    config = dataclasses.replace(config, source=names, eval_source=eval_source, cache=None)
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
