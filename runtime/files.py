@@ -22,9 +22,6 @@ from runtime.errors import UserError
 RESUME = ": make room or give permission; the same command goes on from what was saved"
 
 
-# ---- writing -------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def disk_errors(path: Path, remedy: str = RESUME) -> Iterator[None]:
     """An `OSError` in the body, such as a full disk, becomes a `UserError` that names `path`."""
@@ -91,9 +88,6 @@ def write_json(
         partial.write_text(f"{text}\n", encoding="utf-8")
 
 
-# ---- reading -------------------------------------------------------------------------------------
-
-
 def read_json(
     path: Path, remedy: str = ": restore it, or begin anew with --no-resume"
 ) -> dict[str, Any]:
@@ -148,9 +142,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-# ---- one writer at a time ------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def lock(path: Path, guarded: Path | None = None, *, wait: bool = False) -> Iterator[None]:
     """Holds the lock file `path`, which the system releases however the process ends.
@@ -176,9 +167,6 @@ def lock(path: Path, guarded: Path | None = None, *, wait: bool = False) -> Iter
         yield
     finally:
         held.release()
-
-
-# ---- a folder that knows what made it ------------------------------------------------------------
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -248,6 +236,3 @@ class RunFolder:
         free = next(path for path in names if not path.exists())
         self.path.rename(free)
         return free
-
-
-_line = printable
