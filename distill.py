@@ -347,7 +347,7 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     continue
                 log_step(*pending)
                 pending = None
-                with watch.aside():
+                with watch.paused():
                     if evaluates:
                         results.evaluate(run, state.student, number, log)
                     if saves:
@@ -367,7 +367,8 @@ def compile_step(run: Run, state: State) -> Any:
     """The program of a step for the arrays of this run."""
     begun, start = time.monotonic(), int(state.step)
     arguments = (run.step_teacher, run.batch(start)), state
-    program = sharding.compiled(step.lower(*arguments, run.optimizer, run.objective))
+    with report.progress("compiling"):
+        program = sharding.compiled(step.lower(*arguments, run.optimizer, run.objective))
     took = report.duration(time.monotonic() - begun)
     processes.say(run.config.quiet, f"compiled  in {took}, {plan.memory(program)}")
     if start:
@@ -376,21 +377,22 @@ def compile_step(run: Run, state: State) -> Any:
 
 
 def compile_writer(run: Run, state: State) -> Callable[[State, data.Batch], data.Batch]:
-    """What makes the batch of a step from the state before it and the data's batch."""
+    """Makes the batch of a step from the state before it and the data's batch."""
     config, teacher, begun = run.config, run.teacher, time.monotonic()
 
-    def arguments(state: State, batch: data.Batch) -> tuple[Any, ...]:
-        writer = teacher if config.on_policy.writer == "teacher" else state.student
-        return writer, batch, state.step
+    def writer(state: State) -> LanguageModel:
+        return teacher if config.on_policy.writer == "teacher" else state.student
 
-    write = on_policy.compile_writer(
-        *arguments(state, run.batch(int(state.step))),
-        config=config.on_policy, seed=config.seed, stop=text.stop_ids(run.tokenizer),
-        vocab=min(state.student.config.vocab, teacher.config.vocab), dtype=run.objective.dtype,
-    )  # fmt: skip
+    with report.progress("compiling the writer"):
+        continue_rows = on_policy.compile_writer(
+            writer(state), run.batch(int(state.step)), state.step,
+            config=config.on_policy, seed=config.seed,
+            vocab=min(state.student.config.vocab, teacher.config.vocab),
+            stop=text.stop_ids(run.tokenizer), dtype=run.objective.dtype,
+        )  # fmt: skip
     took = report.duration(time.monotonic() - begun)
     processes.say(config.quiet, f"writer    the {config.on_policy.writer}, compiled in {took}")
-    return lambda state, batch: write(*arguments(state, batch))
+    return lambda state, batch: continue_rows(writer(state), batch, state.step)
 
 
 def must_stop(config: Config, number: int, asked: bool) -> bool:
@@ -413,7 +415,7 @@ def main() -> None:
         distributed=config.distributed, coordinator=config.coordinator,
         processes=config.processes, process_id=config.process_id, devices=config.devices,
     )  # fmt: skip
-    with processes.exit_with_peers():
+    with processes.exit_with_peers(), report.quietly(config.quiet or jax.process_index() > 0):
         train(config)
 
 

@@ -92,7 +92,7 @@ def evaluate(run: Run, student: LanguageModel, number: int, log: report.Log) -> 
     """Scores the student on held-out windows, and keeps the best one if that is asked for."""
     keeps = run.config.keep_best
     entry = {"step": number} | score(run, student)
-    metrics = report.read(run.out / "metrics.jsonl") if keeps else []
+    metrics = report.read_metrics(run.out / "metrics.jsonl") if keeps else []
     if keeps and is_best(metrics, entry):
         best = run.out / "student-best"
         export(run, student, number, best, [*metrics, entry])
@@ -137,19 +137,20 @@ def export(
     )
     dtype = jnp.dtype(config.export_dtype)
     exported = jax.tree.map(lambda leaf: leaf.astype(dtype), student)
-    models.save(exported, folder, tokenizer=run.tokenizer, notes={"README.md": card})
+    with report.progress("exporting"):
+        models.save(exported, folder, tokenizer=run.tokenizer, notes={"README.md": card})
 
 
 def finish(run: Run, student: LanguageModel, step: int) -> Path:
     """Curves, the exported student, samples and the table."""
     config, folder, path = run.config, run.out / "student", run.out / "metrics.jsonl"
     first = jax.process_index() == 0
-    metrics = report.read(path) if first else []
+    metrics = report.read_metrics(path) if first else []
     known = any(line["step"] == step and "eval/ce" in line for line in metrics)
     if processes.allgather(first and not known).any():  # where --steps moved to an earlier save
         with report.Log(path if first else None, steps=step, start=step, quiet=config.quiet) as log:
             log.evaluation({"step": step} | score(run, student))
-        metrics = report.read(path) if first else []
+        metrics = report.read_metrics(path) if first else []
     if first:
         figures.curves(path, run.out / "curves.png")
     # Last of all files: a run that has its student is finished.

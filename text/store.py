@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime import report
 from runtime.errors import UserError
 from runtime.files import (
     atomic_folder,
@@ -195,24 +196,25 @@ def _tokenize(
     held_out: TokenFiles,
 ) -> int:
     """Writes the tokens of a source; returns the bytes of the text to learn."""
-    from tqdm import tqdm
-
     bos, size, out = [] if tokenizer.bos is None else [tokenizer.bos], 0, training
-    bar = tqdm(
-        desc=f"tokenizing {source.name}",
-        total=source.size,
-        disable=None,  # unless on a terminal
-        bar_format="{desc}: {percentage:3.0f}% {elapsed}<{remaining}{postfix}",
-    )
+    position = 0
+
+    def read(amount: int) -> None:
+        nonlocal position
+        position += amount
+
     pieces = records.pieces(
         source,
         tokenizer,
         text_field=options.text_field,
         documents=options.documents,
         mask=options.mask,
-        progress=bar.update,
+        progress=read,
     )
-    with bar, contextlib.closing(_encoded(tokenizer, _chunks(pieces))) as chunks:
+    with (
+        report.progress(f"tokenizing {source.name}", source.size) as advance,
+        contextlib.closing(_encoded(tokenizer, _chunks(pieces))) as chunks,
+    ):
         for chunk in chunks:
             for piece, encoding in chunk:
                 content, ids, runs = piece.text.encode(), encoding.ids, []
@@ -229,7 +231,7 @@ def _tokenize(
                 out.add(ids, runs, piece.ends)
             training.flush()
             held_out.flush()
-            bar.set_postfix_str(f"{(training.tokens + held_out.tokens) / 1e6:.1f}M tokens")
+            advance(position, remark=f"{report.count(training.tokens + held_out.tokens)} tokens")
     return size
 
 
