@@ -536,13 +536,13 @@ def run(config: Config) -> None:
     if config.push is not None:
         answers.reserve(config.push)
     if out.exists() and config.resume and not answers.journal_path(out).exists():
-        answers.agree(out, answers.settings_of(out), task.settings)
+        answers.check_settings(out, answers.settings_of(out), task.settings)
         print(f"{out} is finished", file=sys.stderr)
     else:
         with answers.Journal(out, task.settings, resume=config.resume) as journal:
             write(config, task, folder, tokenizer, journal)
             answers.save(out, records(task, journal), columns, task.settings)
-            journal.path.unlink()
+            journal.remove()
         print(f"{len(task.jobs)} answers  {out}")
     if config.push is not None:
         print(f"data set  {answers.upload(config.push, out, task.settings)}")
