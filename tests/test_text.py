@@ -563,5 +563,5 @@ def test_bad_tokenizers(encoder, tmp_path):
         tokenizer(encoder, tmp_path, eos_token="<none>")
     folder = saved(encoder, tmp_path)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         text.load_tokenizer(folder)
