@@ -58,10 +58,8 @@ class Config:
     def __post_init__(self):
         check(self, "--data.")
         if self.weights and len(self.weights) != len(self.source):
-            raise UserError(
-                f"--data.weights: expected one for each --data.source, of which there are"
-                f" {len(self.source)}, found {len(self.weights)}"
-            )
+            counts = f"{len(self.weights)} of {len(self.source)}"
+            raise UserError(f"--data.weights: expected one for each --data.source, found {counts}")
 
 
 class Batch(NamedTuple):
