@@ -245,7 +245,7 @@ def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> 
 
 def _seq_len(config: Config, teacher: str, usual: int, stored: target_store.Targets | None) -> int:
     names = [teacher] if config.student is None else [teacher, config.student]
-    limits = [models.config(name).max_positions for name in names]
+    limits = [models.config(name).longest for name in names]
     longest = min((limit for limit in limits if limit is not None), default=None)
     if config.seq_len is not None and longest is not None and config.seq_len > longest:
         raise UserError(f"--seq-len {config.seq_len}: the model was made for {longest} positions")

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Int, Int32
 
 import text
 from runtime.errors import Constraint, UserError, between, check
-from text.store import BLOCK, Store, _hash, _store
+from text.store import BLOCK, Options, Store, hash_bytes, open_store
 
 T = TypeVar("T")
 POSITIVE = Constraint("above 0", lambda weights: all(0 < weight < math.inf for weight in weights))
@@ -135,13 +135,16 @@ def open_corpus(
     if not config.source:
         raise UserError("no text to train on: name some with --data.source")
     share = 0.0 if config.eval_source else config.held_out
-    pairs = [
-        _split(_store(name, tokenizer, config, share), share, seq_len) for name in config.source
-    ]
+
+    def store(name: str, held_out: float) -> Store:
+        options = Options(config.text_field, config.documents, config.mask, held_out)
+        return open_store(name, tokenizer, options, cache=config.cache, streaming=config.streaming)
+
+    pairs = [_split(store(name, share), share, seq_len) for name in config.source]
     training, held_out = zip(*pairs, strict=True)
     if config.eval_source:
-        store = _store(config.eval_source, tokenizer, config, 1.0)
-        held_out = (_part(store, 0, store.tokens, seq_len),)
+        whole = store(config.eval_source, 1.0)
+        held_out = (_part(whole, 0, whole.tokens, seq_len),)
     groups = tuple((part,) for part in training) if config.weights else (training,)
     return Corpus(groups, config.weights, held_out, seq_len, seed)
 
@@ -230,7 +233,7 @@ def assign_sources(
     before, left = rows.copy(), np.ones(len(rows), bool)
     for i, weight in enumerate(weights[:-1]):
         share = round(weight / sum(weights[i:]) * 2**24)
-        phase = _hash(f"{seed} {i}".encode()) % 2**24
+        phase = hash_bytes(f"{seed} {i}".encode()) % 2**24
         taken = (before * share + phase) >> 24
         here = left & ((((before + 1) * share + phase) >> 24) > taken)
         source[here] = i

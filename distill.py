@@ -347,7 +347,7 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     continue
                 log_step(*pending)
                 pending = None
-                with watch.aside():
+                with watch.paused():
                     if evaluates:
                         results.evaluate(run, state.student, number, log)
                     if saves:
@@ -367,7 +367,8 @@ def compile_step(run: Run, state: State) -> Any:
     """The program of a step for the arrays of this run."""
     begun, start = time.monotonic(), int(state.step)
     arguments = (run.step_teacher, run.batch(start)), state
-    program = sharding.compiled(step.lower(*arguments, run.optimizer, run.objective))
+    with report.progress("compiling"):
+        program = sharding.compiled(step.lower(*arguments, run.optimizer, run.objective))
     took = report.duration(time.monotonic() - begun)
     processes.say(run.config.quiet, f"compiled  in {took}, {plan.memory(program)}")
     if start:
@@ -377,25 +378,21 @@ def compile_step(run: Run, state: State) -> Any:
 
 def compile_writer(run: Run, state: State) -> Callable[[State, data.Batch], data.Batch]:
     """Makes the batch of a step from the state before it and the data's batch."""
-    config, teacher = run.config, run.teacher
-    how = {
-        "config": config.on_policy,
-        "seed": config.seed,
-        "vocab": min(state.student.config.vocab, teacher.config.vocab),
-        "stop": text.stop_ids(run.tokenizer),
-        "dtype": run.objective.dtype,
-    }
+    config, teacher, begun = run.config, run.teacher, time.monotonic()
 
-    def arguments(state: State, batch: data.Batch) -> tuple[Any, ...]:
-        writer = teacher if config.on_policy.writer == "teacher" else state.student
-        return writer, batch, state.step
+    def writer(state: State) -> LanguageModel:
+        return teacher if config.on_policy.writer == "teacher" else state.student
 
-    begun = time.monotonic()
-    lowered = on_policy.write.lower(*arguments(state, run.batch(int(state.step))), **how)
-    program = sharding.compiled(lowered)
+    with report.progress("compiling the writer"):
+        continue_rows = on_policy.compile_writer(
+            writer(state), run.batch(int(state.step)), state.step,
+            config=config.on_policy, seed=config.seed,
+            vocab=min(state.student.config.vocab, teacher.config.vocab),
+            stop=text.stop_ids(run.tokenizer), dtype=run.objective.dtype,
+        )  # fmt: skip
     took = report.duration(time.monotonic() - begun)
     processes.say(config.quiet, f"writer    the {config.on_policy.writer}, compiled in {took}")
-    return lambda state, batch: processes.block_on_cpu(program(*arguments(state, batch), **how))
+    return lambda state, batch: continue_rows(writer(state), batch, state.step)
 
 
 def must_stop(config: Config, number: int, asked: bool) -> bool:
@@ -418,7 +415,7 @@ def main() -> None:
         distributed=config.distributed, coordinator=config.coordinator,
         processes=config.processes, process_id=config.process_id, devices=config.devices,
     )  # fmt: skip
-    with processes.exit_with_peers():
+    with processes.exit_with_peers(), report.quietly(config.quiet or jax.process_index() > 0):
         train(config)
 
 

@@ -66,18 +66,16 @@ def evaluate(
     to_device: Callable[[data.Batch], data.Batch] = lambda batch: batch,
     dtype: Any = None,
     chunk: int | None = None,
-    progress: Callable[[int], None] = lambda batches_done: None,
 ) -> Figures:
     """Means over all counted tokens of all batches; exact however they are cut into batches.
 
     The teacher's side is that of the batch's signal where `to_device` adds one.
     """
     totals: Figures = {}
-    for number, batch in enumerate(batches, start=1):
+    for batch in batches:
         sums = jax.device_get(_sums(model, teacher, to_device(batch), dtype=dtype, chunk=chunk))
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + float(value)
-        progress(number)
     tokens = totals.pop("tokens", 0.0)
     return {"tokens": int(tokens)} | {name: v / max(tokens, 1) for name, v in totals.items()}
 
@@ -88,7 +86,7 @@ def main() -> None:
     folder = models.fetch(config.model)
     shape = models.config(folder)
     for name in filter(None, (config.model, config.teacher)):
-        longest = models.config(name).max_positions
+        longest = models.config(name).longest
         if longest is not None and config.seq_len > longest:
             raise UserError(f"--seq-len {config.seq_len}: {name} was made for {longest} positions")
     if config.teacher is not None:
@@ -100,11 +98,10 @@ def main() -> None:
     teacher = None if config.teacher is None else models.load(config.teacher, mesh=mesh)
     rows = -(-config.batch_size // mesh.size) * mesh.size  # each device has as many
     total = -(-sum(part.windows for part in corpus.held_out) // rows)
-    with jax.set_mesh(mesh), report.counting("evaluating", quiet=config.json) as progress:
+    with jax.set_mesh(mesh), report.quietly(config.json):
         means = evaluate(
-            model, teacher, data.evaluation(corpus, rows),
+            model, teacher, report.track(data.evaluation(corpus, rows), "scoring", total),
             to_device=partial(sharding.from_host, mesh=mesh), dtype=sharding.compute_dtype(),
-            progress=lambda done: progress(done, total, ""),
         )  # fmt: skip
     if not means["tokens"]:
         raise UserError(f"{' '.join(config.data.source)}: no token to score")

@@ -381,7 +381,7 @@ def make_metrics(folder: Path) -> None:
 def load_metrics(folder: Path) -> Any:
     from runtime import report
 
-    return report.read(folder / "metrics.jsonl")
+    return report.read_metrics(folder / "metrics.jsonl")
 
 
 # ---- what is well formed, told without the code that is under test -------------------------------

@@ -77,7 +77,9 @@ def speeds(folder: Path, turns: int) -> None:
 
         loss = losses.Config(alpha=0.0 if of is None else 1.0)
         fixed = optimizer, losses.Objective(loss, steps=100, dtype="float32")
-        state = distill.init_state(jax.tree.map(jnp.copy, student.cut(teacher, BLOCKS)), optimizer)
+        state = distill.init_state(
+            jax.tree.map(jnp.copy, student.cut(teacher, {"layers": BLOCKS})), optimizer
+        )
         program = sharding.compiled(distill.step.lower(read(), state, *fixed))
         runs[name] = [program, read, state, [], fixed]
     for _ in range(turns + 2):

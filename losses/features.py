@@ -17,15 +17,15 @@ SHORTEST = 1e-12  # squared: what is shorter than 1e-6 has no direction
 
 
 def pairs(
-    given: Sequence[str], layers: int, teacher_layers: int, kept: Sequence[int] | None = None
+    given: Sequence[str], layers: int, teacher_layers: int, cut_from: Sequence[int] | None = None
 ) -> Pairs:
     """The blocks of `given` (3:7 is the student's 3 and the teacher's 7). Without any: every block
     with the one it was cut from, or else with the one at the same share of the depth."""
     if given:
         return tuple(_pair(text, layers, teacher_layers) for text in given)
-    if kept is None:
-        kept = [-(-(i + 1) * teacher_layers // layers) - 1 for i in range(layers)]
-    return tuple(enumerate(kept))
+    if cut_from is None:
+        cut_from = [-(-(i + 1) * teacher_layers // layers) - 1 for i in range(layers)]
+    return tuple(enumerate(cut_from))
 
 
 def _pair(text: str, layers: int, teacher_layers: int) -> tuple[int, int]:

@@ -114,7 +114,9 @@ class Run(NamedTuple):
         if self.placement.teacher_mesh is None:  # else they are to divide over its devices too
             rows //= self.config.microbatches
         batches = data.evaluation(self.corpus, rows, *self.process_rows)
-        return islice(batches, -(-self.config.eval_windows // rows))
+        windows = sum(part.windows for part in self.corpus.held_out)
+        count = -(-min(self.config.eval_windows, windows) // rows)
+        return report.track(islice(batches, count), "evaluating", count)
 
 
 teacher_states = sharding.jit(losses.teacher_states)
@@ -252,7 +254,7 @@ def teacher_and_student(
         if cuts:
             layers = choose_or_restore_layers(config, teacher, corpus, out)
         if cuts and not begun:
-            student = students.cut(teacher, tuple(layers))
+            student = students.cut(teacher, {"layers": tuple(layers)})
     if not begun and config.student is not None:
         student = models.load(config.student, dtype=jnp.float32, mesh=mesh)
     elif not begun and not cuts:
@@ -284,13 +286,13 @@ def choose_or_restore_layers(
         begun = time.monotonic()
         windows = data.batch(corpus, 0, min(config.calibration_windows, corpus.windows))
         text = students.Calibration(windows.tokens[:, :-1], windows.segments[:, :-1], windows.mask)
-        with report.counting("choosing blocks", quiet=config.quiet) as progress:
-            chosen = students.choose(
+        with report.progress("choosing blocks") as progress:
+            chosen = students.choose_layers(
                 teacher, config.student_layers, config.student_init, text,
                 dtype=config.compute_dtype, progress=progress,
             )  # fmt: skip
         seconds = round(time.monotonic() - begun, 1)
-        choice = {"kept": list(chosen.kept), "kl": chosen.kl, "seconds": seconds}
+        choice = {"kept": list(chosen.layers), "kl": chosen.kl, "seconds": seconds}
         if jax.process_index() == 0:
             files.write_json(path, choice)
     kl, blocks = choice.get("kl"), " ".join(map(str, choice["kept"]))
@@ -307,7 +309,7 @@ def fresh_learner(
     """A student of the run's shape and the projection beside it, with fresh weights."""
     shape = student_config(config)
     if config.student is None and config.student_init != "random":
-        shape = shape.select_layers(tuple(layers or range(config.student_layers)))
+        shape = shape.select({"layers": tuple(layers or range(config.student_layers))})
     return models.FAMILIES[shape.model_type](shape, key), projection(config, shape.embed)
 
 

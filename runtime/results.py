@@ -1,5 +1,6 @@
 """What a run measures of its student, and what it leaves: the checkpoint, the curves, the table."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import data
-import eval
+import eval as evaluation
 import generate
 import models
-from config import describe_loss
+from config import describe_loss, uses_teacher_loss
 from models.base import LanguageModel
-from runtime import figures, processes, report
+from runtime import figures, plan, processes, report
+from runtime.errors import UserError
 from runtime.prepare import Run
 
 PATIENCE = 5  # updates in a row that may be left out
@@ -78,7 +80,7 @@ def step_logger(
 def score(run: Run, student: LanguageModel) -> dict[str, int | float]:
     """Figures on held-out windows, as metrics."""
     teacher = None if run.placement.teacher_mesh is not None else run.teacher
-    scores = eval.evaluate(
+    scores = evaluation.evaluate(
         student, teacher, run.held_out(),
         to_device=run.to_device, dtype=run.objective.dtype, chunk=run.config.loss.chunk,
     )  # fmt: skip
@@ -90,7 +92,7 @@ def evaluate(run: Run, student: LanguageModel, number: int, log: report.Log) -> 
     """Scores the student on held-out windows, and keeps the best one if that is asked for."""
     keeps = run.config.keep_best
     entry = {"step": number} | score(run, student)
-    metrics = report.read(run.out / "metrics.jsonl") if keeps else []
+    metrics = report.read_metrics(run.out / "metrics.jsonl") if keeps else []
     if keeps and is_best(metrics, entry):
         best = run.out / "student-best"
         export(run, student, number, best, [*metrics, entry])
@@ -135,19 +137,20 @@ def export(
     )
     dtype = jnp.dtype(config.export_dtype)
     exported = jax.tree.map(lambda leaf: leaf.astype(dtype), student)
-    models.save(exported, folder, tokenizer=run.tokenizer, notes={"README.md": card})
+    with report.progress("exporting"):
+        models.save(exported, folder, tokenizer=run.tokenizer, notes={"README.md": card})
 
 
 def finish(run: Run, student: LanguageModel, step: int) -> Path:
     """Curves, the exported student, samples and the table."""
     config, folder, path = run.config, run.out / "student", run.out / "metrics.jsonl"
     first = jax.process_index() == 0
-    metrics = report.read(path) if first else []
+    metrics = report.read_metrics(path) if first else []
     known = any(line["step"] == step and "eval/ce" in line for line in metrics)
     if processes.allgather(first and not known).any():  # where --steps moved to an earlier save
         with report.Log(path if first else None, steps=step, start=step, quiet=config.quiet) as log:
             log.evaluation({"step": step} | score(run, student))
-        metrics = report.read(path) if first else []
+        metrics = report.read_metrics(path) if first else []
     if first:
         figures.curves(path, run.out / "curves.png")
     # Last of all files: a run that has its student is finished.
@@ -169,7 +172,7 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
     return folder
 
 
-def samples(run: Run, student: LanguageModel) -> Any:
+def samples(run: Run, student: LanguageModel) -> Iterator[str]:
     """Lines that show how teacher and student continue two held-out texts."""
     mesh, layout, teacher_mesh = run.placement
     windows, length = next(data.evaluation(run.corpus, 32)), min(24, run.config.seq_len)

@@ -1,7 +1,6 @@
 """The store, the windows over it and the order they come in."""
 
 import collections
-import contextlib
 import dataclasses
 import errno
 import itertools
@@ -50,14 +49,13 @@ def tokenizer(tmp_path_factory) -> Path:
 def corpus_of(folder, lengths, seq_len, *, seed=0, trained=None) -> data.Corpus:
     """A corpus of documents of these lengths, in which every token is its own position."""
     position, folder = 0, folder / uuid.uuid4().hex
-    with contextlib.ExitStack() as files:
-        stream = store._Stream(folder, "uint32", files)
+    with store.TokenFiles(folder, "uint32") as stream:
         for i, length in enumerate(lengths):
             ids = list(range(position, position + length))
             stream.add(ids, trained[i] if trained else [], True)
             position += length
             stream.flush()
-    store._write_sums(folder)
+    store.write_sums(folder)
     facts = (position, position, len(lengths), 0, trained is not None, "")
     tokens = data.Store(folder, "uint32", *facts)
     return data.Corpus(((data._part(tokens, 0, position, seq_len),),), (), (), seq_len, seed)
@@ -370,7 +368,7 @@ def test_damaged_tokens_are_never_read_and_built_again(tokenizer, tmp_path, stor
 def test_a_whole_store_is_not_built_again(tokenizer, tmp_path, stories, monkeypatch):
     corpus = opened(tokenizer, tmp_path, stories)
     os.utime(corpus.held_out[0].store.folder / "tokens", (1, 1))  # as a copy would have it
-    monkeypatch.setattr(store, "_build", None)
+    monkeypatch.setattr(store, "build", None)
     assert opened(tokenizer, tmp_path, stories) == corpus
 
 
@@ -384,14 +382,14 @@ print(data.open_corpus(config, sys.argv[3], seq_len=16, seed=0, vocab=1000).dige
 def test_builds_at_once_agree_and_leave_one_store(tokenizer, tmp_path):
     path, cache = tmp_path / "many.txt", tmp_path / "cache"
     path.write_text("\n".join(story(i % 500) for i in range(20000)))
-    stale = cache / "0.1.partial"
+    stale = cache / ".0.partial"
     stale.mkdir(parents=True)
     command = [sys.executable, "-c", OPEN, str(path), str(cache), str(tokenizer)]
     home = Path(data.__file__).parent
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=home) for _ in range(3)]
     digests = {run.communicate(timeout=60)[0] for run in runs}
     assert len(digests) == 1 and [run.returncode for run in runs] == [0, 0, 0]
-    assert len(list(cache.iterdir())) == 1
+    assert len([path for path in cache.iterdir() if path.name != ".lock"]) == 1
 
 
 def test_a_full_disk_leaves_a_message_alone(tokenizer, tmp_path, stories):
@@ -402,7 +400,7 @@ def test_a_full_disk_leaves_a_message_alone(tokenizer, tmp_path, stories):
             opened(tokenizer, tmp_path, stories)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_no_permission_to_write(tokenizer, tmp_path, stories, monkeypatch):
@@ -411,7 +409,7 @@ def test_no_permission_to_write(tokenizer, tmp_path, stories, monkeypatch):
 
     with monkeypatch.context() as patch:  # root may write anywhere
         patch.setattr(os, "mkdir", refuse)
-        with pytest.raises(UserError, match=r"cannot keep .* \(Permission denied\)"):
+        with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
             opened(tokenizer, tmp_path, stories)
     with pytest.raises(UserError, match="choose another folder"):
         opened(tokenizer, tmp_path, stories, cache=str(stories / "below-a-file"))

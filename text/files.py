@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from runtime import report
 from runtime.errors import UserError
 from runtime.files import check_links, digest, printable
 
@@ -107,9 +108,13 @@ def file_kind(path: Path) -> str | None:
 def _find_on_hub(name: str, streaming: bool) -> Source:
     import datasets
 
+    datasets.disable_progress_bars()  # they would run into ours
     repository, config, split = (*name.split(":", 2), "", "")[:3]
     split = split or "train"
-    with _hub_errors(f"{name}: no such file or folder, and no data set on the hub"):
+    with (
+        _hub_errors(f"{name}: no such file or folder, and no data set on the hub"),
+        report.progress(f"fetching {repository}"),
+    ):
         hub = datasets.load_dataset_builder(repository, config or None)
     splits = hub.info.splits or {}
     size = splits[split].num_examples if split in splits else None
@@ -252,7 +257,8 @@ def _hub_records(source: Source, choose: Choose, progress: Progress) -> Iterator
         if source.streaming:
             rows = source.hub.as_streaming_dataset(source.split)
         else:
-            source.hub.download_and_prepare()
+            with report.progress(f"fetching {source.name}"):
+                source.hub.download_and_prepare()
             rows = source.hub.as_dataset(source.split)
         if rows.column_names:
             rows = rows.select_columns(choose(rows.column_names, source.name))
