@@ -215,14 +215,16 @@ def test_training_on_all_that_a_teacher_says_is_training_beside_it(config, teach
 
     @eqx.filter_jit
     @eqx.filter_value_and_grad
-    def step(student, batch):
+    def step(student, batch, teacher):
         hidden = student.hidden(batch.tokens[:, :-1], batch.segments[:, :-1])
         labels, signal = batch.tokens[:, 1:], batch.signal
+        if teacher is not None:
+            signal = losses.teacher_states(teacher, batch)
         arrays = hidden, student.unembedding, signal, labels, batch.mask
         return losses.distill_loss(*arrays, objective=objective, step=0)[0]
 
-    asked = step(student, batch._replace(signal=losses.teacher_states(model, batch)))
-    stored = step(student, batch._replace(signal=target_store.read(whole, windows)))
+    asked = step(student, batch, model)
+    stored = step(student, batch._replace(signal=target_store.read(whole, windows)), None)
     assert stored[0] == pytest.approx(float(asked[0]), rel=1e-5)
     for a, b in zip(*map(jax.tree.leaves, (stored[1], asked[1])), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
@@ -239,25 +241,25 @@ def test_a_run_learns_from_them_without_a_teacher(config, teacher, tmp_path, mon
         optim=optim.Config(lr=1e-2, eps=1e-4), out=str(tmp_path / "beside"),
     )  # fmt: skip
     monkeypatch.setattr(results.generate, "continuations", lambda *_, **__: iter(()))
-    beside = models.load(distill.train(run))
+    online = models.load(distill.train(run))
     alone = dataclasses.replace(
         run, teacher=None, data=data.Config(cache=config.data.cache), seq_len=None,
         targets=str(whole.folder), out=str(tmp_path / "alone"),
     )  # fmt: skip
-    load, seen = models.load, []
+    load, sources = models.load, []
     monkeypatch.setattr(
-        models, "load", lambda source, **how: seen.append(source) or load(source, **how)
+        models, "load", lambda source, **how: sources.append(source) or load(source, **how)
     )
-    found = load(distill.train(alone))
-    assert seen == [str(start)]
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(beside), strict=True):
+    student_alone = load(distill.train(alone))
+    assert sources == [str(start)]
+    for a, b in zip(*map(jax.tree.leaves, (student_alone, online)), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
     out = Path(alone.out)
     shutil.rmtree(out / "student")
     shutil.rmtree(out / "checkpoints" / "4")
     continued = load(distill.train(alone))
-    assert eqx.tree_equal(continued, found)
-    with pytest.raises(UserError, match="would not be read"):
+    assert eqx.tree_equal(continued, student_alone)
+    with pytest.raises(UserError, match="--targets with --loss.alpha 0"):
         dataclasses.replace(alone, loss=losses.Config(alpha=0.0))
 
 
