@@ -24,7 +24,7 @@ import models
 import optim
 import sharding
 from models.llama import Config, Llama
-from runtime import checkpoint, errors, figures, report, results
+from runtime import checkpoint, errors, figures, results
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
