@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import sys
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
-
-import jax
+from typing import Annotated, Any, Literal
 
 import data
 import losses
@@ -15,12 +12,14 @@ import models
 import optim
 import sharding
 import student as students
+import text
 from losses import features
-from runtime import checkpoint, errors, files, on_policy, target_store
-from runtime.errors import UserError
+from runtime import files, on_policy, target_store
+from runtime.errors import UserError, above, at_least, below, check
 
 # A field hides the module it is named after.
 Data, Optim, OnPolicy = data.Config, optim.Config, on_policy.Config
+SEED = below(0, 2**63)
 DEMO = Path(__file__).resolve().parent / "demo"
 
 
@@ -41,11 +40,12 @@ class Config:
     memory. It tells teacher, text and --seq-len where these flags are not given."""
     student: str | None = None
     """Hub id or folder of a student to start from, instead of a cut of the teacher."""
-    student_layers: int | None = None
+    student_layers: Annotated[int | None, at_least(1)] = None
     """Blocks of the student; by default half of the teacher's."""
-    student_init: str = "greedy"
-    """Which blocks it keeps: greedy, influence, uniform, first, last, a list such as 0,2,5; or
-    random: fresh weights."""
+    student_init: str | None = None
+    """Which blocks it keeps: greedy (the default), influence, uniform, first, last, a list such as
+    0,2,5; or random: fresh weights."""
+
     student_embed: int | None = None
     """Width of a random student; by default the teacher's."""
     student_mlp: int | None = None
@@ -54,20 +54,20 @@ class Config:
     """Attention heads of a random student."""
     student_kv_heads: int | None = None
     """Key and value heads of a random student."""
-    calibration_windows: int = 4
+    calibration_windows: Annotated[int, at_least(1)] = 4
     """Windows of text by which greedy and influence judge blocks."""
     eval_teacher: bool = False
     """Keep the teacher for held-out figures even if the loss does not need it (alpha 0)."""
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, at_least(1)] = None
     """Tokens that each row of a batch predicts; by default 128 for the demo, else 1024 or what
     the teacher can."""
-    batch_size: int = 16
+    batch_size: Annotated[int, at_least(1)] = 16
     """Rows of one optimizer step, over all devices."""
-    microbatches: int = 1
+    microbatches: Annotated[int, at_least(1)] = 1
     """Parts in which a batch is computed, one after the other, to save memory."""
-    steps: int = 300
+    steps: Annotated[int, at_least(1)] = 300
     """Optimizer steps."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Of the data's order and of fresh weights."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the student's blocks compute again in the backward pass to save memory."""
@@ -77,7 +77,7 @@ class Config:
     """What the exported student is stored in."""
     zero: Literal[1, 3] = 3
     """What --mesh.fsdp splits: 3 everything, 1 the optimizer's moments and the batch alone."""
-    teacher_devices: int | None = None
+    teacher_devices: Annotated[int | None, at_least(1)] = None
     """Give the teacher the last so many devices: it reads a batch while the student trains on the
     one before."""
     out: str | None = None
@@ -86,20 +86,20 @@ class Config:
     """Continue the run in that folder; --no-resume moves it aside and starts anew."""
     resume_anyway: bool = False
     """Continue it although its mathematics has changed, and say what has."""
-    time_limit: float | None = None
+    time_limit: Annotated[float | None, above(0)] = None
     """Minutes of wall clock after which the run saves and stops."""
-    eval_every: int = 100
+    eval_every: Annotated[int, at_least(1)] = 100
     """Steps between held-out evaluations."""
-    eval_windows: int = 64
+    eval_windows: Annotated[int, at_least(1)] = 64
     """Held-out windows that an evaluation of the run reads at most, rounded up to whole batches."""
-    save_every: int = 100
+    save_every: Annotated[int, at_least(1)] = 100
     """Steps between checkpoints."""
-    keep: int = 2
+    keep: Annotated[int, at_least(1)] = 2
     """Checkpoints kept."""
     keep_best: bool = False
     """Keep the student with the lowest held-out KL (cross entropy without a teacher) beside the
     last, as student-best."""
-    log_every: int = 10
+    log_every: Annotated[int, at_least(1)] = 10
     """Steps between lines of metrics."""
     log_norms: bool = False
     """Add norms of parameters and gradients, per layer, to the metrics."""
@@ -109,9 +109,9 @@ class Config:
     """Print only warnings and the result."""
     plan: bool = False
     """Print what each device will hold, and what to change where it does not fit; then stop."""
-    devices: int | None = None
+    devices: Annotated[int | None, at_least(1)] = None
     """With --plan: reckon for so many devices, which need not be there."""
-    device_memory: float | None = None
+    device_memory: Annotated[float | None, above(0)] = None
     """GB that each device has, for --plan and what a start refuses; by default what is found."""
     force: bool = False
     """Start even though arrays and gradients alone are more than a device has."""
@@ -119,7 +119,7 @@ class Config:
     """One of several processes, which a scheduler (Slurm, Cloud TPU, GKE, Open MPI) has started."""
     coordinator: str | None = None
     """host:port of the first of several processes, where no scheduler says so."""
-    processes: int | None = None
+    processes: Annotated[int | None, at_least(1)] = None
     """How many processes there are, with --coordinator."""
     process_id: int | None = None
     """Which of them this is, from 0, with --coordinator."""
@@ -130,50 +130,41 @@ class Config:
     mesh: Mesh = field(default_factory=Mesh)
 
     def __post_init__(self):
-        errors.check_counts(
-            self, "student_layers", "calibration_windows", "seq_len", "batch_size", "microbatches",
-            "steps", "eval_every", "eval_windows", "save_every", "keep", "log_every", "devices",
-            "teacher_devices", "processes",
-        )  # fmt: skip
+        check(self)
         if self.batch_size % self.microbatches:
             raise UserError(
                 f"--batch-size {self.batch_size} does not divide into {self.microbatches}"
                 " --microbatches"
             )
-        errors.check_seed(self.seed)
-        students.parse(self.student_init)
-        sharding.layout(self.zero, self.mesh.rules)
+        if self.student_init is not None:
+            students.parse(self.student_init)
+        sharding.Layout(self.zero, self.mesh.rules)
         if self.profile_steps is not None:
             profile_window(self.profile_steps)
-        if self.targets is not None and not uses_teacher_loss(self.loss):
-            raise UserError("--targets with --loss.alpha 0 would not be read: leave one out")
-        if self.targets is not None and self.teacher_devices is not None:
-            raise UserError("--teacher-devices with --targets has no teacher: leave one out")
-        if self.on_policy.fraction and not (self.loss.alpha or self.loss.alpha_end):
-            raise UserError(
-                "--on-policy.fraction with --loss.alpha 0: nobody would judge what was written;"
-                " leave one out"
-            )
-        for flag, given in (("targets", self.targets), ("teacher-devices", self.teacher_devices)):
-            for other, asked in (
-                ("--on-policy.fraction", self.on_policy.fraction),
-                ("--loss.features", self.loss.features != "off"),
-            ):
-                if given is not None and asked:
-                    raise UserError(
-                        f"{other} with --{flag}: it needs the teacher beside the student; leave"
-                        " one out"
-                    )
-        if self.teacher_devices is not None and (self.distributed or self.coordinator is not None):
-            raise UserError("--teacher-devices is for one process: leave it out with several")
-        if self.devices is not None and not self.plan:
-            raise UserError("--devices is for --plan; a run takes the devices there are")
-        if self.teacher_devices is not None and not needs_teacher(self):
-            raise UserError("--teacher-devices with --loss.alpha 0 has no teacher: leave one out")
-        for name in ("time_limit", "device_memory"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be positive")
+        targets, apart = self.targets is not None, self.teacher_devices is not None
+        writes, features = self.on_policy.fraction > 0, self.loss.features != "off"
+        several = self.distributed or self.coordinator is not None
+        judged = self.loss.alpha > 0 or bool(self.loss.alpha_end)
+        alone, beside = "leave one out", "it needs the teacher on the student's devices"
+        for conflicts, flags, reason in (
+            (targets and not uses_teacher_loss(self.loss), "--targets with --loss.alpha 0", alone),
+            (targets and apart, "--teacher-devices with --targets", "no teacher is in memory"),
+            (writes and not judged, "--on-policy.fraction with --loss.alpha 0",
+             "nobody would judge what is written"),
+            (targets and writes, "--on-policy.fraction with --targets", beside),
+            (targets and features, "--loss.features with --targets", beside),
+            (apart and writes, "--on-policy.fraction with --teacher-devices", beside),
+            (apart and features, "--loss.features with --teacher-devices", beside),
+            (apart and several, "--teacher-devices with several processes", "it is for one"),
+            (apart and not needs_teacher(self), "--teacher-devices with --loss.alpha 0",
+             "the run has no teacher"),
+            (self.devices is not None and not self.plan, "--devices without --plan",
+             "a run takes the devices there are"),
+            (self.student is not None and self.student_init is not None,
+             "--student-init with --student", "that student is whole already"),
+        ):  # fmt: skip
+            if conflicts:
+                raise UserError(f"{flags}: {reason}")
 
 
 def profile_window(steps: str) -> tuple[int, int]:
@@ -186,70 +177,36 @@ def profile_window(steps: str) -> tuple[int, int]:
 
 # What may differ between a run and its continuation. Of these, only `steps` changes what follows:
 # the schedules end there.
-MAY_CHANGE = {
+MAY_CHANGE = frozenset({
     "--out", "--resume", "--resume-anyway", "--steps", "--time-limit", "--eval-every",
     "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best", "--log-every",
     "--log-norms", "--quiet", "--mesh", "--zero", "--teacher-devices", "--export-dtype", "--remat",
     "--microbatches", "--loss.chunk", "--data.cache", "--data.streaming", "--profile-steps",
     "--plan", "--devices", "--device-memory", "--force", "--distributed", "--coordinator",
     "--processes", "--process-id",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def with_defaults(config: Config) -> Config:
     """The configuration with every default that depends on another spelled out."""
-    source, made = (
-        config.data,
-        None if config.targets is None else target_store.load(config.targets),
-    )
-    embedded = config.teacher is None and made is None  # the text is, whatever stands for a teacher
-    if config.teacher is None and config.student is not None and not needs_teacher(config):
-        # Nobody asks the teacher for more than a shape and a tokenizer.
-        config = dataclasses.replace(config, teacher=config.student)
-    elif config.teacher is None and made is not None:
-        config = dataclasses.replace(config, teacher=made.teacher_name)
-    if made is not None and not source.source:
-        fields = dataclasses.fields(source)
-        given = {f.name: getattr(source, f.name) for f in fields}
-        given = {f.name: given[f.name] for f in fields if given[f.name] != f.default}
-        source = dataclasses.replace(made.data_config, **given)
-    elif not source.source and embedded:
-        source = dataclasses.replace(
-            source, source=(str(DEMO / "stories.txt"),), documents="paragraph"
-        )
-    elif not source.source:
-        source = dataclasses.replace(source, source=("Salesforce/wikitext:wikitext-103-raw-v1",))
-    teacher = config.teacher or str(DEMO / "teacher")
-    settings = models.config(teacher)
-    limits = [settings.longest]
-    if config.student is not None:
-        limits.append(models.config(config.student).longest)
-    longest = min((limit for limit in limits if limit is not None), default=None)
-    if config.seq_len is not None and longest is not None and config.seq_len > longest:
-        raise UserError(f"--seq-len {config.seq_len}: the model was made for {longest} positions")
-    usual = min(128 if embedded else 1024, longest or 1024)
-    usual = usual if made is None else made.seq_len
-    layers, listed = config.student_layers, students.parse(config.student_init)
-    if listed is not None:
-        layers = layers or len(listed)
-    if config.student is not None:
-        layers = models.config(config.student).layers
-        if config.student_layers not in (None, layers):
-            raise UserError(
-                f"--student-layers {config.student_layers}: the student in {config.student} has"
-                f" {layers}; leave the flag out"
-            )
-    layers = layers or max(1, settings.layers // 2)
-    if config.student is None and config.student_init != "random":
-        students.check(settings.layers, layers, config.student_init)
+    stored = None if config.targets is None else target_store.load(config.targets)
+    named = config.teacher
+    if named is None and config.student is not None and not needs_teacher(config):
+        named = config.student  # nobody asks the teacher for more than a shape and a tokenizer
+    elif named is None and stored is not None:
+        named = stored.teacher_name
+    teacher = named or str(DEMO / "teacher")
+    embedded = config.teacher is None and stored is None  # the text is, whoever teaches
+    layers = _student_layers(config, models.config(teacher))
+    seq_len = _seq_len(config, teacher, 128 if embedded else 1024, stored)
     if config.loss.features != "off":
-        features.pairs(config.loss.feature_pairs, layers, settings.layers)
+        features.pairs(config.loss.feature_pairs, layers, models.config(teacher).layers)
     if config.on_policy.fraction:
-        config.on_policy.lengths(config.seq_len or usual)
+        config.on_policy.lengths(seq_len)
     name = "demo"
-    if config.teacher is not None:
-        folder = Path(config.teacher)
-        name = (folder.resolve() if folder.exists() else Path(teacher.partition("@")[0])).name
+    if named is not None:
+        folder = Path(named)
+        name = (folder.resolve() if folder.exists() else Path(named.partition("@")[0])).name
     compute = sharding.compute_dtype(config.compute_dtype)
     if config.compute_dtype == "auto" and config.plan and (config.devices or config.device_memory):
         compute = "bfloat16"  # for accelerators elsewhere
@@ -257,11 +214,64 @@ def with_defaults(config: Config) -> Config:
         config,
         teacher=teacher,
         student_layers=layers,
-        seq_len=config.seq_len or usual,
+        student_init=config.student_init or ("greedy" if config.student is None else None),
+        seq_len=seq_len,
         compute_dtype=compute,
         out=config.out or f"runs/{name}-{layers}L",
-        data=source,
+        data=_data(config.data, stored, embedded),
     )
+
+
+def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> Data:
+    """The text, where no flag names one: that of kept targets, the demo's, or WikiText."""
+    if config.source:
+        pass
+    elif stored is not None:
+        fields = dataclasses.fields(config)
+        given = {f.name: getattr(config, f.name) for f in fields}
+        given = {f.name: given[f.name] for f in fields if given[f.name] != f.default}
+        config = dataclasses.replace(stored.data_config, **given)
+    elif embedded:
+        stories = (str(DEMO / "stories.txt"),)
+        config = dataclasses.replace(config, source=stories, documents="paragraph")
+    else:
+        config = dataclasses.replace(config, source=("Salesforce/wikitext:wikitext-103-raw-v1",))
+    return dataclasses.replace(
+        config,
+        source=tuple(map(text.canonical, config.source)),
+        eval_source=config.eval_source and text.canonical(config.eval_source),
+    )
+
+
+def _seq_len(config: Config, teacher: str, usual: int, stored: target_store.Targets | None) -> int:
+    names = [teacher] if config.student is None else [teacher, config.student]
+    limits = [models.config(name).longest for name in names]
+    longest = min((limit for limit in limits if limit is not None), default=None)
+    if config.seq_len is not None and longest is not None and config.seq_len > longest:
+        raise UserError(f"--seq-len {config.seq_len}: the model was made for {longest} positions")
+    if stored is not None:
+        usual = stored.seq_len
+    elif longest is not None:
+        usual = min(usual, longest)
+    return config.seq_len or usual
+
+
+def _student_layers(config: Config, teacher: Any) -> int:
+    """Blocks of the student, in agreement with the flags that say which."""
+    if config.student is not None:
+        layers = models.config(config.student).layers
+        if config.student_layers not in (None, layers):
+            raise UserError(
+                f"--student-layers {config.student_layers}: the student in {config.student} has"
+                f" {layers}; leave the flag out"
+            )
+        return layers
+    method = config.student_init or "greedy"
+    layers = config.student_layers or len(students.parse(method) or ())
+    layers = layers or max(1, teacher.layers // 2)
+    if method != "random":
+        students.check(teacher.layers, layers, method)
+    return layers
 
 
 def student_config(config: Config) -> Any:
@@ -269,7 +279,7 @@ def student_config(config: Config) -> Any:
     widths = {
         name: getattr(config, f"student_{name}") for name in ("embed", "mlp", "heads", "kv_heads")
     }
-    if config.student is None and config.student_init == "random":
+    if config.student_init == "random":
         return students.resized(models.config(config.teacher), config.student_layers, **widths)
     for name, width in widths.items():
         if width is not None:
@@ -279,46 +289,10 @@ def student_config(config: Config) -> Any:
     return models.config(config.teacher if config.student is None else config.student)
 
 
-def check_resumable(config: Config, out: Path) -> None:
-    """A run that is to be continued must have the configuration that is noted there."""
-    path, content = out / "config.json", as_json(config)
-    now, before = flags(content), flags(files.read_json(path) if path.exists() else content)
-    changed = [
-        f"{flag} was {before.get(flag)}, is {value}"
-        for flag, value in now.items()
-        if value != before.get(flag) and not MAY_CHANGE & {flag, flag.partition(".")[0]}
-    ]
-    begun = checkpoint.latest(out / "checkpoints") is not None
-    if changed and begun and not config.resume_anyway:
-        raise UserError(
-            f"{out} holds a run with other settings ({'; '.join(changed)}): give the same,"
-            " another --out, --no-resume, or --resume-anyway to go on with these"
-        )
-    if changed and begun:
-        say(config, f"continued anyway: {'; '.join(changed)}")
-    if begun and now["--steps"] != before.get("--steps"):
-        say(config, f"--steps was {before.get('--steps')}: schedules now end at {config.steps}")
-    if changed and not begun and jax.process_index() == 0:
-        (out / "choice.json").unlink(missing_ok=True)
-
-
-def write_config(config: Config, out: Path) -> None:
-    """Writes down the configuration."""
-    if jax.process_index() == 0:
-        files.write_json(out / "config.json", as_json(config))
-
-
-def as_json(config: Config) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def flags(content: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
-    """A configuration as its flags."""
-    found = {}
-    for name, value in content.items():
-        flag = prefix + name.replace("_", "-")
-        found |= flags(value, flag + ".") if isinstance(value, dict) else {flag: value}
-    return found
+def run_folder(config: Config) -> files.RunFolder:
+    """The folder of a run, which holds its configuration."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    return files.RunFolder(Path(config.out), settings, MAY_CHANGE, prefix="--")
 
 
 def uses_teacher_loss(loss: losses.Config) -> bool:
@@ -331,29 +305,15 @@ def needs_teacher(config: Config) -> bool:
     return config.eval_teacher or (uses_teacher_loss(config.loss) and config.targets is None)
 
 
-def describe_loss(loss: losses.Config, text: OnPolicy | None = None) -> str:
-    """A loss, and whose `text` it is of, in words."""
+def describe_loss(loss: losses.Config, on_policy: OnPolicy) -> str:
+    """A loss and the text that it is of: the divergence, and all that is not as usual."""
     if not uses_teacher_loss(loss):
         return "cross entropy alone"
-
-    def course(start: float, end: float | None, schedule: str) -> str:
-        return f"{start:g}" if end is None else f"{start:g} to {end:g} ({schedule})"
-
-    share = course(loss.alpha, loss.alpha_end, loss.alpha_schedule)
-    temperature = course(loss.temperature, loss.temperature_end, loss.temperature_schedule)
-    settings = {"jsd": f", beta {loss.beta:g}"}
-    settings |= dict.fromkeys(("skew_kl", "skew_reverse_kl"), f", skew {loss.skew:g}")
-    settings["alpha_beta"] = f", a {loss.ab_alpha:g}, b {loss.ab_beta:g}"
-    told = f"{loss.divergence} at temperature {temperature}{settings.get(loss.divergence, '')}"
-    told = told if share == "1" else f"{share} x {told}, the rest cross entropy"
-    if loss.features != "off":
-        ends = loss.feature_weight, loss.feature_weight_end, loss.feature_weight_schedule
-        told += f"; {course(*ends)} x {loss.features} between hidden states"
-    if text is not None and text.fraction:
-        told += f"; at {text.fraction:.0%} of the steps on text that the {text.writer} writes"
-    return told
-
-
-def say(config: Config, text: str) -> None:
-    if not config.quiet and jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+    settings = [
+        f"{field.name.replace('_', ' ')} {getattr(loss, field.name)}"
+        for field in dataclasses.fields(loss)
+        if getattr(loss, field.name) != field.default and field.name not in ("divergence", "chunk")
+    ]
+    if on_policy.fraction:
+        settings.append(f"{on_policy.fraction:.0%} of the steps on the {on_policy.writer}'s text")
+    return ", ".join([loss.divergence, *settings])

@@ -1,6 +1,8 @@
 """Text from a model: sampling with a key-value cache, and data sets that a model wrote.
 
 python generate.py --model DIR --prompts FILE --out FILE.parquet
+
+Sections: the choice of a token; rows that are decoded together; many texts; the program.
 """
 
 import dataclasses
@@ -9,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,226 +25,234 @@ import text
 from models.attention import Cache, einsum_f32
 from models.base import LanguageModel
 from runtime import answers, errors, processes, report
-from runtime.errors import UserError
+from runtime.errors import Constraint, UserError, above, at_least, between
 
 # ---- the choice of a token -----------------------------------------------------------------------
+
+Logits = Float32[Array, "batch vocab"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen; each filter looks at what those before it have left."""
 
-    temperature: float = 1.0
+    flag_prefix: ClassVar[str] = "--"
+
+    temperature: Annotated[float, at_least(0)] = 1.0
     """Divides the logits; 0 takes the likeliest token."""
-    top_k: int = 0
+    top_k: Annotated[int, at_least(0)] = 0
     """Choose among this many of the likeliest tokens; 0 is all of them."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Constraint("above 0 and at most 1", lambda x: 0 < x <= 1)] = 1.0
     """Choose among the fewest tokens whose probabilities add up to this."""
-    min_p: float = 0.0
+    min_p: Annotated[float, between(0, 1)] = 0.0
     """Choose among tokens with at least this share of the likeliest one's probability."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, above(0)] = 1.0
     """Divides the positive logits of tokens that have occurred, and multiplies negative ones."""
 
     def __post_init__(self):
-        for name, expected, fits in (
-            ("temperature", "0 or more", self.temperature >= 0),
-            ("top_k", "0 or more", self.top_k >= 0),
-            ("top_p", "more than 0 and at most 1", 0 < self.top_p <= 1),
-            ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
-            ("repetition_penalty", "more than 0", self.repetition_penalty > 0),
-        ):
-            if not fits:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is {getattr(self, name)}: it must be {expected}")
+        errors.check(self, self.flag_prefix)
 
     @property
     def sampling(self) -> "Sampling":
         """These settings alone, of a config that holds more."""
         return Sampling(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sampling)})
 
-    @property
-    def remembers(self) -> bool:
-        """Whether it matters which tokens have occurred."""
-        return self.repetition_penalty != 1
 
-
-def filtered(
-    logits: Float32[Array, "batch vocab"], sampling: Sampling
-) -> Float32[Array, "batch vocab"]:
+def filter_logits(logits: Logits, sampling: Sampling) -> Logits:
     """Logits at the temperature, those of tokens that a filter leaves out at minus infinity."""
     logits = logits / sampling.temperature
     if sampling.top_k:
-        logits = largest(logits, jnp.ones_like(logits), sampling.top_k)
+        logits = keep_largest(logits, jnp.ones_like(logits), sampling.top_k)
     if sampling.top_p < 1:
-        logits = largest(logits, jax.nn.softmax(logits), sampling.top_p)
+        logits = keep_largest(logits, jax.nn.softmax(logits), sampling.top_p)
     if sampling.min_p:
         least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p))
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     return logits
 
 
-def largest(
-    logits: Float32[Array, "batch vocab"],
-    weights: Float32[Array, "batch vocab"],
-    amount: float | int,
-) -> Float32[Array, "batch vocab"]:
+def keep_largest(logits: Logits, weights: Logits, amount: float | int) -> Logits:
     """The largest logits, until their weights reach `amount`; the others at minus infinity.
 
-    The last one kept is found bit by bit: 32 sums, each over a vocabulary that may be split over
+    The threshold is searched bit by bit: 32 sums, each over a vocabulary that may be split over
     devices, where a sort would gather it and cost more.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     ranks = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # ordered as the floats
 
-    def refined(i: Int[Array, ""], rank: UInt32[Array, " batch"]) -> UInt32[Array, " batch"]:
-        higher = rank | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        kept = jnp.sum(jnp.where(ranks >= higher[:, None], weights, 0.0), axis=-1)
-        return jnp.where(kept >= amount, higher, rank)
+    def set_bit(i: Int[Array, ""], threshold: UInt32[Array, " batch"]) -> UInt32[Array, " batch"]:
+        higher = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        weight = jnp.sum(jnp.where(ranks >= higher[:, None], weights, 0.0), axis=-1)
+        return jnp.where(weight >= amount, higher, threshold)
 
-    rank = jax.lax.fori_loop(0, 32, refined, jnp.zeros(len(logits), jnp.uint32))
-    return jnp.where(ranks >= rank[:, None], logits, -jnp.inf)
+    threshold = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(len(logits), jnp.uint32))
+    return jnp.where(ranks >= threshold[:, None], logits, -jnp.inf)
 
 
-def choose(
-    logits: Float32[Array, "batch vocab"],
+def sample_token(
+    logits: Logits,
     keys: Key[Array, " batch"],
     step: Int[Array, " batch"],
-    seen: Bool[Array, "batch vocab"] | None,
+    occurred: Bool[Array, "batch vocab"] | None,
     sampling: Sampling,
 ) -> Int[Array, " batch"]:
     """A token for each row, by the row's key and step alone."""
-    if seen is not None:
-        by = jnp.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
-        logits = jnp.where(seen, logits * by, logits)
+    if occurred is not None:
+        penalty = sampling.repetition_penalty
+        penalized = logits * jnp.where(logits > 0, 1 / penalty, penalty)
+        logits = jnp.where(occurred, penalized, logits)
     vocab = logits.shape[1]
     if sampling.temperature:
-        now = jax.vmap(jax.random.fold_in)(keys, step)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(now)
-        logits = filtered(logits, sampling) + noise
+        step_keys = jax.vmap(jax.random.fold_in)(keys, step)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(step_keys)
+        logits = filter_logits(logits, sampling) + noise
     # argmax, by two reductions: XLA on CPU takes ten times as long for one of pairs.
     logits = logits.T
     best = logits == jnp.max(logits, axis=0)
     return jnp.min(jnp.where(best, jnp.arange(vocab)[:, None], vocab - 1), axis=0)
 
 
-# ---- rows that are continued ---------------------------------------------------------------------
+# ---- rows that are decoded together --------------------------------------------------------------
 
 PART = 256  # tokens of a prompt read at once
+STEPS = 64  # tokens between two looks of the host at the rows
 
 
-class Rows(eqx.Module):
-    """Texts that are being continued, each at a place of its own."""
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How rows are continued; the same for all of them, and static in every program."""
+
+    max_new: int
+    sampling: Sampling = Sampling()
+    stop: tuple[int, ...] = ()  # tokens that end a row, and are its last
+    dtype: Any = None
+
+
+class DecodeState(eqx.Module):
+    """Texts that are being continued, each as far as it is."""
 
     cache: Cache
     keys: Key[Array, " batch"]
     tokens: Int[Array, "batch new"]
     count: Int[Array, " batch"]
-    live: Bool[Array, " batch"]
-    seen: Bool[Array, "batch vocab"] | None
+    active: Bool[Array, " batch"]
+    occurred: Bool[Array, "batch vocab"] | None  # tokens of a row, for --repetition-penalty
 
 
-def begin(
+def constrain_state(state: Any) -> Any:
+    """Splits every array by its axes over the mesh in scope, if any."""
+    return jax.tree.map(
+        lambda array, axes: sharding.constrain(array, " ".join(axes)), state, sharding.axes(state)
+    )
+
+
+@sharding.jit
+def idle_state(
+    model: LanguageModel, keys: Key[Array, " batch"], capacity: int, decoding: Decoding
+) -> DecodeState:
+    """Rows that hold nothing yet."""
+    zeros = jnp.zeros(len(keys), jnp.int32)
+    occurred = None
+    if decoding.sampling.repetition_penalty != 1:
+        # The head may have fewer rows than the config says: on-policy text leaves padding out.
+        occurred = jnp.zeros((len(keys), len(model.unembedding)), bool)
+    tokens = jnp.zeros((len(keys), decoding.max_new), jnp.int32)
+    cache = model.cache(len(keys), capacity, decoding.dtype)
+    return constrain_state(DecodeState(cache, keys, tokens, zeros, zeros > 0, occurred))
+
+
+def read_prompts(
     model: LanguageModel,
     prompts: Int[Array, "batch seq"],
     lengths: Int[Array, " batch"],
     keys: Key[Array, " batch"],
+    decoding: Decoding,
     *,
-    max_new: int,
     room: int,
-    sampling: Sampling,
-    stop: tuple[int, ...],
-    dtype: Any,
-) -> Rows:
+) -> DecodeState:
     """Right-padded prompts with their first new token, in a cache with `room` for more.
 
-    A row of length 0 is none. Long prompts are read in parts, as many as the longest one has.
+    A row of length 0 stays idle. Long prompts are read in parts, as many as the longest one has.
     """
     batch, seq = prompts.shape
     part = -(-seq // -(-seq // PART))
     prompts = jnp.pad(prompts, ((0, 0), (0, -seq % part)))
     row = jnp.arange(batch)
 
-    def read(carry):
+    def read_part(carry):
         start, cache, last = carry
         tokens = jax.lax.dynamic_slice_in_dim(prompts, start, part, axis=1)
         real = (start + jnp.arange(part) < lengths[:, None]).astype(jnp.int32)
-        hidden, cache = model.hidden(tokens, real, cache=cache, doc_length=lengths, dtype=dtype)
+        hidden, cache = model.hidden(
+            tokens, real, cache=cache, doc_length=lengths, dtype=decoding.dtype
+        )
         at = lengths - 1 - start
         here = (0 <= at) & (at < part)
         last = jnp.where(here[:, None], hidden[row, jnp.clip(at, 0, part - 1)], last)
         return start + part, cache, last
 
-    cache = placed(model.cache(batch, prompts.shape[1] + room, dtype))
-    last = jnp.zeros((batch, model.config.embed), cache.keys.dtype)
-    start = (jnp.zeros((), jnp.int32), cache, last)
-    _, cache, last = jax.lax.while_loop(lambda carry: carry[0] < jnp.max(lengths), read, start)
-    seen = None
-    if sampling.remembers:
+    state = idle_state(model, keys, prompts.shape[1] + room, decoding)
+    last = jnp.zeros((batch, model.config.embed), state.cache.keys.dtype)
+    start = (jnp.zeros((), jnp.int32), state.cache, last)
+    _, cache, last = jax.lax.while_loop(lambda carry: carry[0] < jnp.max(lengths), read_part, start)
+    occurred = state.occurred
+    if occurred is not None:
         real = jnp.arange(prompts.shape[1]) < lengths[:, None]
-        vocab = model.config.vocab
-        seen = jnp.zeros((batch, vocab), bool)
-        seen = seen.at[row[:, None], jnp.where(real, prompts, vocab)].set(True, mode="drop")
-    tokens = jnp.zeros((batch, max_new), jnp.int32)
-    rows = Rows(cache, keys, tokens, jnp.zeros(batch, jnp.int32), lengths > 0, seen)
-    return placed(extend(model, rows, last, sampling, stop))
+        tokens = jnp.where(real, prompts, occurred.shape[1])
+        occurred = occurred.at[row[:, None], tokens].set(True, mode="drop")
+    state = dataclasses.replace(state, cache=cache, active=lengths > 0, occurred=occurred)
+    return append_token(model, state, last, decoding)
 
 
-def extend(
+def append_token(
     model: LanguageModel,
-    rows: Rows,
+    state: DecodeState,
     hidden: Float[Array, "batch embed"],
-    sampling: Sampling,
-    stop: tuple[int, ...],
-) -> Rows:
-    """With the token that follows these hidden states, in rows that are live."""
+    decoding: Decoding,
+) -> DecodeState:
+    """Active rows, with the token that follows these hidden states."""
     # A vocabulary is many rows, a batch is few: XLA on CPU is faster with the many first.
     logits = einsum_f32("ve,be->vb", model.unembedding.astype(hidden.dtype), hidden).T
     logits = sharding.constrain(logits, "batch vocab")
-    token = choose(logits, rows.keys, rows.count, rows.seen, sampling).astype(jnp.int32)
-    row, new = jnp.arange(len(token)), rows.tokens.shape[1]
-    tokens = rows.tokens.at[row, jnp.where(rows.live, rows.count, new)].set(token, mode="drop")
-    seen = rows.seen
-    if seen is not None:
-        seen = seen.at[row, jnp.where(rows.live, token, seen.shape[1])].set(True, mode="drop")
-    count = rows.count + rows.live.astype(jnp.int32)
-    ended = (token[:, None] == jnp.array(stop, jnp.int32)).any(axis=1)
-    live = rows.live & ~ended & (count < new)
-    return Rows(rows.cache, rows.keys, tokens, count, live, seen)
+    token = sample_token(logits, state.keys, state.count, state.occurred, decoding.sampling)
+    token = token.astype(jnp.int32)
+    row, active, occurred = jnp.arange(len(token)), state.active, state.occurred
+    place = jnp.where(active, state.count, decoding.max_new)
+    tokens = state.tokens.at[row, place].set(token, mode="drop")
+    if occurred is not None:
+        place = jnp.where(active, token, occurred.shape[1])
+        occurred = occurred.at[row, place].set(True, mode="drop")
+    count = state.count + active.astype(jnp.int32)
+    ended = (token[:, None] == jnp.array(decoding.stop, jnp.int32)).any(axis=1)
+    active = active & ~ended & (count < decoding.max_new)
+    state = DecodeState(state.cache, state.keys, tokens, count, active, occurred)
+    return constrain_state(state)
 
 
-def advance(
-    model: LanguageModel,
-    rows: Rows,
-    idle: Int[Array, ""] | int,
+@sharding.jit(donate="all-except-first")
+def decode(
+    frozen: tuple[LanguageModel, Int[Array, ""] | int],
+    state: DecodeState,
+    decoding: Decoding,
     steps: int,
-    *,
-    sampling: Sampling,
-    stop: tuple[int, ...],
-    dtype: Any,
-) -> Rows:
-    """Up to `steps` more tokens for each row, until as many rows as `idle` are not live."""
+) -> DecodeState:
+    """Up to `steps` more tokens for each row, until so many rows are idle; consumes the state."""
+    model, idle = frozen
 
     def goes_on(carry):
-        step, rows = carry
-        return (step < steps) & (jnp.sum(~rows.live) < idle)
+        step, state = carry
+        return (step < steps) & (jnp.sum(~state.active) < idle)
 
-    def step(carry):
-        step, rows = carry
-        before = jnp.maximum(rows.count - 1, 0)[:, None]
-        token = jnp.take_along_axis(rows.tokens, before, axis=1)
-        real = rows.live.astype(jnp.int32)[:, None]
-        hidden, cache = model.hidden(token, real, cache=rows.cache, dtype=dtype)
-        rows = eqx.tree_at(lambda rows: rows.cache, rows, cache)
-        return step + 1, placed(extend(model, rows, hidden[:, 0], sampling, stop))
+    def advance(carry):
+        step, state = carry
+        before = jnp.maximum(state.count - 1, 0)[:, None]
+        token = jnp.take_along_axis(state.tokens, before, axis=1)
+        real = state.active.astype(jnp.int32)[:, None]
+        hidden, cache = model.hidden(token, real, cache=state.cache, dtype=decoding.dtype)
+        state = dataclasses.replace(state, cache=cache)
+        return step + 1, append_token(model, state, hidden[:, 0], decoding)
 
-    return jax.lax.while_loop(goes_on, step, (0, rows))[1]
-
-
-def placed(rows: Any) -> Any:
-    """Every array split by its axes over the mesh in scope, if any."""
-    return jax.tree.map(
-        lambda array, axes: sharding.constrain(array, " ".join(axes)), rows, sharding.axes(rows)
-    )
+    return jax.lax.while_loop(goes_on, advance, (0, state))[1]
 
 
 @sharding.jit
@@ -251,23 +261,18 @@ def sample(
     prompts: Int[Array, "batch seq"],
     lengths: Int[Array, " batch"],
     key: PRNGKeyArray,
-    *,
-    max_new: int,
-    sampling: Sampling = Sampling(),
-    stop: tuple[int, ...] = (),
-    dtype: Any = None,
+    decoding: Decoding,
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
     """Continuations of right-padded prompts, and how many tokens each has; zeros follow them.
 
-    A token of `stop` ends its row and is the last one counted. Each row has a key of its own, so
-    that what it says does not depend on its neighbours, nor on the mesh in scope.
+    Each row has a key of its own, so that what it says does not depend on its neighbours, nor on
+    the mesh in scope.
     """
-    batch = len(prompts)
+    batch, steps = len(prompts), decoding.max_new
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    how = {"sampling": sampling, "stop": stop, "dtype": dtype}
-    rows = begin(model, prompts, lengths, keys, max_new=max_new, room=max_new, **how)
-    rows = advance(model, rows, batch, max_new, **how)
-    return rows.tokens, rows.count
+    state = read_prompts(model, prompts, lengths, keys, decoding, room=steps)
+    state = decode((model, batch), state, decoding, steps)
+    return state.tokens, state.count
 
 
 def continuations(
@@ -279,26 +284,23 @@ def continuations(
     max_new: int = 32,
     dtype: Any = None,
 ) -> Iterator[str]:
-    """Lines that show what each model makes of the same beginnings, by its likeliest tokens."""
+    """Lines that show how each model continues the same prompts, by its likeliest tokens."""
     encoder, stop = text.load_tokenizer(tokenizer).encoder, text.stop_ids(tokenizer)
     lengths = np.full(len(prompts), prompts.shape[1])
-    told = {}
+    greedy = Decoding(max_new, Sampling(temperature=0.0), stop, dtype)
+    samples = {}
     for name, (model, mesh) in writers.items():
         with sharding.use_mesh(mesh, layout):
-            found = sample(
-                model, prompts, lengths, jax.random.key(0), max_new=max_new,
-                sampling=Sampling(temperature=0.0), stop=stop, dtype=dtype,
-            )  # fmt: skip
-            told[name] = tuple(map(sharding.to_host, found))
+            result = sample(model, prompts, lengths, jax.random.key(0), greedy)
+            samples[name] = tuple(map(sharding.to_host, result))
     for row, prompt in enumerate(prompts):
         yield f"\n> {encoder.decode(prompt.tolist())!r}"
-        for name, (tokens, counts) in told.items():
+        for name, (tokens, counts) in samples.items():
             yield f"{name:8}  {encoder.decode(tokens[row, : counts[row]].tolist())!r}"
 
 
 # ---- many texts ----------------------------------------------------------------------------------
 
-STEPS = 64  # tokens between two looks of the host at the rows
 WIDTH = 64  # prompts are padded to a multiple of it, so that texts of many sets need one program
 
 
@@ -314,12 +316,9 @@ def generate(
     model: LanguageModel,
     jobs: Sequence[Job],
     key: PRNGKeyArray,
+    decoding: Decoding,
     *,
     slots: int,
-    max_new: int,
-    sampling: Sampling,
-    stop: tuple[int, ...],
-    dtype: Any = None,
 ) -> Iterator[list[tuple[Job, Int[np.ndarray, " new"]]]]:
     """Every job with its new tokens, some at a time, as they are finished.
 
@@ -327,67 +326,54 @@ def generate(
     place; so short texts wait for long ones only at the end. Longer prompts come first: they are
     read together with those of their length.
     """
-    ways = sharding.num_shards("batch")
-    slots = -(-min(slots, len(jobs)) // ways) * ways
-    group = -(-slots // (4 * ways)) * ways
+    shards = sharding.num_shards("batch")
+    slots = -(-min(slots, len(jobs)) // shards) * shards
+    group = -(-slots // (4 * shards)) * shards
     queue = deque(sorted(jobs, key=lambda job: -len(job.tokens)))
     width = -(-len(queue[0].tokens) // WIDTH) * WIDTH
-    held: list[Job | None] = [None] * slots
-    how = {"sampling": sampling, "stop": stop, "dtype": dtype}
-    rows = idle_rows(model, slots, width + max_new, max_new, sampling, dtype)
-    while queue or any(held):
-        free = [slot for slot, job in enumerate(held) if job is None]
+    running: dict[int, Job] = {}
+    keys = jax.random.split(key, slots)  # none is used: each job brings its own
+    state = idle_state(model, keys, width + decoding.max_new, decoding)
+    while queue or running:
+        free = [slot for slot in range(slots) if slot not in running]
         while queue and len(free) >= min(group, len(queue)):
-            prompts, lengths = np.zeros((group, width), np.int32), np.zeros(group, np.int32)
-            names, places = np.zeros((group, 2), np.int32), np.full(group, slots, np.int32)
-            for i in range(min(group, len(queue))):
-                job, places[i] = queue.popleft(), free.pop()
-                prompts[i, : len(job.tokens)], lengths[i] = job.tokens, len(job.tokens)
-                names[i], held[places[i]] = job[:2], job
-            rows = refill((model, prompts, lengths, names, places, key), rows, **how)
+            added = {free.pop(): queue.popleft() for _ in range(min(group, len(queue)))}
+            running |= added
+            prompts = prompt_arrays(added, group, width, padding=slots)
+            state = insert_prompts((model, key, *prompts), state, decoding)
         idle = min(group, len(queue)) if queue else slots
-        rows = decode((model, np.int32(idle)), rows, **how)
-        tokens, counts, live = map(sharding.to_host, (rows.tokens, rows.count, rows.live))
-        ended = [slot for slot, job in enumerate(held) if job is not None and not live[slot]]
-        yield [(held[slot], tokens[slot, : counts[slot]]) for slot in ended]
-        for slot in ended:
-            held[slot] = None
+        state = decode((model, np.int32(idle)), state, decoding, STEPS)
+        tokens, counts, active = map(sharding.to_host, (state.tokens, state.count, state.active))
+        ended = [slot for slot in sorted(running) if not active[slot]]
+        yield [(running.pop(slot), tokens[slot, : counts[slot]]) for slot in ended]
 
 
-@sharding.jit
-def idle_rows(
-    model: LanguageModel, slots: int, capacity: int, max_new: int, sampling: Sampling, dtype: Any
-) -> Rows:
-    """Rows that hold nothing yet."""
-    zeros = jnp.zeros(slots, jnp.int32)
-    seen = jnp.zeros((slots, model.config.vocab), bool) if sampling.remembers else None
-    keys = jax.vmap(jax.random.key)(zeros)
-    tokens = jnp.zeros((slots, max_new), jnp.int32)
-    cache = model.cache(slots, capacity, dtype)
-    return placed(Rows(cache, keys, tokens, zeros, zeros > 0, seen))
+def prompt_arrays(
+    jobs: Mapping[int, Job], group: int, width: int, padding: int
+) -> list[np.ndarray]:
+    """Tokens, lengths, names and slots of a group of jobs; unused rows have the slot `padding`."""
+    prompts, lengths = np.zeros((group, width), np.int32), np.zeros(group, np.int32)
+    names, slots = np.zeros((group, 2), np.int32), np.full(group, padding, np.int32)
+    for i, (slot, job) in enumerate(jobs.items()):
+        prompts[i, : len(job.tokens)], lengths[i] = job.tokens, len(job.tokens)
+        names[i], slots[i] = job[:2], slot
+    return [prompts, lengths, names, slots]
 
 
 @sharding.jit(donate="all-except-first")
-def refill(frozen: tuple[Any, ...], rows: Rows, **how: Any) -> Rows:
-    """With other prompts in some rows; those placed beyond the last row are none."""
-    model, prompts, lengths, names, places, key = frozen
-    keys = jax.vmap(lambda name: jax.random.fold_in(jax.random.fold_in(key, name[0]), name[1]))
-    fresh = begin(model, prompts, lengths, keys(names), max_new=rows.tokens.shape[1], room=0, **how)
+def insert_prompts(frozen: tuple[Any, ...], state: DecodeState, decoding: Decoding) -> DecodeState:
+    """With other prompts in some rows; consumes the state. A slot beyond the last row is none."""
+    model, key, prompts, lengths, names, slots = frozen
+    name_keys = jax.vmap(lambda name: jax.random.fold_in(jax.random.fold_in(key, name[0]), name[1]))
+    fresh = read_prompts(model, prompts, lengths, name_keys(names), decoding, room=0)
 
-    def put(old, axes, new):
-        new = new[tuple(map(slice, old.shape))]  # room of padding alone
+    def insert(old, axes, new):
+        new = new[tuple(map(slice, old.shape))]  # a cache rounded up may have more than the rows
         at = [slice(size) for size in new.shape]
-        at[axes.index("batch")] = places
+        at[axes.index("batch")] = slots
         return old.at[tuple(at)].set(new, mode="drop")
 
-    return placed(jax.tree.map(put, rows, sharding.axes(rows), fresh))
-
-
-@sharding.jit(donate="all-except-first")
-def decode(frozen: tuple[LanguageModel, Int[Array, ""]], rows: Rows, **how: Any) -> Rows:
-    """`advance`, by a bounded number of tokens."""
-    model, idle = frozen
-    return advance(model, rows, idle, STEPS, **how)
+    return constrain_state(jax.tree.map(insert, state, sharding.axes(state), fresh))
 
 
 # ---- the program ---------------------------------------------------------------------------------
@@ -407,17 +393,17 @@ class Config(Sampling):
     column: str | None = None
     """The column of prompts, text or messages; by default messages, else prompt (for a model with
     a chat template what its user says), else text."""
-    samples: int = 1
+    samples: Annotated[int, at_least(1)] = 1
     """Answers to each prompt."""
-    max_prompt: int = 1024
+    max_prompt: Annotated[int, at_least(1)] = 1024
     """Tokens a prompt may have; longer ones are left out."""
-    max_new: int = 256
+    max_new: Annotated[int, at_least(1)] = 256
     """Tokens an answer may have."""
     stop: tuple[int, ...] = ()
     """Token ids that end an answer, besides those that the model's files name."""
-    seed: int = 0
+    seed: Annotated[int, Constraint("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)] = 0
     """Of the sampling."""
-    batch_size: int = 32
+    batch_size: Annotated[int, at_least(1)] = 32
     """Answers written at once."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in; auto is bfloat16 on accelerators, float32 on CPUs."""
@@ -431,8 +417,6 @@ class Config(Sampling):
 
     def __post_init__(self):
         super().__post_init__()
-        errors.check_counts(self, "samples", "max_prompt", "max_new", "batch_size")
-        errors.check_seed(self.seed)
         if Path(self.out).suffix not in (".parquet", ".jsonl"):
             raise UserError(f"--out {self.out}: expected the name of a .parquet or .jsonl file")
 
@@ -442,12 +426,12 @@ class Task(NamedTuple):
 
     prompts: list[text.Prompt]
     jobs: list[Job]
-    stop: tuple[int, ...]
-    dtype: str
+    decoding: Decoding
     settings: dict[str, Any]
 
 
 def prepare(config: Config, folder: Path, tokenizer: text.Tokenizer) -> Task:
+    """Reads the prompts, and leaves out those that are too long."""
     shape = models.config(folder)
     if tokenizer.size > shape.vocab:
         raise UserError(
@@ -457,15 +441,6 @@ def prepare(config: Config, folder: Path, tokenizer: text.Tokenizer) -> Task:
     for token in config.stop:
         if not 0 <= token < shape.vocab:
             raise UserError(f"--stop {token}: expected token ids from 0 to {shape.vocab - 1}")
-    room, remedy = config.max_prompt, "raise --max-prompt"
-    if shape.longest is not None and shape.longest - config.max_new < room:
-        room = shape.longest - config.max_new
-        remedy = f"lower --max-new (the model has {shape.longest} positions)"
-        if room < 1:
-            raise UserError(
-                f"--max-new {config.max_new} leaves no room for prompts: the model was made for"
-                f" {shape.longest} positions"
-            )
     prompts = list(text.prompts(text.find(config.prompts), tokenizer, config.column))
     if not prompts:
         raise UserError(f"{config.prompts}: no prompts in it: all it holds is empty or blank")
@@ -475,56 +450,55 @@ def prepare(config: Config, folder: Path, tokenizer: text.Tokenizer) -> Task:
         encoding.ids if prompt.piece.rendered else bos + encoding.ids
         for prompt, encoding in zip(prompts, encodings, strict=True)
     ]
+    longest, remedy = config.max_prompt, "raise --max-prompt"
+    if shape.longest is not None and shape.longest - config.max_new < longest:
+        longest = max(0, shape.longest - config.max_new)
+        remedy = f"lower --max-new (the model has {shape.longest} positions)"
     lengths = list(map(len, tokens))
     if not min(lengths):
         raise UserError(f"{config.prompts}: prompt {lengths.index(0) + 1} has no tokens")
-    fits = [i for i, length in enumerate(lengths) if length <= room]
-    if not fits:
+    fitting = [i for i, length in enumerate(lengths) if length <= longest]
+    if not fitting:
         raise UserError(
-            f"{config.prompts}: all {len(prompts)} prompts are longer than {room} tokens (the"
+            f"{config.prompts}: all {len(prompts)} prompts are longer than {longest} tokens (the"
             f" shortest has {min(lengths)}): give shorter ones, or {remedy}"
         )
-    if len(fits) < len(prompts):
-        count = len(prompts) - len(fits)
-        print(f"{count} of {len(prompts)} prompts left out: over {room} tokens", file=sys.stderr)
+    if excess := len(prompts) - len(fitting):
+        print(
+            f"{excess} of {len(prompts)} prompts left out: over {longest} tokens", file=sys.stderr
+        )
     dtype = sharding.compute_dtype(config.compute_dtype)
     stop = tuple(sorted({*text.stop_ids(folder), *config.stop}))
+    sampling = config.sampling
     settings = {
         "model": config.model, "prompts": config.prompts,
-        "samples": config.samples, "max-prompt": room, "max-new": config.max_new,
+        "samples": config.samples, "max-prompt": longest, "max-new": config.max_new,
         "seed": config.seed, "stop": list(stop), "compute-dtype": dtype,
-        **{name.replace("_", "-"): value for name, value in vars(config.sampling).items()},
+        **{name.replace("_", "-"): value for name, value in vars(sampling).items()},
         "text of the prompts": text.digest(tokens), "weights": models.fingerprint(folder),
     }  # fmt: skip
-    jobs = [Job(i, j, tokens[i]) for i in fits for j in range(config.samples)]
-    return Task(prompts, jobs, stop, dtype, settings)
+    jobs = [Job(i, j, tokens[i]) for i in fitting for j in range(config.samples)]
+    return Task(prompts, jobs, Decoding(config.max_new, sampling, stop, dtype), settings)
 
 
 def write(
-    config: Config,
-    task: Task,
-    folder: Path,
-    tokenizer: text.Tokenizer,
-    journal: answers.Journal,
+    config: Config, task: Task, folder: Path, tokenizer: text.Tokenizer, journal: answers.Journal
 ) -> None:
     """Lets the model write what the journal lacks."""
     jobs = [job for job in task.jobs if job[:2] not in journal]
     if not jobs:
         return
     mesh = sharding.make_mesh(**config.mesh.sizes)
-    model = models.load(folder, dtype=task.dtype, mesh=mesh)
-    begun, done, count = time.monotonic(), 0, 0
-    with sharding.use_mesh(mesh), report.counting("generating", quiet=config.quiet) as show:
-        for finished in generate(
-            model, jobs, jax.random.key(config.seed), slots=config.batch_size,
-            max_new=config.max_new, sampling=config.sampling, stop=task.stop, dtype=task.dtype,
-        ):  # fmt: skip
-            journal.add(
-                [answer(job, tokens.tolist(), task.stop, tokenizer) for job, tokens in finished]
-            )
-            done, count = done + len(finished), count + sum(len(tokens) for _, tokens in finished)
-            speed = count / (time.monotonic() - begun)
-            show(done, len(jobs), f"{report.count(speed)} tok/s")
+    model = models.load(folder, dtype=task.decoding.dtype, mesh=mesh)
+    start, done, written = time.monotonic(), 0, 0
+    with sharding.use_mesh(mesh), report.progress("generating", len(jobs)) as advance:
+        key = jax.random.key(config.seed)
+        for finished in generate(model, jobs, key, task.decoding, slots=config.batch_size):
+            stop = task.decoding.stop
+            journal.add([answer(job, new.tolist(), stop, tokenizer) for job, new in finished])
+            done, written = done + len(finished), written + sum(len(new) for _, new in finished)
+            speed = written / (time.monotonic() - start)
+            advance(done, remark=f"{report.count(speed)} tok/s")
 
 
 def answer(
@@ -537,29 +511,18 @@ def answer(
     completion = whole[len(before) :] if whole.startswith(before) else decode(said)
     if not stopped:
         completion = completion.rstrip("\ufffd")  # the first bytes of a letter
-    return {
-        "prompt": job.prompt,
-        "sample": job.sample,
-        "completion": completion,
-        "finish_reason": "stop" if stopped else "length",
-        "n_tokens": len(tokens),
-    }
+    record = {"prompt": job.prompt, "sample": job.sample, "completion": completion}
+    return record | {"finish_reason": "stop" if stopped else "length", "n_tokens": len(tokens)}
 
 
-def rows(task: Task, journal: answers.Journal) -> Iterator[dict[str, Any]]:
+def records(task: Task, journal: answers.Journal) -> Iterator[dict[str, Any]]:
     """The data set, in the order of its prompts."""
     for record in journal:
         prompt, completion = task.prompts[record["prompt"]], record["completion"]
-        messages = prompt.messages
-        if messages is not None:
-            messages = [*messages, {"role": "assistant", "content": completion}]
-        yield {
-            "prompt": prompt.piece.text,
-            "completion": completion,
-            "messages": messages,
-            "finish_reason": record["finish_reason"],
-            "n_tokens": record["n_tokens"],
-        }
+        turn = {"role": "assistant", "content": completion}
+        messages = None if prompt.messages is None else [*prompt.messages, turn]
+        row = {"prompt": prompt.piece.text, "completion": completion, "messages": messages}
+        yield row | {name: record[name] for name in ("finish_reason", "n_tokens")}
 
 
 def run(config: Config) -> None:
@@ -573,13 +536,13 @@ def run(config: Config) -> None:
     if config.push is not None:
         answers.reserve(config.push)
     if out.exists() and config.resume and not answers.journal_path(out).exists():
-        answers.agree(out, answers.settings_of(out), task.settings)
+        answers.check_settings(out, answers.settings_of(out), task.settings)
         print(f"{out} is finished", file=sys.stderr)
     else:
         with answers.Journal(out, task.settings, resume=config.resume) as journal:
             write(config, task, folder, tokenizer, journal)
-            answers.save(out, rows(task, journal), columns, task.settings)
-            journal.path.unlink()
+            answers.save(out, records(task, journal), columns, task.settings)
+            journal.remove()
         print(f"{len(task.jobs)} answers  {out}")
     if config.push is not None:
         print(f"data set  {answers.upload(config.push, out, task.settings)}")
@@ -588,7 +551,8 @@ def run(config: Config) -> None:
 def main() -> None:
     config = errors.cli(Config)
     processes.start()
-    run(config)
+    with report.quietly(config.quiet):
+        run(config)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import equinox as eqx
@@ -44,23 +43,31 @@ Rules = Mapping[str, tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The rules of a run: where parameters and activations lie, and where moments do."""
+    """Where the axes of a run lie: ZeRO 3 splits parameters, gradients and moments; ZeRO 1 keeps
+    parameters whole, and splits moments over the devices that share the batch."""
 
-    params: Rules = dataclasses.field(default_factory=lambda: RULES)
-    moments: Rules = dataclasses.field(default_factory=lambda: RULES)
+    zero: int = 3
+    overrides: tuple[str, ...] = ()
+    """Rules such as `vocab=fsdp,tensor`, over both."""
 
+    def __post_init__(self):
+        if len(dict(map(_rule, self.overrides))) < len(self.overrides):
+            given = " ".join(self.overrides)
+            raise UserError(f"--mesh.rules {given}: one of the axes is named twice")
 
-def layout(zero: int = 3, rules: Sequence[str] = ()) -> Layout:
-    """ZeRO 3 splits parameters, gradients and moments; ZeRO 1 keeps parameters whole, and splits
-    moments over the devices that share the batch. `rules` such as `vocab=fsdp,tensor` override."""
-    own = dict(map(_rule, rules))
-    if len(own) < len(rules):
-        raise UserError(f"--mesh.rules {' '.join(rules)}: one of the axes is named twice")
-    params, moments = RULES, RULES
-    if zero == 1:
-        params = RULES | {"rows": ("data", "fsdp"), "vocab": ("tensor",), "embed": ()}
-        moments = RULES | {"vocab": ("data", "fsdp", "tensor"), "embed": ("data", "fsdp")}
-    return Layout({**params, **own}, {**moments, **own})
+    @property
+    def params(self) -> Rules:
+        """For parameters, gradients and activations."""
+        whole = {"rows": ("data", "fsdp"), "vocab": ("tensor",), "embed": ()}
+        return self._rules(whole)
+
+    @property
+    def moments(self) -> Rules:
+        split = {"vocab": ("data", "fsdp", "tensor"), "embed": ("data", "fsdp")}
+        return self._rules(split)
+
+    def _rules(self, zero_1: Rules) -> Rules:
+        return RULES | (zero_1 if self.zero == 1 else {}) | dict(map(_rule, self.overrides))
 
 
 def _rule(text: str) -> tuple[str, tuple[str, ...]]:
@@ -75,29 +82,15 @@ def _rule(text: str) -> tuple[str, tuple[str, ...]]:
     return name, axes
 
 
-_current: ContextVar[Layout | None] = ContextVar("layout", default=None)
-
-
-_compiled_for = [Layout()]
+# The layout goes where the mesh in scope goes: jax holds programs of other layouts apart.
+_layout = jax.make_user_context(Layout())
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh, layout: Layout | None = None) -> Iterator[None]:
-    """Places activations and new states on `mesh` by these rules."""
-    layout = Layout() if layout is None else layout
-    if layout != _compiled_for[0]:  # jax knows programs by their mesh, not by our rules
-        jax.clear_caches()
-        _compiled_for[0] = layout
-    token = _current.set(layout)
-    try:
-        with jax.set_mesh(mesh):
-            yield
-    finally:
-        _current.reset(token)
-
-
-def _layout() -> Layout:
-    return _current.get() or Layout()
+def use_mesh(mesh: Mesh, layout: Layout = Layout()) -> Iterator[None]:
+    """Places activations and new states on `mesh` by the rules of `layout`."""
+    with jax.set_mesh(mesh), _layout(layout):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,24 +140,20 @@ def axes(tree: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, [_declared(tree, path, leaf) for path, leaf in leaves])
 
 
-def _declared(node, path, leaf) -> tuple[str, ...] | None:
+def _declared(node: Any, path: tuple, leaf: Any) -> tuple[str, ...] | None:
     names = None
     for key in path:
-        if isinstance(key, jax.tree_util.GetAttrKey):
-            if isinstance(node, eqx.Module):
-                names = field_axes(type(node), key.name)
-            node = getattr(node, key.name)
-        elif isinstance(key, jax.tree_util.SequenceKey):
-            node = node[key.idx]
-        elif isinstance(key, jax.tree_util.DictKey):
-            node = node[key.key]
-        else:
-            return None
-    if names is None or not hasattr(leaf, "ndim"):
-        return None
-    if leaf.ndim == len(names) + 1:
-        names = ("layers", *names)
-    return names if leaf.ndim == len(names) else None
+        match key:
+            case jax.tree_util.GetAttrKey(name=name):
+                names = field_axes(type(node), name) if isinstance(node, eqx.Module) else names
+                node = getattr(node, name)
+            case jax.tree_util.SequenceKey(idx=at) | jax.tree_util.DictKey(key=at):
+                node = node[at]
+            case _:
+                return None
+    extra = getattr(leaf, "ndim", -1) - len(names or ())
+    stacked = {0: (), 1: ("layers",)}.get(extra)
+    return None if names is None or stacked is None else (*stacked, *names)
 
 
 def field_axes(module: type, field: str) -> tuple[str, ...] | None:
@@ -180,7 +169,7 @@ def claims(
     names: Sequence[str], mesh: Mesh | AbstractMesh, rules: Rules | None = None
 ) -> list[tuple[str, ...]]:
     """The mesh axes that each of these axes is split over."""
-    rules = _layout().params if rules is None else rules
+    rules = _layout.value.params if rules is None else rules
     claimed: dict[str, tuple[str, ...]] = {}
     free = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
     for name in rules:
@@ -241,10 +230,10 @@ def shard(tree: PyTree, specs: PyTree) -> PyTree:
 
 def constrain_tree(tree: PyTree, *, moments: bool = False) -> PyTree:
     """Inside a jitted function: every array placed by its axes on the mesh in scope, if any."""
-    mesh, rules = jax.sharding.get_abstract_mesh(), _layout()
+    mesh, layout = jax.sharding.get_abstract_mesh(), _layout.value
     if mesh.empty:
         return tree
-    return shard(tree, specs(tree, mesh, rules.moments if moments else rules.params))
+    return shard(tree, specs(tree, mesh, layout.moments if moments else layout.params))
 
 
 def num_shards(name: str) -> int:
@@ -288,9 +277,14 @@ def process_rows(mesh: Mesh, rules: Rules | None = None) -> tuple[int, int]:
     return kinds.index(tuple(sorted(held[jax.process_index()]))), len(kinds)
 
 
+def row_sharding(mesh: Mesh, rules: Rules | None = None) -> NamedSharding:
+    """Where the rows of a batch lie."""
+    return NamedSharding(mesh, PartitionSpec(claims(["batch"], mesh, rules)[0] or None))
+
+
 def from_host(tree: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
-    """Arrays of the rows that each process has of its `share`, as global arrays."""
-    rows = NamedSharding(mesh, PartitionSpec(claims(["batch"], mesh, rules)[0] or None))
+    """Arrays of the rows that each process has, its part of `process_rows`, as global arrays."""
+    rows = row_sharding(mesh, rules)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
 
 

@@ -37,10 +37,10 @@ def ours(shape: str, rows: int, new: int, runs: int) -> dict:
     family = models.FAMILIES[SHAPES[shape]["model_type"]]
     model = family(family.Config.read(HFConfig(settings(shape, 8))), jax.random.key(0))
     tokens, lengths = prompts(shape, rows)
-    how = {"max_new": new, "sampling": generate.Sampling(temperature=0.0)}
+    greedy = generate.Decoding(new, generate.Sampling(temperature=0.0))
 
     def run():
-        _, counts = generate.sample(model, tokens, lengths, jax.random.key(0), **how)
+        _, counts = generate.sample(model, tokens, lengths, jax.random.key(0), greedy)
         assert (jax.device_get(counts) == new).all()
 
     return result(run, rows * new, runs)

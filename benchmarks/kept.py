@@ -72,7 +72,7 @@ def speeds(folder: Path, turns: int) -> None:
         def read(of=of):
             batch = data.read(corpus, windows)
             if isinstance(of, target_store.Targets):
-                batch = target_store.Told(*batch, target_store.read(of, windows))
+                batch = batch._replace(signal=target_store.read(of, windows))
             return teacher if of is teacher else None, jax.device_put(batch)
 
         loss = losses.Config(alpha=0.0 if of is None else 1.0)

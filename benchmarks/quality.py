@@ -62,7 +62,7 @@ def train(folder: Path, config: Config, start: str, loss: losses.Config, seed: i
                 eval_every=config.steps, save_every=config.steps, eval_windows=sys.maxsize,
             )
         )  # fmt: skip
-    found = [line for line in report.read(out / "metrics.jsonl") if "eval/ce" in line]
+    found = [line for line in report.read_metrics(out / "metrics.jsonl") if "eval/ce" in line]
     choice = out / "choice.json"
     kept = tuple(json.loads(choice.read_text())["kept"]) if choice.exists() else None
     seconds = round(time.monotonic() - begun)

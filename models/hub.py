@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 import sharding
 from models.base import LanguageModel
 from models.hf_config import HFConfig
-from runtime import files
+from runtime import files, report
 from runtime.errors import UserError
 
 from .bloom import Bloom
@@ -77,10 +77,12 @@ def fetch(source: str | os.PathLike, *, weights: bool = True) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         cause = "no such folder, and no hub id (owner/name, owner/name@revision)"
         raise UserError(f"{files.printable(source)}: {cause}")
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors, snapshot_download, utils
 
+    utils.disable_progress_bars()  # they would run into ours
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+        with report.progress(f"fetching {name}"):
+            return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except (errors.HTTPError, OSError, ValueError) as error:
         # Where the hub fails the cache is asked, whose error hides what the hub had answered.
         answers = [e for e in (error, error.__cause__) if getattr(e, "response", None) is not None]

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime.files import atomic_write
-from runtime.report import Metrics, _figure, count, read
+from runtime.report import Metrics, count, figure, read_metrics
 
 
 def curves(metrics_path: Path, png_path: Path) -> None:
-    """SampledTargets the run: loss, cross entropy and KL with their held-out figures, learning rate."""
+    """Draws loss, cross entropy and KL with their held-out figures, and the learning rate."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    lines = read(metrics_path)
+    lines = read_metrics(metrics_path)
 
     def points(key: str) -> tuple[list[int], list[float]]:
         known = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         return [step for step, _ in known], [value for _, value in known]
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    (loss, ce), (kl, rate) = figure.subplots(2, 2, sharex=True)
+    sheet = Figure(figsize=(11, 7), layout="constrained")
+    (loss, ce), (kl, rate) = sheet.subplots(2, 2, sharex=True)
     held_out = {"color": "tab:orange", "marker": "o", "ms": 4, "label": "held out"}
     loss.set_title("training loss")
     loss.plot(*points("loss"), lw=1, label="loss")
@@ -43,16 +43,16 @@ def curves(metrics_path: Path, png_path: Path) -> None:
     rate.set_title("learning rate")
     rate.plot(*points("lr"), lw=1)
     rate.ticklabel_format(axis="y", scilimits=(-2, 2))
-    for panel in figure.axes:
+    for panel in sheet.axes:
         panel.grid(which="both", alpha=0.2)
         panel.spines[["top", "right"]].set_visible(False)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(frameon=False)
     rate.xaxis.get_major_locator().set_params(integer=True)
-    figure.supxlabel("optimizer step", fontsize="medium")
+    sheet.supxlabel("optimizer step", fontsize="medium")
     plain = {"axes.formatter.min_exponent": 4}  # 0.3 beside 0.1, not 3 × 10^-1
     with atomic_write(png_path) as half, matplotlib.rc_context(plain):
-        figure.savefig(half, format="png", dpi=130)
+        sheet.savefig(half, format="png", dpi=130)
 
 
 class Row(NamedTuple):
@@ -92,7 +92,7 @@ def _cells(row: Row) -> list[str]:
         exact = math.exp(min(row.ce, 700))
         perplexity = f"{exact:.2f}" if exact < 1e4 else count(exact)
     shares = ("-" if share is None else f"{share:.1%}" for share in (row.agreement, row.recovered))
-    return [row.name, _figure(row.ce), perplexity, _figure(row.kl), *shares]
+    return [row.name, figure(row.ce), perplexity, figure(row.kl), *shares]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -1,10 +1,11 @@
-"""Batches whose text a model has written: what it makes of prompts that the data's rows begin with.
+"""Batches whose text a model has written: continuations of what the data's rows begin with.
 
 Which steps have one, and what is written there, is a function of the seed and the step alone.
 """
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -14,33 +15,26 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 import data
 import sharding
-from generate import Sampling, sample
+from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
-from runtime import errors
-from runtime.errors import UserError
+from runtime import processes
+from runtime.errors import UserError, at_least, between
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Sampling):
-    fraction: float = 0.0
+    flag_prefix: ClassVar[str] = "--on-policy."
+
+    fraction: Annotated[float, between(0, 1)] = 0.0
     """Share of the steps whose text is written by a model instead of read; they are drawn by the
     seed."""
     writer: Literal["student", "teacher"] = "student"
     """Who writes it: the student as it is before that step, or the teacher."""
-    prompt: int | None = None
+    prompt: Annotated[int | None, at_least(1)] = None
     """Tokens of each row that are read and continued, of the last document among them; by default
     a quarter of the row."""
-    max_new: int | None = None
+    max_new: Annotated[int | None, at_least(1)] = None
     """Tokens written in a row at most; by default its rest."""
-
-    def __post_init__(self):
-        if not 0 <= self.fraction <= 1:
-            raise UserError(f"--on-policy.fraction is {self.fraction}: it must be from 0 to 1")
-        errors.check_counts(self, "prompt", "max_new", prefix="--on-policy.")
-        try:
-            super().__post_init__()
-        except UserError as error:
-            raise UserError(str(error).replace("--", "--on-policy.", 1)) from None
 
     def lengths(self, seq_len: int) -> tuple[int, int]:
         """Of prompts and of what follows them, at most, in rows that predict `seq_len` tokens."""
@@ -53,22 +47,29 @@ class Config(Sampling):
         return prompt, min(self.max_new or seq_len, seq_len + 1 - prompt)
 
 
-def keys(seed: int, step: Int[Array, ""] | int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    """Of a step: that which says whether text is written, and that of the text."""
-    turn, words = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
-    return turn, words
+def step_keys(seed: int, step: Int[Array, ""] | int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+    """Two keys of a step: one draws whether text is written, the other the text."""
+    return tuple(jax.random.split(jax.random.fold_in(jax.random.key(seed), step)))
 
 
-def turns(config: Config, seed: int, start: int, stop: int) -> Bool[np.ndarray, " steps"]:
+def on_policy_steps(config: Config, seed: int, start: int, stop: int) -> Bool[np.ndarray, " steps"]:
     """At which of these steps text is written."""
     if not config.fraction or start >= stop:
         return np.zeros(max(0, stop - start), bool)
-    drawn = jax.vmap(lambda step: jax.random.uniform(keys(seed, step)[0]))(np.arange(start, stop))
-    return sharding.to_host(drawn) < config.fraction
+    draw = jax.vmap(lambda step: jax.random.uniform(step_keys(seed, step)[0]))
+    return sharding.to_host(draw(np.arange(start, stop))) < config.fraction
+
+
+def compile_writer(
+    writer: LanguageModel, batch: data.Batch, step: Int[Array, ""], **settings: Any
+) -> Callable[[LanguageModel, data.Batch, Int[Array, ""]], data.Batch]:
+    """`continue_rows` with these settings, compiled for such a writer and such batches."""
+    program = sharding.compiled(continue_rows.lower(writer, batch, step, **settings))
+    return lambda *inputs: processes.block_on_cpu(program(*inputs, **settings))
 
 
 @eqx.filter_jit
-def write(
+def continue_rows(
     writer: LanguageModel,
     batch: data.Batch,
     step: Int[Array, ""],
@@ -85,40 +86,38 @@ def write(
     then what was sampled, from the first `vocab` tokens, which alone counts. A document that has
     ended is not continued: its row counts nothing.
     """
-    rows, width = batch.tokens.shape
+    width = batch.tokens.shape[1]
     longest, new = config.lengths(width - 1)
-    prompts, lengths = beginnings(batch, longest, stop)
+    prompts, lengths = row_prompts(batch, longest, stop)
     if len(writer.unembedding) > vocab:  # tokens that only the writer has
         head = writer.unembedding[:vocab]
         writer = eqx.tree_at(lambda model: model.head, writer, head, is_leaf=lambda x: x is None)
-    found, counts = sample(
-        writer, prompts, lengths, keys(seed, step)[1],
-        max_new=new, sampling=config.sampling, stop=stop, dtype=dtype,
-    )  # fmt: skip
+    decoding = Decoding(new, config.sampling, stop, dtype)
+    words, counts = sample(writer, prompts, lengths, step_keys(seed, step)[1], decoding)
     at = jnp.arange(width)
-    begins, ends = lengths[:, None], (lengths + counts)[:, None]
+    starts, ends = lengths[:, None], (lengths + counts)[:, None]
     tokens = jnp.pad(prompts, ((0, 0), (0, width - longest)))
-    after = jnp.clip(at - begins, 0, new - 1)
-    tokens = jnp.where(at < begins, tokens, jnp.take_along_axis(found, after, axis=1))
+    after = jnp.clip(at - starts, 0, new - 1)
+    tokens = jnp.where(at < starts, tokens, jnp.take_along_axis(words, after, axis=1))
     segments = (at < ends).astype(jnp.int32)
-    written = (begins <= at) & (at < ends)
-    made = data.Batch(tokens * segments, segments, written[:, 1:])
-    return jax.tree.map(lambda x: sharding.constrain(x, "batch seq"), made)
+    mask = ((starts <= at) & (at < ends))[:, 1:]
+    continued = data.Batch(tokens * segments, segments, mask)
+    return jax.tree.map(lambda x: sharding.constrain(x, "batch seq"), continued)
 
 
-def beginnings(
+def row_prompts(
     batch: data.Batch, longest: int, stop: tuple[int, ...]
 ) -> tuple[Int[Array, "batch prompt"], Int[Array, " batch"]]:
     """Right-padded prompts of up to `longest` tokens, and their lengths, 0 where there is none."""
     tokens, segments = batch.tokens[:, :longest], batch.segments[:, :longest]
     at = jnp.arange(longest)
-    last = jnp.max(jnp.where(segments > 0, at, -1), axis=1, keepdims=True)
-    inside = (segments == jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1)) & (last >= 0)
-    first = jnp.min(jnp.where(inside, at, longest), axis=1, keepdims=True)
-    lengths = jnp.maximum(last - first + 1, 0)
-    end = jnp.take_along_axis(tokens, jnp.maximum(last, 0), axis=1)
+    last = jnp.max(jnp.where(segments > 0, at, 0), axis=1, keepdims=True)
+    inside = (segments > 0) & (segments == jnp.take_along_axis(segments, last, axis=1))
+    lengths = jnp.sum(inside, axis=1, keepdims=True)
+    end = jnp.take_along_axis(tokens, last, axis=1)
     ended = (end == jnp.array(stop, jnp.int32)).any(axis=1, keepdims=True)
     # Alone it is the token by which some tokenizers begin a document.
     lengths = jnp.where(ended & (lengths > 1), 0, lengths)
-    moved = jnp.take_along_axis(tokens, jnp.minimum(first + at, longest - 1), axis=1)
-    return jnp.where(at < lengths, moved, 0), lengths[:, 0]
+    first = last - lengths + 1
+    prompts = jnp.take_along_axis(tokens, jnp.minimum(first + at, longest - 1), axis=1)
+    return jnp.where(at < lengths, prompts, 0), lengths[:, 0]

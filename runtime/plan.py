@@ -1,4 +1,4 @@
-"""What a run holds in the memory of each device, told before a weight is read."""
+"""What a run holds in the memory of each device, before a weight is read; what a step costs."""
 
 import contextlib
 import dataclasses
@@ -19,11 +19,11 @@ import losses
 import models
 import optim
 import sharding
-from config import Config, needs_teacher, student_config, uses_teacher_loss
-from eval import Head, Seen
+from config import Config, needs_teacher, profile_window, uses_teacher_loss
 from models.base import LanguageModel
-from runtime import target_store
+from runtime import report, target_store
 from runtime.errors import UserError
+from runtime.prepare import Placement
 from runtime.report import size
 
 PROGRAM = 600_000_000  # bytes of a process that computes on the CPU, beside its arrays
@@ -37,7 +37,8 @@ class DeviceBytes(NamedTuple):
     moments: int
     batch: int
     gradients: int  # among the temporaries
-    temporaries: int
+    own_teacher: int = 0  # on a device that is the teacher's alone
+    temporaries: int = 0
 
     @property
     def arrays(self) -> int:
@@ -45,30 +46,67 @@ class DeviceBytes(NamedTuple):
 
     @property
     def total(self) -> int:
+        """On a device of the student."""
         return self.arrays + max(self.temporaries, self.gradients)
 
 
-def abstract_state(
-    make: Callable[[jax.Array], PyTree], mesh: jax.sharding.Mesh, layout: sharding.Layout
-) -> PyTree:
-    """What `make` returns for a key, without its values."""
-    found = eqx.filter_eval_shape(lambda: make(jax.random.key(0)))
-    return with_shardings(found, state_shardings(found, mesh, layout))
+# ---- the arguments of a step, as shapes ----------------------------------------------------------
 
 
-def with_shardings(tree: PyTree, where: PyTree) -> PyTree:
+def with_shardings(tree: PyTree, places: PyTree) -> PyTree:
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         tree,
-        where,
+        places,
     )
 
 
 def state_shardings(state: PyTree, mesh: jax.sharding.Mesh, layout: sharding.Layout) -> PyTree:
     """Where every array of a state lies: moments may lie elsewhere than parameters."""
-    where = sharding.specs(state, mesh, layout.params)
+    places = sharding.specs(state, mesh, layout.params)
     moments = sharding.specs(state.opt_state, mesh, layout.moments)
-    return eqx.tree_at(lambda state: state.opt_state, where, moments)
+    return eqx.tree_at(lambda state: state.opt_state, places, moments)
+
+
+def abstract_frozen(
+    config: Config, placement: Placement
+) -> tuple[LanguageModel | None, data.Batch]:
+    """The teacher and the batch that a step is given."""
+    mesh, layout, teacher_mesh = placement
+    rows, seq = config.batch_size, config.seq_len
+    ids = jax.ShapeDtypeStruct((rows, seq + 1), jnp.int32)
+    batch = data.Batch(ids, ids, jax.ShapeDtypeStruct((rows, seq), bool))
+    teacher = signal = head = None
+    if config.targets is not None:
+        targets = target_store.load(config.targets)
+        kind = losses.TopK if targets.kind == "top-k" else losses.SampledTargets
+        signal = kind.abstract(rows, seq, targets.entries)
+    elif uses_teacher_loss(config.loss):
+        teacher = models.abstract(config.teacher)
+        teacher = with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
+    if teacher is not None and teacher_mesh is not None:
+        head, dtype = teacher.unembedding, config.compute_dtype
+        signal = eqx.filter_eval_shape(losses.teacher_states, teacher, batch, dtype=dtype)
+        teacher = None
+    where = sharding.row_sharding(mesh, layout.params)
+    batch = batch._replace(signal=signal)
+    batch = with_shardings(batch, jax.tree.map(lambda _: where, batch))
+    if head is not None:
+        batch = eqx.tree_at(lambda batch: batch.signal.head, batch, head)
+    return teacher, batch
+
+
+def compile_abstract(step: Callable, arguments: PyTree, *static: Any) -> Any:
+    """The program of a step for (frozen, state), of which only shapes are known."""
+    shapes, rest = eqx.partition(arguments, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+
+    def run(frozen, state):
+        return step.__wrapped__(*eqx.combine((frozen, state), rest), *static)
+
+    return sharding.compiled(jax.jit(run, donate_argnums=1).lower(*shapes))
+
+
+# ---- bytes ---------------------------------------------------------------------------------------
 
 
 def bytes_of(tree: PyTree) -> int:
@@ -79,154 +117,56 @@ def bytes_of(tree: PyTree) -> int:
     )
 
 
-def compiled(step: Callable, arrays: PyTree, *fixed: Any) -> Any:
-    """The program of a step for (frozen, state), arrays of which only the outline is known."""
-    known, static = eqx.partition(arrays, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-
-    def run(frozen, state):
-        return step.__wrapped__(*eqx.combine((frozen, state), static), *fixed)
-
-    return sharding.compiled(jax.jit(run, donate_argnums=1).lower(*known))
-
-
-Start = Callable[[Any, optim.Optimizer], PyTree]
-
-
-def arrays(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    layout: sharding.Layout,
-    begin: Start,
-    optimizer: optim.Optimizer,
-) -> tuple[tuple[Any, Any], PyTree]:
-    """The arguments of a step: frozen and state."""
-    shape = student_config(config)
-    if config.student is None and config.student_init != "random":
-        shape = shape.select({"layers": tuple(range(config.student_layers))})
-    family = models.FAMILIES[shape.model_type]
-    # First, so that what does not divide is named as a leaf of the student, not as its moment.
-    sharding.specs(eqx.filter_eval_shape(family, shape, jax.random.key(0)), mesh, layout.params)
-    state = abstract_state(lambda key: begin(family(shape, key), optimizer), mesh, layout)
-    rows = jax.sharding.NamedSharding(
-        mesh,
-        jax.sharding.PartitionSpec(sharding.claims(["batch"], mesh, layout.params)[0] or None),
-    )
-    ids = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32, sharding=rows)
-    mask = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), bool, sharding=rows)
-    batch, teacher = data.Batch(ids, ids, mask), None
-    if config.targets is not None:
-        made = target_store.load(config.targets)
-
-        def like(dtype, *entries):
-            shape = (config.batch_size, config.seq_len, *entries)
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-
-        kind = losses.TopK if made.kind == "top-k" else losses.SampledTargets
-        told = like(jnp.int32, made.entries), like(jnp.float32, made.entries), like(jnp.float32)
-        return (None, target_store.Told(*batch, kind(*told))), state
-    if uses_teacher_loss(config.loss) or config.eval_teacher:
-        teacher = models.abstract(config.teacher)
-        if config.teacher_devices is not None:
-            wide = (config.batch_size, config.seq_len, teacher.config.embed)
-            seen = jax.ShapeDtypeStruct(wide, jnp.dtype(config.compute_dtype), sharding=rows)
-            batch = Seen(*batch, seen)
-            teacher = eqx.filter_eval_shape(lambda model: Head(model.unembedding), teacher)
-        teacher = with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
-    return (teacher, batch), state
-
-
 def resident_bytes(
-    frozen: tuple[Any, Any], state: PyTree, optimizer: optim.Optimizer
-) -> DeviceBytes:
+    config: Config, placement: Placement, frozen: tuple[Any, Any], state: PyTree,
+    optimizer: optim.Optimizer,
+) -> DeviceBytes:  # fmt: skip
     """What follows from shapes alone."""
-    moving = eqx.filter(state.student, optimizer.trainable(state.student))
+    teacher, own = bytes_of(frozen[0]), 0
+    mesh, layout, teacher_mesh = placement
+    if frozen[0] is None and needs_teacher(config):  # no step is given it
+        model = models.abstract(config.teacher)
+        places = sharding.specs(model, teacher_mesh or mesh, layout.params)
+        size = bytes_of(with_shardings(model, places))
+        teacher, own = (0, size) if teacher_mesh is not None else (size, 0)
+    trainable = eqx.filter(state.learner, optimizer.trainable(state.learner))
     return DeviceBytes(
-        teacher=bytes_of(frozen[0]),
+        teacher=teacher,
         student=bytes_of(state.student),
         moments=bytes_of(state.opt_state),
         batch=bytes_of(frozen[1]),
-        gradients=bytes_of(moving),
-        temporaries=0,
+        gradients=bytes_of(trainable),
+        own_teacher=own,
     )
-
-
-class SeparateTeacherBytes(NamedTuple):
-    """Bytes of a teacher that no step is given: on a device of the student, on one of its own."""
-
-    student_device: int = 0
-    teacher_device: int = 0
-
-
-def beside(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    layout: sharding.Layout,
-    teacher_mesh: jax.sharding.Mesh | None,
-) -> SeparateTeacherBytes:
-    if not needs_teacher(config) or (teacher_mesh is None and config.targets is None):
-        return SeparateTeacherBytes()
-    teacher = models.abstract(config.teacher)
-    where = sharding.specs(teacher, mesh if teacher_mesh is None else teacher_mesh, layout.params)
-    size = bytes_of(with_shardings(teacher, where))
-    return (
-        SeparateTeacherBytes(student_device=size)
-        if teacher_mesh is None
-        else SeparateTeacherBytes(teacher_device=size)
-    )
-
-
-def need(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    layout: sharding.Layout,
-    step: Callable,
-    begin: Start,
-    fixed: Callable,
-) -> DeviceBytes:
-    """What a step needs, as compiled for this mesh."""
-    optimizer, objective = fixed(config)
-    frozen, state = arrays(config, mesh, layout, begin, optimizer)
-    found = resident_bytes(frozen, state, optimizer)
-    program = compiled(step, (frozen, state), optimizer, objective)
-    return found._replace(temporaries=program.memory_analysis().temp_size_in_bytes)
 
 
 def loss_bytes(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    layout: sharding.Layout,
-    begin: Start,
-    fixed: Callable,
+    config: Config, frozen: tuple[Any, Any], state: PyTree, objective: losses.Objective
 ) -> int:
     """The temporaries of the head and the loss, compiled alone."""
-    optimizer, objective = fixed(config)
-    (teacher, batch), state = arrays(config, mesh, layout, begin, optimizer)
+    teacher, batch = frozen
     rows, seq = config.batch_size // config.microbatches, config.seq_len
 
-    def like(shape, dtype):
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch.mask.sharding)
+    def like(*shape: int, dtype: Any = config.compute_dtype) -> jax.ShapeDtypeStruct:
+        where = batch.mask.sharding
+        return jax.ShapeDtypeStruct((rows, seq, *shape), jnp.dtype(dtype), sharding=where)
 
-    def states(width):
-        return like((seq, width), jnp.dtype(config.compute_dtype))
+    signal = batch.signal and jax.tree.map(
+        lambda leaf: like(*leaf.shape[2:], dtype=leaf.dtype) if leaf.ndim > 2 else leaf,
+        batch.signal,
+    )
+    if teacher is not None:
+        signal = losses.TeacherStates(like(teacher.config.embed), teacher.unembedding)
 
-    beside = None
-    if teacher is not None and uses_teacher_loss(config.loss):
-        beside = states(models.config(config.teacher).embed), teacher
+    def loss(hidden, student, signal, labels, mask):
+        return losses.distill_loss(
+            hidden, student.unembedding, signal, labels, mask, objective=objective, step=0
+        )[0]
 
-    def loss(hidden, head, beside, labels, mask):
-        total, _ = losses.distill_loss(
-            hidden, head, *beside, labels, mask, objective=objective, step=0
-        )
-        return total
-
-    def gradient(hidden, student, beside, labels, mask):
-        beside = (None, None) if beside is None else (beside[0], beside[1].unembedding)
-        return jax.grad(loss, (0, 1))(hidden, student.unembedding, beside, labels, mask)
-
-    program = jax.jit(gradient).lower(
-        states(state.student.config.embed), state.student, beside,
-        like((seq,), jnp.int32), like((seq,), bool),
-    )  # fmt: skip
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    labels, mask = like(dtype=jnp.int32), like(dtype=bool)
+    hidden = like(state.student.config.embed)
+    program = gradient.lower(hidden, state.student, signal, labels, mask)
     return sharding.compiled(program).memory_analysis().temp_size_in_bytes
 
 
@@ -262,27 +202,18 @@ def host_memory() -> float:
     return float(min(found))
 
 
-def refuse(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    layout: sharding.Layout,
-    begin: Start,
-    optimizer: optim.Optimizer,
-    teacher_mesh: jax.sharding.Mesh | None = None,
-) -> None:
+def refuse(config: Config, resident: DeviceBytes) -> None:
     """Ends a run that cannot fit before it begins."""
-    found = resident_bytes(*arrays(config, mesh, layout, begin, optimizer), optimizer)
-    has, what = device_memory(config)
-    aside = beside(config, mesh, layout, teacher_mesh)
-    least = max(found.arrays + found.gradients + aside.student_device, aside.teacher_device)
-    if least > has:
+    memory, source = device_memory(config)
+    least = max(resident.arrays + resident.gradients, resident.own_teacher)
+    if least > memory:
         raise UserError(
-            f"a device has {size(has)} ({what}), and arrays and gradients alone need {size(least)}:"
-            " --plan tells what would fit, --force tries all the same"
+            f"a device has {size(memory)} ({source}), and arrays and gradients alone need"
+            f" {size(least)}: --plan tells what would fit, --force tries all the same"
         )
 
 
-def smaller_settings(config: Config, ways: int) -> Iterator[tuple[str, Config]]:
+def smaller_settings(config: Config, placement: Placement) -> Iterator[tuple[str, Config]]:
     """Settings that need less and less memory; only the last changes the mathematics."""
     flags = ""
     for policy in ("dots", "full"):
@@ -290,9 +221,10 @@ def smaller_settings(config: Config, ways: int) -> Iterator[tuple[str, Config]]:
             flags = f" --remat {policy}"
             config = dataclasses.replace(config, remat=policy)
             yield flags, config
-    rows = config.batch_size
-    for parts in range(config.microbatches + 1, rows // ways + 1):
-        if rows % parts == 0 and rows // parts % ways == 0:
+    rows, shape = config.batch_size, placement.mesh.shape
+    shards = shape["data"] * shape["fsdp"]
+    for parts in range(config.microbatches + 1, rows // shards + 1):
+        if rows % parts == 0 and rows // parts % shards == 0:
             config = dataclasses.replace(config, microbatches=parts)
             yield f"{flags} --microbatches {parts}", config
     if config.microbatches > 1:
@@ -303,67 +235,44 @@ def smaller_settings(config: Config, ways: int) -> Iterator[tuple[str, Config]]:
         yield f"{flags} --optim.moment-dtype bfloat16", config
 
 
-def written(rules: sharding.Rules) -> str:
-    return " ".join(f"{name}={','.join(axes)}" for name, axes in rules.items())
-
-
-def table(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    layout: sharding.Layout,
-    step: Callable,
-    begin: Start,
-    fixed: Callable,
-    teacher_mesh: jax.sharding.Mesh | None = None,
-) -> str:
-    """The plan of a run, for people."""
-    told = (mesh, layout, step, begin, fixed)
-    found, (has, what) = need(config, *told), device_memory(config)
-    loss = loss_bytes(config, mesh, layout, begin, fixed)
+def table(config: Config, placement: Placement, need: DeviceBytes, loss: int) -> str:
+    """What a device of the student holds, for people; `loss` of its temporaries are the head's."""
+    mesh, layout, teacher_mesh = placement
+    memory, source = device_memory(config)
     guess = jax.default_backend() == "cpu" and (config.devices or config.device_memory)
-    blocks = found.temporaries - loss - found.gradients
-    aside = beside(config, mesh, layout, teacher_mesh)
-    found = found._replace(teacher=found.teacher + aside.student_device)
     lines = [
         "mesh       " + " x ".join(f"{name} {count}" for name, count in mesh.shape.items()),
         "rules      " + written(layout.params),
     ]
     if layout.moments != layout.params:
         lines.append("moments    " + written(layout.moments))
-    lines += ["", "bytes of each device"]
+    rest = max(need.temporaries - loss - need.gradients, 0)
     rows = [
-        ("teacher", found.teacher, ""),
-        ("student", found.student, ""),
-        ("moments", found.moments, ""),
-        ("batch", found.batch, ""),
-        ("gradients", found.gradients, ""),
+        ("teacher", need.teacher, ""),
+        ("student", need.student, ""),
+        ("moments", need.moments, ""),
+        ("batch", need.batch, ""),
+        ("gradients", need.gradients, ""),
         ("head and loss", loss, "compiled alone"),
-        ("activations", max(blocks, 0), "the rest of what the program works in"),
-        ("in all", found.total, "an estimate, compiled for CPUs" if guess else ""),
-        ("there is", has, what),
+        ("activations", rest, "the rest of what the program works in"),
+        ("in all", need.total, "an estimate, compiled for CPUs" if guess else ""),
+        ("there is", memory, source),
     ]
     if teacher_mesh is not None:
-        rows.append(("its own", aside.teacher_device, "of each device that is the teacher's alone"))
+        rows.append(("its own", need.own_teacher, "of each device that is the teacher's alone"))
+    lines += ["", "bytes of each device"]
     lines += [
         f"  {name:14}{size(number) if math.isfinite(number) else 'unknown':>10}  {remark}".rstrip()
         for name, number, remark in rows
     ]
-    lines.append("")
-    if aside.teacher_device > has:
-        return "\n".join([*lines, "it does not fit: give the teacher more --teacher-devices"])
-    if found.total <= has:
-        return "\n".join([*lines, "it fits"] if math.isfinite(has) else lines[:-1])
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    for flags, other in smaller_settings(config, ways):
-        less = need(other, *told).total + aside.student_device
-        if less <= has:
-            lines.append(f"it does not fit; with{flags} it does, in {size(less)}")
-            return "\n".join(lines)
-    lines.append(
-        "it does not fit, nor with --remat full, the most --microbatches and bfloat16 moments: take"
-        " more devices, a smaller --batch-size or --seq-len, or fewer --student-layers"
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
+
+
+def written(rules: sharding.Rules) -> str:
+    return " ".join(f"{name}={','.join(axes)}" for name, axes in rules.items())
+
+
+# ---- what a step costs ---------------------------------------------------------------------------
 
 
 def step_flops(student: LanguageModel, teacher: LanguageModel | None, seq_len: int) -> float:
@@ -402,3 +311,30 @@ def memory(program: Any) -> str:
     found = program.compiled.memory_analysis()
     held, worked = found.argument_size_in_bytes, found.temp_size_in_bytes
     return f"{size(held)} of arrays and {size(worked)} to work in, a device"
+
+
+class Trace:
+    """A trace of the steps a:b for Perfetto or TensorBoard, if such are asked for."""
+
+    def __init__(self, steps: str | None, folder: Path):
+        self.first, self.last = profile_window(steps) if steps else (0, 0)
+        self.folder, self.running = folder, False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def before(self, number: int) -> None:
+        if number == self.first:
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+
+    def after(self, number: int, state: PyTree, log: report.Log, *, ends: bool) -> None:
+        if self.running and (ends or number == self.last):
+            jax.block_until_ready(state)
+            self.__exit__()
+            log.say(f"steps {self.first} to {number} are traced in {self.folder}")
+
+    def __exit__(self, *_: Any) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+        self.running = False

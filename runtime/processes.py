@@ -1,22 +1,40 @@
 """Several processes of one run: how they meet, wait for each other, and end together."""
 
 import contextlib
-import ctypes
+import dataclasses
 import os
 import re
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import jax
 import numpy as np
 
 from runtime import errors
-from runtime.errors import UserError
+from runtime.errors import UserError, at_least
 
 PATIENCE = 60  # seconds to wait for the other processes at the start, and for a sign of their life
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """How the processes of one run meet: what the config of a program for several inherits."""
+
+    distributed: bool = False
+    """One of several processes, which a scheduler (Slurm, Cloud TPU, GKE, Open MPI) has started."""
+    coordinator: str | None = None
+    """host:port of the first of several processes, where no scheduler says so."""
+    processes: Annotated[int | None, at_least(1)] = None
+    """How many processes there are, with --coordinator."""
+    process_id: Annotated[int | None, at_least(0)] = None
+    """Which of them this is, from 0, with --coordinator."""
+
+    def start_processes(self, devices: int | None = None) -> None:
+        names = (field.name for field in dataclasses.fields(Flags))
+        start(**{name: getattr(self, name) for name in names}, devices=devices)
 
 
 def start(
@@ -83,41 +101,57 @@ def _leave(error: UserError) -> NoReturn:
     os._exit(2)  # a tidy end would wait for processes that may never come
 
 
-def _apart(reason: str) -> UserError:
-    return UserError(f"{reason}: start all of them again, and they go on from what was saved")
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _aborted(_: int) -> None:
-    _leave(_apart("this process was aborted, probably as another process has ended (see above)"))
-
-
 @contextlib.contextmanager
 def exit_with_peers() -> Iterator[None]:
-    """Ends this process when it fails or another one has ended: it is a mistake to go on alone."""
-    if jax.process_count() == 1:
-        yield
-        return
-    # That a process went silent jax learns on a thread of its own, and aborts: no exception comes
-    # here, and Python's own handlers of signals do not run there.
-    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
+    """Ends this process when it fails or another one has ended: it is a mistake to go on alone.
+
+    A process that waits at a barrier for one that died is ended by jax itself, in its own words.
+    """
     try:
         yield
     except UserError as error:
+        if jax.process_count() == 1:
+            raise
         _leave(error)
     except jax.errors.JaxRuntimeError as error:
-        told = str(error).splitlines()[0][:160]
-        _leave(_apart(f"another process has ended or cannot be reached ({told})"))
+        if jax.process_count() == 1:
+            raise
+        cause = str(error).splitlines()[0][:160]
+        _leave(
+            UserError(
+                f"another process has ended or cannot be reached ({cause}): start all of them"
+                " again, and they go on from what was saved"
+            )
+        )
 
 
-def block_on_cpu(made: Any) -> Any:
-    """What a program makes, before another one is begun where those in flight run side by side.
+class Interruption:
+    """Ctrl-C and SIGTERM as a wish to stop after the step; a second one is taken at its word."""
 
-    So they do on CPUs, and two processes would meet in different ones.
-    """
+    asked = False
+
+    def __enter__(self) -> "Interruption":
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # others may not
+            for kind in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[kind] = signal.signal(kind, self.ask)
+        return self
+
+    def ask(self, kind: int, _: Any) -> None:
+        self.asked = True
+        self.__exit__()
+
+    def __exit__(self, *_: Any) -> None:
+        for kind, handler in self.handlers.items():
+            signal.signal(kind, handler)
+
+
+def block_on_cpu(result: Any) -> Any:
+    """Blocks on the result on CPUs: two programs in flight there, on several processes, could enter
+    different collectives."""
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        jax.block_until_ready(made)
-    return made
+        jax.block_until_ready(result)
+    return result
 
 
 def sync(name: str) -> None:

@@ -24,7 +24,7 @@ import models
 import optim
 import sharding
 from models.llama import Config, Llama
-from runtime import checkpoint, errors, report
+from runtime import checkpoint, errors, figures, results
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -330,7 +330,7 @@ def test_a_run_stops_when_nothing_is_finite(config, teacher, tmp_path):
     with pytest.raises(UserError, match="not finite"):
         distill.train(sick)
     saved = checkpoint.latest(Path(config.out) / "checkpoints")
-    assert saved == distill.PATIENCE + 1  # the one that was under way when the last was told
+    assert saved == results.PATIENCE + 1  # the one that was under way when the last was told
 
 
 def test_sigterm_saves_and_says_how_to_go_on(config, teacher, text):
@@ -406,7 +406,7 @@ def test_a_run_that_dies_while_it_ends_is_not_yet_finished(quick, monkeypatch):
         raise KeyboardInterrupt
 
     out = Path(quick.out)
-    for module, name in ((report, "curves"), (models, "save")):
+    for module, name in ((figures, "curves"), (models, "save")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, name, die)
             distill.train(quick)
@@ -458,7 +458,7 @@ def test_the_student_of_the_best_evaluation_is_kept(quick, tmp_path, monkeypatch
 
         return spy
 
-    monkeypatch.setattr(distill.Run, "evaluate", evaluate)
+    monkeypatch.setattr(results, "score", evaluate)
     for name in ("mkdir", "rename", "rmdir", "unlink"):
         monkeypatch.setattr(os, name, spied(getattr(os, name)))
     config = dataclasses.replace(quick, keep_best=True, eval_every=2)
@@ -605,7 +605,7 @@ def test_a_trace_ends_with_its_run(quick):
 def test_a_student_alone_reads_what_it_would_read_beside_its_teacher():
     words = ["--student", str(ROOT / "demo" / "teacher")]
     beside, alone = (
-        distill.resolved(arguments(*words, *more)) for more in ([], ["--loss.alpha", "0"])
+        distill.with_defaults(arguments(*words, *more)) for more in ([], ["--loss.alpha", "0"])
     )
     assert (alone.data, alone.seq_len) == (beside.data, beside.seq_len)
 

@@ -8,13 +8,12 @@ import socket
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import jax
 import numpy as np
 import pytest
+from hub_server import Hub, commit
 from safetensors.numpy import load_file
 
 import models
@@ -40,110 +39,6 @@ def digest(model):
     for leaf in jax.tree.leaves(model):
         found.update(repr((leaf.dtype.name, leaf.shape)).encode() + np.asarray(leaf).tobytes())
     return found.hexdigest()
-
-
-# ---- a small hub ---------------------------------------------------------------------------------
-
-
-class Hub(ThreadingHTTPServer):
-    """Repositories by id, each a dict of revisions to files; what was asked for is in `log`."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        self.repositories = {}
-        self.answers = {}  # by repository: a status and headers in place of what was asked for
-        self.closed = {}  # likewise, for its files alone
-        self.cuts = {}  # by repository: how many times its weights are cut half way
-        self.stall, self.stalled, self.released = None, threading.Event(), threading.Event()
-        self.log = []
-
-    def add(self, name, *, main, **revisions):
-        self.repositories[name] = {"main": main, **revisions}
-
-    def asked(self, name):
-        """The files of a repository that were asked for, with the ranges."""
-        return [entry for entry in self.log if entry[0] == name and entry[1] is not None]
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments):
-        pass
-
-    def do_GET(self):
-        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-        hub = self.server
-        if parts[:2] == ["api", "models"]:
-            name, file, action = "/".join(parts[2:4]), None, (*parts[4:6], "", "")[:2]
-        else:
-            name, file, action = "/".join(parts[:2]), "/".join(parts[4:]), ("resolve", parts[3])
-        hub.log.append((name, file, self.command, self.headers.get("Range")))
-        if name in hub.answers:
-            return self.answer(*hub.answers[name])
-        if name not in hub.repositories:
-            return self.answer(404, {"X-Error-Code": "RepoNotFound"})
-        revisions = {"": "main", **{commit(name, r): r for r in hub.repositories[name]}}
-        revision = revisions.get(action[1], action[1])
-        if revision not in hub.repositories[name]:
-            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-        files, sha = hub.repositories[name][revision], commit(name, revision)
-        if action[0] == "tree":
-            listed = [
-                {"type": "file", "path": path, "size": len(content), "oid": etag(content)}
-                for path, content in files.items()
-            ]
-            return self.answer(200, {}, json.dumps(listed).encode())
-        if action[0] != "resolve":
-            siblings = [{"rfilename": path} for path in files]
-            info = {"id": name, "sha": sha, "siblings": siblings, "private": False}
-            return self.answer(200, {}, json.dumps(info).encode())
-        if name in hub.closed:
-            return self.answer(*hub.closed[name])
-        self.send_file(name, sha, file, files[file])
-
-    do_HEAD = do_GET
-
-    def answer(self, status, headers, body=b""):
-        if status is None:  # hang up
-            self.close_connection = True
-            return
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def send_file(self, name, sha, file, content):
-        hub = self.server
-        headers = {"ETag": f'"{etag(content)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
-        start, status = 0, 200
-        if asked := self.headers.get("Range"):
-            start, status = int(asked.removeprefix("bytes=").partition("-")[0]), 206
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        body = content[start:]
-        weights = self.command == "GET" and file == "model.safetensors"
-        if not weights or not (hub.cuts.get(name) or hub.stall == name):
-            return self.answer(status, headers, body)
-        self.answer(status, {"Content-Length": str(len(body)), **headers}, body[: len(body) // 2])
-        if hub.cuts.get(name):
-            hub.cuts[name] -= 1
-        else:
-            hub.stalled.set()
-            hub.released.wait(60)
-        self.close_connection = True
-
-
-def commit(name, revision):
-    return hashlib.sha1(f"{name}@{revision}".encode()).hexdigest()
-
-
-def etag(content):
-    return hashlib.sha256(content).hexdigest()
 
 
 # ---- its client ----------------------------------------------------------------------------------

@@ -56,10 +56,9 @@ def ends(model) -> tuple[int, ...]:
 
 
 def written(writer, batch, step=STEP, vocab=96, seed=0, **settings):
-    how = on_policy.Config(prompt=8, **settings)
-    told = {"config": how, "seed": seed, "vocab": vocab, "stop": ends(writer)}
-    made = on_policy.write(writer, batch, step, **told)
-    return data.Batch(*map(np.asarray, made))
+    config = on_policy.Config(prompt=8, **settings)
+    settings = {"config": config, "seed": seed, "vocab": vocab, "stop": ends(writer)}
+    return data.Batch(*map(np.asarray, on_policy.continue_rows(writer, batch, step, **settings)))
 
 
 @pytest.mark.parametrize("name", ["llama-2", "bloom"])
@@ -67,21 +66,24 @@ def test_the_likeliest_continuations_of_the_last_documents(name):
     """Against the whole model, run anew for every token."""
     model, batch = models.load(FIXTURES / name), rows_of()
     # The token that most rows come to ends them: some at once, some later, some never.
-    found = written(model, batch, temperature=0.0)
-    often = np.bincount(found.tokens[found.segments > 0]).argmax()
+    free = written(model, batch, temperature=0.0)
+    often = np.bincount(free.tokens[free.segments > 0]).argmax()
     batch.tokens[batch.tokens == STOP] = often
     shape = dataclasses.replace(model.config, eos=int(often))
     outline = eqx.filter_eval_shape(lambda: type(model)(shape, jax.random.key(0)))
     model = jax.tree.unflatten(jax.tree.structure(outline), jax.tree.leaves(model))
-    made = written(model, batch, temperature=0.0)
-    assert made.tokens.dtype == made.segments.dtype == np.int32 and made.mask.dtype == bool
+    continued = written(model, batch, temperature=0.0)
+    assert (
+        continued.tokens.dtype == continued.segments.dtype == np.int32
+        and continued.mask.dtype == bool
+    )
     whole = eqx.filter_jit(model)
     lengths = set()
     for row, (first, last) in enumerate(PROMPTS):
         text = batch.tokens[row, first:last].tolist()
         size = len(text)
         if row in (4,) or not text:
-            assert not made.segments[row].any() and not made.mask[row].any()
+            assert not continued.segments[row].any() and not continued.mask[row].any()
             continue
         while len(text) < size + 13:
             padded = np.zeros((1, 21), np.int32)
@@ -90,49 +92,59 @@ def test_the_likeliest_continuations_of_the_last_documents(name):
             if text[-1] == often:
                 break
         lengths.add(len(text) - size)
-        assert made.tokens[row].tolist() == text + [0] * (21 - len(text))
-        assert made.segments[row].tolist() == [1] * len(text) + [0] * (21 - len(text))
-        labels = made.tokens[row, 1:][made.mask[row]]
+        assert continued.tokens[row].tolist() == text + [0] * (21 - len(text))
+        assert continued.segments[row].tolist() == [1] * len(text) + [0] * (21 - len(text))
+        labels = continued.tokens[row, 1:][continued.mask[row]]
         assert labels.tolist() == text[size:]
-        assert np.flatnonzero(made.mask[row])[0] == size - 1
+        assert np.flatnonzero(continued.mask[row])[0] == size - 1
     assert len(lengths) > 1, "all rows are as long as each other"
 
 
 def test_as_many_as_are_asked_for():
     model, batch = ending(models.load(FIXTURES / "llama-2")), rows_of()
-    made = written(model, batch, max_new=3)
-    counts = made.mask.sum(1)
+    continued = written(model, batch, max_new=3)
+    counts = continued.mask.sum(1)
     assert counts.max() == 3 and counts[3] == counts[4] == 0
     rest = on_policy.Config(prompt=8, max_new=99).lengths(20)
     assert rest == (8, 13) and on_policy.Config().lengths(20) == (5, 16)
 
 
+def test_a_penalty_for_what_has_occurred_where_only_the_writer_has_some_tokens():
+    """Vocabularies that are padded to unequal widths: the head is cut, the penalty follows it."""
+    model, batch = models.load(FIXTURES / "llama-2"), rows_of()
+    batch.tokens[:] %= 20
+    plain = written(model, batch, vocab=20, temperature=0.0)
+    continued = written(model, batch, vocab=20, temperature=0.0, repetition_penalty=1e9)
+    assert continued.tokens.max() < 20 and (continued.tokens != plain.tokens).any()
+
+
 def test_the_text_is_of_the_step_and_the_seed():
     model, batch = models.load(FIXTURES / "llama-2"), rows_of()
-    made = written(model, batch)
-    assert np.array_equal(made.tokens, written(model, batch).tokens)
-    assert not np.array_equal(made.tokens, written(model, batch, step=STEP + 1).tokens)
-    assert not np.array_equal(made.tokens, written(model, batch, seed=1).tokens)
-    prompts, lengths = on_policy.beginnings(jax.tree.map(jnp.asarray, batch), 8, ())
-    found, counts = generate.sample(
-        model, prompts, lengths, on_policy.keys(0, STEP)[1], max_new=13,
-        stop=ends(model),
+    continued = written(model, batch)
+    assert np.array_equal(continued.tokens, written(model, batch).tokens)
+    assert not np.array_equal(continued.tokens, written(model, batch, step=STEP + 1).tokens)
+    assert not np.array_equal(continued.tokens, written(model, batch, seed=1).tokens)
+    prompts, lengths = on_policy.row_prompts(jax.tree.map(jnp.asarray, batch), 8, ())
+    tokens, counts = generate.sample(
+        model, prompts, lengths, on_policy.step_keys(0, STEP)[1],
+        generate.Decoding(13, stop=ends(model)),
     )  # fmt: skip
     for row, size in enumerate(np.asarray(lengths)):
-        labels = made.tokens[row, size : size + int(counts[row])]
-        assert labels.tolist() == found[row, : counts[row]].tolist()
+        labels = continued.tokens[row, size : size + int(counts[row])]
+        assert labels.tolist() == tokens[row, : counts[row]].tolist()
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
-def test_on_a_mesh_the_text_is_the_same(sizes):
+def test_on_a_mesh_the_text_is_the_same():
     model, batch = models.load(FIXTURES / "qwen2-mixed"), rows_of()
     alone = written(model, batch, temperature=0.7)
-    mesh = sharding.make_mesh(*sizes)
+    mesh = sharding.make_mesh(2, 2, 2)
     model = sharding.shard(model, sharding.specs(model, mesh))
     with sharding.use_mesh(mesh):
         there = sharding.from_host(batch, mesh)
         how = on_policy.Config(prompt=8, temperature=0.7)
-        split = on_policy.write(model, there, STEP, config=how, seed=0, vocab=96, stop=ends(model))
+        split = on_policy.continue_rows(
+            model, there, STEP, config=how, seed=0, vocab=96, stop=ends(model)
+        )
     for mine, data_s, expected in zip(split, there, alone, strict=True):
         assert mine.sharding.is_equivalent_to(data_s.sharding, mine.ndim)
         assert mine.dtype == data_s.dtype
@@ -146,29 +158,28 @@ def test_tokens_that_only_the_writer_has_are_not_written():
     assert written(model, batch, temperature=9.0, vocab=20).tokens.max() < 20
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
-def test_a_step_on_it_counts_what_was_written(divergence):
+def test_a_step_on_it_counts_what_was_written():
     teacher, student = pair()  # noqa: F811
-    made = written(student, rows_of())
-    _, metrics = stepped(teacher, student, made, divergence=divergence)
-    assert metrics["counted"] == made.mask.sum()
+    continued = written(student, rows_of())
+    _, metrics = stepped(teacher, student, continued, divergence="reverse_kl")
+    assert metrics["counted"] == continued.mask.sum()
     # Prompts and padding are read, and judged by nobody.
-    other = made._replace(tokens=np.where(made.segments > 0, made.tokens, 9))
-    _, also = stepped(teacher, student, other, divergence=divergence)
+    other = continued._replace(tokens=np.where(continued.segments > 0, continued.tokens, 9))
+    _, also = stepped(teacher, student, other, divergence="reverse_kl")
     assert also["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
 
 
 def test_the_steps_that_have_one():
     half = on_policy.Config(fraction=0.5)
-    drawn = on_policy.turns(half, 0, 0, 1000)
+    drawn = on_policy.on_policy_steps(half, 0, 0, 1000)
     assert 430 < drawn.sum() < 570
-    np.testing.assert_array_equal(on_policy.turns(half, 0, 640, 700), drawn[640:700])
-    assert (on_policy.turns(half, 1, 0, 1000) != drawn).any()
-    fewer = on_policy.turns(on_policy.Config(fraction=0.2), 0, 0, 1000)
+    np.testing.assert_array_equal(on_policy.on_policy_steps(half, 0, 640, 700), drawn[640:700])
+    assert (on_policy.on_policy_steps(half, 1, 0, 1000) != drawn).any()
+    fewer = on_policy.on_policy_steps(on_policy.Config(fraction=0.2), 0, 0, 1000)
     assert (fewer <= drawn).all() and 0 < fewer.sum() < drawn.sum()
-    assert on_policy.turns(on_policy.Config(fraction=1.0), 0, 0, 1000).all()
-    assert not on_policy.turns(on_policy.Config(), 0, 0, 1000).any()
+    assert on_policy.on_policy_steps(on_policy.Config(fraction=1.0), 0, 0, 1000).all()
+    assert not on_policy.on_policy_steps(on_policy.Config(), 0, 0, 1000).any()
 
 
 # ---- the run ----
@@ -202,43 +213,46 @@ def test_who_writes_at_a_step(config, teacher, brief, monkeypatch, writer):  # n
     asks = asked(config, fraction=1.0, writer=writer)
     mesh = distill.Mesh(data=2, fsdp=2, tensor=2)
     asks = dataclasses.replace(asks, microbatches=2, mesh=mesh)
-    seen = []
-    author = distill.author
+    calls = []
+    compile_writer = on_policy.compile_writer
 
-    def watched(run, state):
-        write = author(run, state)
+    def watched(*inputs, **settings):
+        write = compile_writer(*inputs, **settings)
 
-        def noted(state, batch):
-            if len(seen) == 2:
+        def noted(model, batch, step):
+            if len(calls) == 2:
                 raise Reached
-            made = write(state, batch)
-            seen.append(jax.device_get((state.student, batch, made)))
-            return made
+            assert step == len(calls)
+            continued = write(model, batch, step)
+            calls.append(jax.device_get((model, batch, continued)))
+            return continued
 
         return noted
 
-    monkeypatch.setattr(distill, "author", watched)
+    monkeypatch.setattr(on_policy, "compile_writer", watched)
     with pytest.raises(Reached):
         distill.train(asks)
-    students = [student for student, _, _ in seen]
-    for step, (student, batch, made) in enumerate(seen):
+    if writer == "teacher":
+        assert all(eqx.tree_equal(model, models.load(teacher)) for model, _, _ in calls)
+        return
+    for step, (model, batch, continued) in enumerate(calls):
 
-        def same(model, step=step, batch=batch, made=made) -> float:
-            how = {"config": asks.on_policy, "seed": SEED, "vocab": 2048, "stop": (0,)}
-            again = on_policy.write(model, batch, jnp.array(step), **how)
-            return np.mean(
-                np.asarray(again.tokens)[:, 1:][made.mask] == made.tokens[:, 1:][made.mask]
+        def same(model, step=step, batch=batch, continued=continued) -> float:
+            settings = {"config": asks.on_policy, "seed": SEED, "vocab": 2048, "stop": (0,)}
+            again = on_policy.continue_rows(model, batch, jnp.array(step), **settings)
+            labels = (
+                np.asarray(x)[:, 1:][continued.mask] for x in (again.tokens, continued.tokens)
             )
+            return np.mean(np.equal(*labels))
 
         # Where sums are in another order a row may take another turn.
-        assert same(models.load(teacher) if writer == "teacher" else student) > 0.8
-        assert same(students[0] if writer == "teacher" else students[1 - step]) < 0.8
+        assert same(model) > 0.8
+        assert same(calls[1 - step][0]) < 0.8
 
 
 def test_without_a_share_nothing_is_written(config, brief, monkeypatch):  # noqa: F811
     plain = asked(config, fraction=0.0)
-    monkeypatch.setattr(distill, "author", None)
-    monkeypatch.setattr(on_policy, "write", None)
+    monkeypatch.setattr(on_policy, "compile_writer", None)
     distill.train(dataclasses.replace(plain, steps=2, eval_every=2))
     assert all("on_policy" not in line for line in metrics_of(config.out))
 

@@ -17,7 +17,7 @@ from test_distill import ROOT, teacher, text  # noqa: F401
 import distill
 import models
 import sharding
-from runtime import errors, plan, processes
+from runtime import errors, plan, prepare, processes
 from runtime.errors import UserError
 
 
@@ -51,13 +51,13 @@ def begun(monkeypatch):
     monkeypatch.setattr(distill, "loop", stop)
 
 
-def foreseen(config: distill.Config) -> plan.DeviceBytes:
-    config = distill.resolved(config)
-    mesh, layout = distill.meshes(config)[0], sharding.layout(config.zero, config.mesh.rules)
-    optimizer, _ = distill.fixed(config)
-    with sharding.use_mesh(mesh, layout):
-        found = plan.arrays(config, mesh, layout, distill.beginning(config), optimizer)
-        return plan.held(*found, optimizer)
+def resident(config: distill.Config) -> plan.DeviceBytes:
+    config = distill.with_defaults(config)
+    placement = prepare.placement(config)
+    optimizer, _ = prepare.optimizer_and_objective(config)
+    with sharding.use_mesh(placement.mesh, placement.layout):
+        arguments = distill.abstract_arguments(config, placement)
+        return plan.resident_bytes(config, placement, *arguments, optimizer)
 
 
 @pytest.mark.parametrize("zero", [3, 1])
@@ -67,32 +67,33 @@ def foreseen(config: distill.Config) -> plan.DeviceBytes:
 def test_arrays_are_those_of_the_run(config, begun, sizes, apart, zero):
     mesh = distill.Mesh(*sizes)
     config = dataclasses.replace(config, mesh=mesh, zero=zero, teacher_devices=apart)
-    need = foreseen(config)
-    with pytest.raises(Begun) as held:
+    need = resident(config)
+    with pytest.raises(Begun) as end:
         distill.train(config)
-    run, state = held.value.args
+    run, state = end.value.args
     parts = {
-        "teacher": run.beside(), "student": state.student, "moments": state.opt_state,
+        "teacher": run.step_teacher, "student": state.student, "moments": state.opt_state,
         "batch": run.batch(0),
     }  # fmt: skip
     for name, part in parts.items():
-        for device in run.mesh.devices.flat:
+        for device in run.placement.mesh.devices.flat:
             shards = [s for leaf in jax.tree.leaves(part) for s in leaf.addressable_shards]
-            found = sum(shard.data.nbytes for shard in shards if shard.device == device)
-            assert found == getattr(need, name), (name, device)
+            size = sum(shard.data.nbytes for shard in shards if shard.device == device)
+            assert size == getattr(need, name), (name, device)
     assert need.gradients == need.student
     assert need.arrays == need.teacher + need.student + need.moments + need.batch
 
 
 def test_arguments_are_what_the_compiler_counts(config):
-    config = distill.resolved(config)
-    mesh, layout = sharding.make_mesh(2, 2, 2), sharding.layout()
-    (optimizer, objective), begin = distill.fixed(config), distill.beginning(config)
-    with sharding.use_mesh(mesh, layout):
-        frozen, state = plan.arrays(config, mesh, layout, begin, optimizer)
-        program = plan.compiled(distill.step, (frozen, state), optimizer, objective)
+    config = dataclasses.replace(distill.with_defaults(config), mesh=distill.Mesh(2, 2, 2))
+    placement, (optimizer, objective) = (
+        prepare.placement(config), prepare.optimizer_and_objective(config)
+    )  # fmt: skip
+    with sharding.use_mesh(placement.mesh):
+        frozen, state = distill.abstract_arguments(config, placement)
+        program = plan.compile_abstract(distill.step, (frozen, state), optimizer, objective)
     counters = plan.bytes_of((state.step, state.skipped))
-    known = plan.held(frozen, state, optimizer).arrays + counters
+    known = plan.resident_bytes(config, placement, frozen, state, optimizer).arrays + counters
     assert program.memory_analysis().argument_size_in_bytes == known
 
 
@@ -105,7 +106,7 @@ def test_a_plan_needs_no_more_than_a_config(config, half, tmp_path, monkeypatch,
     planned = dataclasses.replace(config, teacher=str(bare), plan=True)
     distill.train(planned)
     said = capsys.readouterr().out
-    need = foreseen(config)
+    need = resident(config)
     assert "data 1 x fsdp 8 x tensor 1" in said and "vocab=fsdp,tensor" in said
     for name in ("teacher", "student", "moments", "gradients"):
         size = re.escape(plan.size(getattr(need, name)))
@@ -118,14 +119,14 @@ def test_a_plan_says_what_would_fit(config, monkeypatch, capsys):
     """The flags that it tells are enough, and without them it is too much."""
     words = ["--teacher", config.teacher, "--student-layers", "2", "--student-init", "first"]
     words += ["--seq-len", "64", "--batch-size", "2", "--plan", "--devices", "1"]
-    known, need = {}, plan.need
+    known, need = {}, distill.device_bytes
 
-    def once(config, *told):
+    def once(config, placement):
         key = dataclasses.replace(config, device_memory=None)
-        known[key] = known.get(key) or need(config, *told)
+        known[key] = known.get(key) or need(config, placement)
         return known[key]
 
-    monkeypatch.setattr(plan, "need", once)
+    monkeypatch.setattr(distill, "device_bytes", once)
     monkeypatch.setattr(plan, "loss_bytes", lambda *_: 0)
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: one)
@@ -142,7 +143,7 @@ def test_a_plan_says_what_would_fit(config, monkeypatch, capsys):
     flags = re.search(r"it does not fit; with( .*) it does, in", said)
     assert flags, said
     assert planned(*less, *shlex.split(flags[1])).endswith("it fits\n")
-    monkeypatch.setattr(plan, "need", lambda *_: whole)
+    monkeypatch.setattr(distill, "device_bytes", lambda *_: whole)
     assert "it does not fit, nor with" in planned(*less)
 
 
@@ -151,7 +152,8 @@ def test_a_teacher_that_no_step_is_given_counts(config, monkeypatch, capsys):
     planned = dataclasses.replace(config, plan=True, teacher_devices=4, quiet=False)
     distill.train(planned)
     assert "its own" in capsys.readouterr().out
-    monkeypatch.setattr(plan, "beside", lambda *_: plan.Aside(there=10**15))
+    whole = resident(config)._replace(own_teacher=10**15)
+    monkeypatch.setattr(distill, "device_bytes", lambda *_: whole)
     distill.train(planned)
     assert "give the teacher more --teacher-devices" in capsys.readouterr().out
 
@@ -167,7 +169,8 @@ def test_a_teacher_apart_reads_microbatches_too(config):
 def test_what_is_easier_is_what_its_flags_say(name):
     words = ["--batch-size", "64", "--optim.name", name]
     given = errors.cli(distill.Config, words)
-    tried = list(plan.easier(given, 8))
+    placement = prepare.Placement(sharding.make_mesh(), sharding.Layout(), None)
+    tried = list(plan.smaller_settings(given, placement))
     parts = [config.microbatches for _, config in tried]
     assert parts == sorted(parts) and set(parts) == {1, 2, 4, 8}
     assert (tried[-1][1].optim != given.optim) == (name == "adamw")
@@ -176,7 +179,7 @@ def test_what_is_easier_is_what_its_flags_say(name):
 
 
 def test_what_cannot_fit_is_refused_but_not_by_force(config, begun, monkeypatch):
-    need = foreseen(config)
+    need = resident(config)
     least = need.arrays + need.gradients
     monkeypatch.setattr(plan, "host_memory", lambda: plan.PROGRAM + 8.0 * least)
     with pytest.raises(Begun):
@@ -233,15 +236,15 @@ def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch, said, limits
         (["--batch-size", "12"], "12 rows at a time, which do not divide over 8 devices"),
         (["--batch-size", "16", "--microbatches", "4"], "gives 4 rows at a time"),
         (["--zero", "2"], "--zero expects one of 1, 3"),
-        (["--devices", "8"], "--devices is for --plan"),
-        (["--device-memory", "0", "--plan"], "--device-memory is 0.0: it must be positive"),
+        (["--devices", "8"], "--devices without --plan"),
+        (["--device-memory", "0", "--plan"], "--device-memory is 0.0: it must be above 0"),
         (["--teacher-devices", "8"], "the student needs one of them"),
-        (["--teacher-devices", "4", "--distributed"], "leave it out with several"),
-        (["--teacher-devices", "4", "--targets", "x"], "has no teacher: leave one out"),
+        (["--teacher-devices", "4", "--distributed"], "with several processes: it is for one"),
+        (["--teacher-devices", "4", "--targets", "x"], "no teacher is in memory"),
     ],
 )
 def test_placements_that_cannot_be_end_in_one_line(config, words, says, monkeypatch, capsys):
-    monkeypatch.setattr(sharding, "start", lambda **_: None)  # the devices are there already
+    monkeypatch.setattr(processes, "start", lambda **_: None)  # the devices are there already
     data = ["--data.source", *config.data.source, "--data.cache", config.data.cache]
     given = ["distill.py", "--teacher", config.teacher, "--out", config.out, *data, *words]
     monkeypatch.setattr(sys, "argv", given)
@@ -271,7 +274,8 @@ def test_processes_that_cannot_be(flags, says):
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_meeting_of_processes_that_fails_ends_in_one_line(number):
     """Neither the first, who waits for the second, nor the second, who finds no first."""
-    program = "from runtime import errors, distill, sharding; processes.PATIENCE = 1; errors.run(distill.main)"
+    program = "import distill; from runtime import errors, processes; processes.PATIENCE = 1;"
+    program += " errors.run(distill.main)"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"

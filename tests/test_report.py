@@ -1,10 +1,18 @@
 """What a run leaves for its reader: valid lines, honest figures, nothing half-written."""
 
+import contextlib
+import fcntl
 import io
 import json
 import math
+import os
+import re
+import struct
 import subprocess
 import sys
+import termios
+import threading
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,7 +22,7 @@ import pytest
 from runtime import figures, report
 from runtime.errors import UserError
 
-ROOT = Path(report.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 class Terminal(io.StringIO):
@@ -39,7 +47,8 @@ def written(path, *lines):
 
 def test_import_is_light():
     heavy = "jax numpy matplotlib tqdm"
-    script = f"from runtime import report, sys; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    script = "import sys; from runtime import report;"
+    script += f" print([m for m in '{heavy}'.split() if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert ran.stdout.strip() == "[]", ran.stderr
 
@@ -95,7 +104,7 @@ def test_resuming_drops_what_came_after_and_a_cut_last_line(tmp_path):
         file.write('{"step": 4, "lo')
     with report.Log(path, steps=10, start=2, quiet=True) as log:
         log.step(step(3, loss=1.0))
-    lines = report.read(path)
+    lines = report.read_metrics(path)
     assert lines == [evaluation(0, 5.0), step(1), step(2), evaluation(2, 4.0), step(3, loss=1.0)]
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
@@ -103,7 +112,7 @@ def test_resuming_drops_what_came_after_and_a_cut_last_line(tmp_path):
 def test_a_new_run_begins_with_an_empty_file(tmp_path):
     path = written(tmp_path / "m", evaluation(0, 5.0), step(1))
     with report.Log(path, steps=10, quiet=True):
-        assert report.read(path) == []
+        assert report.read_metrics(path) == []
 
 
 def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -115,19 +124,18 @@ def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(UserError, match="cannot be written .no space"):
         report.Log(path, steps=10, start=1)
-    assert report.read(path) == [step(1), step(2)]
+    assert report.read_metrics(path) == [step(1), step(2)]
 
 
 def test_a_broken_line_that_is_not_the_last_is_named(tmp_path):
     path = tmp_path / "m"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(UserError, match=r"m, line 2: .*'\{\"step\": '"):
-        report.read(path)
+        report.read_metrics(path)
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     with report.Log(tmp_path / "m", steps=10) as log:
-        log.advance(1)
         log.step(step(2), mfu=0.414)
         log.evaluation(evaluation(2, 4.0))
     out, err = capsys.readouterr()
@@ -141,8 +149,8 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
 
 def test_plain_lines_of_a_run_without_a_teacher_or_a_finite_loss():
     lone = step(10, divergence=None, loss=None, tokens_per_second=None)
-    assert report.progress(lone, 10) == "loss -"
-    assert report.progress(step(10), 10, divergence="JSD").split("  ")[1] == "JSD 0.4000"
+    assert report.step_line(lone, 10) == "loss -"
+    assert report.step_line(step(10), 10, divergence="JSD").split("  ")[1] == "JSD 0.4000"
 
 
 def test_quiet_prints_only_what_must_be_said(tmp_path, capsys, monkeypatch):
@@ -153,23 +161,171 @@ def test_quiet_prints_only_what_must_be_said(tmp_path, capsys, monkeypatch):
             log.evaluation(evaluation(2, 4.0))
             log.say("skipped")
         assert capsys.readouterr() == ("", "skipped\n")
-    assert len(report.read(tmp_path / "m")) == 2
+    assert len(report.read_metrics(tmp_path / "m")) == 2
 
 
-def test_a_bar_on_a_terminal_that_never_goes_back(tmp_path, monkeypatch):
+def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     with report.Log(tmp_path / "m", steps=10, start=2) as log:
         assert "2/10" in screen.getvalue()
-        log.advance(6)
-        log.step(step(5), mfu=0.414)
-        assert log.bar.n == 6
+        log.step(step(6), mfu=0.414)
         log.evaluation(evaluation(5, 4.0))
         log.step(step(10))
     shown = screen.getvalue().replace("\r", "\n").split("\n")
-    assert any("6/10  loss 2.5000  KL 0.4000  50 tok/s  MFU 41%  ETA 10s" in x for x in shown)
+    assert any("6/10  loss 2.5000  KL 0.4000  50 tok/s  MFU 41%  ETA 8s" in x for x in shown)
     assert any(line.startswith("held out at step 5  ce 4.0000") for line in shown)
     assert any(line.startswith("100%") and "10/10" in line for line in shown)
+
+
+# ---- phases --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    monkeypatch.setattr(report, "ON_TERMINAL", (0.001, 0.001))
+    monkeypatch.setattr(report, "ELSEWHERE", (0.001, 0.001))
+
+
+def wait_for(shown, text, seconds=10):
+    deadline = time.monotonic() + seconds
+    while text not in shown():
+        assert time.monotonic() < deadline, shown()
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("phase", "line"),
+    [
+        (("compiling", 0, None, "", 75.0), "compiling  1m15s"),
+        (("tokenizing", 10, None, "3.1M tokens", 5.0), "tokenizing  5s  3.1M tokens"),
+        (("scoring", 0, 40, "", 5.0), "scoring  0/40"),
+        (("scoring", 10, 40, "80 tok/s", 5.0), "scoring  10/40  80 tok/s  ETA 15s"),
+        (("tokenizing", 1_200_000, 2_400_000, "", 5.0), "tokenizing  1.2M/2.4M  ETA 5s"),
+    ],
+)
+def test_the_line_of_a_phase(phase, line):
+    assert report.phase_line(*phase) == line
+
+
+def test_plain_lines_of_a_phase_where_there_is_no_terminal(soon, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with report.progress("choosing", 12) as advance:
+        wait_for(screen.getvalue, "choosing  0/12\n")
+        advance(3, remark="KL 0.5")
+        wait_for(screen.getvalue, "choosing  3/12  KL 0.5  ETA 0s\n")
+        advance(4, 16)
+        wait_for(screen.getvalue, "choosing  4/16  ETA 0s\n")
+    with report.progress("compiling"):  # that nobody counts
+        wait_for(screen.getvalue, "compiling  0s\n")
+    length = len(screen.getvalue())
+    time.sleep(0.01)
+    assert len(screen.getvalue()) == length
+    assert all(
+        line.startswith(("choosing", "compiling")) for line in screen.getvalue().split("\n")[:-1]
+    )
+
+
+def test_items_that_somebody_works_through(soon, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    for item in report.track("abc", "scoring", 3):
+        wait_for(screen.getvalue, f"scoring  {'abc'.index(item)}/3")
+
+
+def test_a_phase_that_is_over_soon_or_in_a_quiet_run_shows_nothing(monkeypatch, capsys):
+    with report.progress("fetching", 3) as advance:
+        advance(3)
+    monkeypatch.setattr(report, "ELSEWHERE", (0.0, 0.001))
+    with report.quietly(), report.quietly(False), report.progress("fetching") as advance:
+        advance(1, remark="x")
+        time.sleep(0.01)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_phase_ends_with_what_ends_it(soon, monkeypatch):
+    screen, threads = io.StringIO(), threading.active_count()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with pytest.raises(KeyboardInterrupt), report.progress("compiling"):
+        raise KeyboardInterrupt
+    assert threading.active_count() == threads
+    with report.progress("compiling"):  # on a terminal that goes away
+        screen.close()
+        time.sleep(0.01)
+
+
+def on_screen(sent: str) -> list[str]:
+    """The lines that a terminal shows of what it was sent."""
+    lines, row, column = [""], 0, 0
+    for piece in re.findall(r"\x1b\[A|.", sent, re.DOTALL):
+        if piece == "\x1b[A":
+            row -= 1
+        elif piece == "\r":
+            column = 0
+        elif piece == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        else:
+            lines[row] = lines[row].ljust(column)[:column] + piece + lines[row][column + 1 :]
+            column += 1
+        assert row >= 0
+    return [line.rstrip() for line in lines]
+
+
+class PseudoTerminal:
+    """A terminal of 100 columns, and what it was sent."""
+
+    def __enter__(self):
+        ours, theirs = os.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+        self.stream, self.descriptor, self.sent = os.fdopen(theirs, "w"), ours, b""
+        os.set_blocking(ours, False)
+        return self
+
+    def shown(self) -> str:
+        with contextlib.suppress(BlockingIOError):
+            while block := os.read(self.descriptor, 1 << 16):
+                self.sent += block
+        return "\n".join(on_screen(self.sent.decode(errors="ignore")))
+
+    def __exit__(self, *_):
+        self.stream.close()
+        os.close(self.descriptor)
+
+
+def test_a_phase_on_a_terminal_leaves_no_trace(soon, monkeypatch):
+    with PseudoTerminal() as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal.stream)
+        with report.progress("choosing", 12) as advance:
+            advance(3, remark="KL 0.5")
+            wait_for(terminal.shown, "choosing  3/12  KL 0.5  ETA")
+            assert terminal.shown().startswith(" 25%|")
+        assert not terminal.shown().strip()
+        with report.progress("compiling"):
+            wait_for(terminal.shown, "compiling  0s")
+            assert "|" not in terminal.shown()
+        assert not terminal.shown().strip()
+
+
+def test_a_phase_within_a_run_does_not_run_into_its_bar(soon, monkeypatch, tmp_path):
+    with PseudoTerminal() as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal.stream)
+        with report.Log(tmp_path / "m", steps=10) as log:
+            log.step(step(2))
+            with report.progress("evaluating", 4) as advance:
+                advance(2)
+                wait_for(terminal.shown, "evaluating  2/4")
+                bar, phase = terminal.shown().split("\n")[:2]
+                assert bar.startswith(" 20%|") and bar.endswith("ETA 16s")
+                assert phase.startswith(" 50%|") and "evaluating  2/4  ETA" in phase
+            log.evaluation(evaluation(2, 4.0))
+            said, bar, *rest = terminal.shown().split("\n")
+            assert said.startswith("held out at step 2  ce 4.0000") and bar.startswith(" 20%|")
+            assert not any(rest)
+
+
+# ---- the table, the card, the curves -------------------------------------------------------------
 
 
 def test_rows_compare_the_first_and_the_last_evaluation():
@@ -253,14 +409,14 @@ def drawn(monkeypatch, tmp_path, *lines):
     """The panels of the figure by title, as drawn into a PNG."""
     from matplotlib.figure import Figure
 
-    figures, save = [], Figure.savefig
+    sheets, save = [], Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
+        Figure, "savefig", lambda self, *a, **k: (sheets.append(self), save(self, *a, **k))
     )
     figures.curves(written(tmp_path / "m", *lines), tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.png", "m"]
-    return {panel.get_title(): panel for panel in figures[0].axes}
+    return {panel.get_title(): panel for panel in sheets[0].axes}
 
 
 def series(panel):

@@ -1,4 +1,4 @@
-"""TeacherTargets targets: their bits, the folder they lie in, how it is made, and what is refused."""
+"""Targets on disk: their bits, the folder they lie in, how it is made, and what is refused."""
 
 import dataclasses
 import errno
@@ -25,7 +25,7 @@ import sharding
 import student
 import targets
 from models.llama import Config, Llama
-from runtime import errors, target_store
+from runtime import errors, results, target_store
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -59,20 +59,20 @@ def bound(log_p):
 
 def test_a_packed_value_is_within_its_bound():
     log_p = np.append(-np.geomspace(1e-9, 32, 5001), 0).astype(np.float32)
-    off = np.abs(target_store.decode(target_store.encode(log_p)) - log_p)
+    off = np.abs(target_store.DECODED[target_store.encode(log_p)] - log_p)
     assert (off <= bound(log_p)).all() and off.max() > 0.1
     for u in np.float32([[0], [0.3], [0.999999]]):
-        off = np.abs(target_store.decode(target_store.encode(log_p, u)) - log_p)
+        off = np.abs(target_store.DECODED[target_store.encode(log_p, u)] - log_p)
         assert (off <= 2 * bound(log_p)).all()
     ends = np.float32([-np.inf, -1e9, -40, 1e-7])
     for u in (None, np.float32([0.5])):
-        assert target_store.decode(target_store.encode(ends, u)).tolist() == [-np.inf, -32, -32, 0]
+        assert target_store.DECODED[target_store.encode(ends, u)].tolist() == [-np.inf, -32, -32, 0]
 
 
 def test_drawn_values_are_rounded_without_bias_and_in_order():
     log_p = -np.sort(np.random.default_rng(0).uniform(0, 31, 500)).astype(np.float32)
     u = ((np.arange(20_000) + 0.5) / 20_000).astype(np.float32)[:, None]
-    found = target_store.decode(target_store.encode(log_p, u))
+    found = target_store.DECODED[target_store.encode(log_p, u)]
     means = np.exp(found.astype(np.float64)).mean(0)
     np.testing.assert_allclose(means, np.exp(log_p.astype(np.float64)), rtol=1e-4)
     assert (np.diff(found, axis=1) <= 0).all()  # so the larger of two stays the larger
@@ -129,10 +129,10 @@ def corpus_of(config) -> data.Corpus:
     )
 
 
-def computed(config, windows, dtype="float32", **changes) -> losses.TeacherTargets:
-    about = {"kind": "top-k", "entries": 6, "seed": 0, "temperature": 1.0, "chunk": 64} | changes
+def computed(config, windows, **changes) -> losses.Targets:
     batch, model = data.read(corpus_of(config), windows), models.load(config.teacher)
-    return jax.device_get(targets.targets_of(model, batch, windows, **about, dtype=dtype))
+    about = like(Path(), **{"entries": 6} | changes)
+    return jax.device_get(targets.targets_of(model, batch, windows, about, chunk=64))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -179,7 +179,7 @@ def test_packed_draws_have_the_mean_of_exact_ones(tmp_path):
     for seed in range(3000):
         folder = dataclasses.replace(blank, seed=seed)
         (record,) = target_store.records(folder, draws, np.array([7]))
-        values = target_store.decode(record[folder.id_bytes : -4])
+        values = target_store.DECODED[record[folder.id_bytes : -4]]
         found.append(np.exp(np.maximum(values[:-1], values[-1]).astype(np.float64)))
     wanted = np.exp(np.maximum(log_probs, rest).astype(np.float64))
     spread = np.std(found, axis=0) / 3000**0.5
@@ -243,7 +243,7 @@ def test_a_run_learns_from_them_without_a_teacher(config, teacher, tmp_path, mon
         eval_every=4, eval_windows=8, save_every=2, log_every=1, data=config.data, quiet=True,
         optim=optim.Config(lr=1e-2, eps=1e-4), out=str(tmp_path / "beside"),
     )  # fmt: skip
-    monkeypatch.setattr(distill.generate, "continuations", lambda *_, **__: ())
+    monkeypatch.setattr(results.generate, "continuations", lambda *_, **__: ())
     beside = models.load(distill.train(run))
     alone = dataclasses.replace(
         run, teacher=None, data=data.Config(cache=config.data.cache), seq_len=None,
@@ -269,10 +269,10 @@ def test_a_run_learns_from_them_without_a_teacher(config, teacher, tmp_path, mon
 def test_flags_beside_targets_are_not_dropped(config, kept, teacher, text, tmp_path):
     flags = ["--targets", str(kept.folder), "--data.cache", str(text.parent), "--quiet"]
     flags += ["--out", str(tmp_path / "run"), "--student-layers", "1", "--batch-size", "8"]
-    found = distill.resolved(errors.cli(distill.Config, flags))
+    found = distill.with_defaults(errors.cli(distill.Config, flags))
     assert found.data.source == config.data.source and found.data.documents == "paragraph"
     other = errors.cli(distill.Config, [*flags, "--data.held-out", "0.3"])
-    assert distill.resolved(other).data.held_out == 0.3
+    assert distill.with_defaults(other).data.held_out == 0.3
     assert "--data flags that give another" in refusal(distill.train, other)
 
 
@@ -321,7 +321,7 @@ def test_on_a_mesh_and_in_other_batches_they_are_the_same(config, kept, tmp_path
 
 def write(folder: target_store.Targets, index=0, count=1, stop=None) -> None:
     """What `make` does, without its device programs: records of a formula."""
-    todo = target_store.missing(folder, index, count)[:stop]
+    todo = target_store.unwritten(folder, index, count)[:stop]
     for i in range(0, len(todo), 3):
         places = todo[i : i + 3]
         target_store.append(folder, formula(folder, folder.windows[places]), places)
@@ -339,7 +339,7 @@ def small(folder: Path, **changes) -> target_store.Targets:
     windows = np.array([1, 2, 5, 6, 9, 13, 14, 20, 31, 40, 41])
     about = {"windows": windows, "seq_len": 5, "vocab": 300, "entries": 3, "shard": 4}
     about["index"] = zlib.crc32(windows.astype("<i8").tobytes())
-    return target_store.begin(like(folder, **about | changes))
+    return target_store.open_or_create(like(folder, **about | changes))
 
 
 @unhurried
@@ -360,7 +360,7 @@ def test_wherever_it_was_killed_it_goes_on(tmp_path_factory, draw):
                 file.write(draw.draw(st.binary(max_size=30)))
     write(small(folder))
     assert contents(folder) == wanted
-    assert len(target_store.missing(target_store.load(folder))) == 0
+    assert len(target_store.unwritten(target_store.load(folder))) == 0
 
 
 def test_processes_write_shards_of_their_own(tmp_path):

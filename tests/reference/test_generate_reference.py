@@ -12,7 +12,7 @@ from transformers.generation import logits_process as theirs
 from variants import VARIANTS, build
 
 import models
-from generate import Sampling, choose, filtered, sample
+from generate import Decoding, Sampling, filter_logits, sample, sample_token
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -57,8 +57,7 @@ def test_greedy_text(name, penalty, tmp_path, monkeypatch):
     assert len({token for row in expected for token in row}) > 10
     tokens, counts = sample(
         models.load(tmp_path), jnp.asarray(prompts), jnp.asarray(lengths),
-        jax.random.key(0), max_new=NEW, stop=ENDS,
-        sampling=Sampling(temperature=0.0, repetition_penalty=penalty),
+        jax.random.key(0), Decoding(NEW, Sampling(0.0, repetition_penalty=penalty), ENDS),
     )  # fmt: skip
     found = [row[:n].tolist() for row, n in zip(np.asarray(tokens), counts, strict=True)]
     assert found == expected
@@ -90,7 +89,7 @@ def test_filters(name):
     expected = torch.tensor(logits)
     for warper in warpers:
         expected = warper(None, expected)
-    found = np.asarray(filtered(jnp.asarray(logits), sampling))
+    found = np.asarray(filter_logits(jnp.asarray(logits), sampling))
     assert np.isfinite(found).any(axis=1).all()
     if name != "temperature" and name != "top-k-of-more":
         assert not np.isfinite(found).all(axis=1).any()
@@ -108,7 +107,7 @@ def test_repetition_penalty():
     np.put_along_axis(seen, said, True, axis=1)
     keys, step = jax.random.split(jax.random.key(0), 50), jnp.zeros(50, jnp.int32)
     greedy = Sampling(temperature=0.0, repetition_penalty=1.5)
-    found = choose(jnp.asarray(logits), keys, step, jnp.asarray(seen), greedy)
+    found = sample_token(jnp.asarray(logits), keys, step, jnp.asarray(seen), greedy)
     expected = penalised.argmax(dim=-1).numpy()
     assert (expected != logits.argmax(axis=1)).any()
     np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,342 @@
+"""From a configuration to all that a run needs before its first step."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+import data
+import losses
+import models
+import optim
+import sharding
+import student as students
+import text
+from config import (
+    Config,
+    needs_teacher,
+    run_folder,
+    student_config,
+    uses_teacher_loss,
+)
+from losses import features
+from models.base import LanguageModel
+from runtime import checkpoint, files, processes, report, target_store
+from runtime.errors import UserError
+
+
+class Placement(NamedTuple):
+    """The devices of a run: those of the student, and those that are the teacher's alone."""
+
+    mesh: jax.sharding.Mesh
+    layout: sharding.Layout
+    teacher_mesh: jax.sharding.Mesh | None
+
+
+def placement(config: Config) -> Placement:
+    devices, apart = jax.devices(), config.teacher_devices or 0
+    if apart >= len(devices):
+        raise UserError(
+            f"--teacher-devices {apart}: there are {len(devices)} devices, and the student needs"
+            " one of them"
+        )
+    mesh = sharding.make_mesh(**config.mesh.sizes, devices=devices[: len(devices) - apart])
+    rows, shards = config.batch_size // config.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
+        raise UserError(
+            f"--batch-size {config.batch_size} in {config.microbatches} --microbatches gives {rows}"
+            f" rows at a time, which do not divide over {shards} devices of the mesh axes data,"
+            " fsdp"
+        )
+    if apart and config.batch_size % apart:
+        raise UserError(
+            f"--teacher-devices {apart}: --batch-size {config.batch_size} does not divide over them"
+        )
+    teacher_mesh = sharding.make_mesh(devices=devices[-apart:]) if apart else None
+    return Placement(mesh, sharding.Layout(config.zero, config.mesh.rules), teacher_mesh)
+
+
+class Run(NamedTuple):
+    """Everything that stays the same from the first step to the last."""
+
+    config: Config
+    out: Path
+    placement: Placement
+    process_rows: tuple[int, int]  # which part of a batch's rows this process reads, of how many
+    teacher: LanguageModel | None  # for the loss and for held-out figures
+    head: Float[Array, "vocab embed"] | None  # the teacher's, where its blocks are elsewhere
+    targets: target_store.Targets | None  # for the loss, in the teacher's place
+    tokenizer: Path
+    corpus: data.Corpus
+    optimizer: optim.Optimizer
+    objective: losses.Objective
+    layers: list[int] | None  # blocks of the teacher that the student began as
+
+    @property
+    def step_teacher(self) -> LanguageModel | None:
+        """The teacher that a step is given; else a batch brings what is needed of it."""
+        apart = self.placement.teacher_mesh is not None or self.targets is not None
+        return None if apart or not uses_teacher_loss(self.config.loss) else self.teacher
+
+    @property
+    def step_tokens(self) -> int:
+        return self.config.batch_size * self.config.seq_len
+
+    def batch(self, step: int) -> data.Batch:
+        """What a step reads: a function of its number alone, so that nothing of it is saved."""
+        windows = data.windows(self.corpus, step, self.config.batch_size, *self.process_rows)
+        batch = data.read(self.corpus, windows)
+        if self.targets is not None:
+            batch = batch._replace(signal=target_store.read(self.targets, windows))
+        return self.to_device(batch)
+
+    def to_device(self, batch: data.Batch) -> data.Batch:
+        """Global arrays of a batch, with the states of a teacher that has devices of its own."""
+        mesh, layout, teacher_mesh = self.placement
+        local = sharding.from_host(batch, mesh, layout.params)
+        if self.teacher is None or teacher_mesh is None:
+            return local
+        with sharding.use_mesh(teacher_mesh, layout):
+            remote = sharding.from_host(batch, teacher_mesh, layout.params)
+            states = teacher_states(self.teacher, remote, dtype=self.objective.dtype)
+        hidden = jax.device_put(states.hidden, local.tokens.sharding)
+        return local._replace(signal=losses.TeacherStates(hidden, self.head))
+
+    def held_out(self) -> Iterator[data.Batch]:
+        """Batches of the windows that an evaluation reads."""
+        rows = self.config.batch_size
+        if self.placement.teacher_mesh is None:  # else they are to divide over its devices too
+            rows //= self.config.microbatches
+        batches = data.evaluation(self.corpus, rows, *self.process_rows)
+        windows = sum(part.windows for part in self.corpus.held_out)
+        count = -(-min(self.config.eval_windows, windows) // rows)
+        return report.track(islice(batches, count), "evaluating", count)
+
+
+teacher_states = sharding.jit(losses.teacher_states)
+
+
+def optimizer_and_objective(
+    config: Config, layers: list[int] | None = None
+) -> tuple[optim.Optimizer, losses.Objective]:
+    """What a step is told beside its arrays; `layers` are the teacher's blocks that the student
+    began as."""
+    objective = losses.Objective(
+        config.loss, config.steps, config.compute_dtype, config.remat,
+        config.microbatches, config.log_norms,
+    )  # fmt: skip
+    if config.loss.features != "off":
+        depth, given = models.config(config.teacher).layers, config.loss.feature_pairs
+        pairs = features.pairs(given, config.student_layers, depth, layers)
+        objective = dataclasses.replace(objective, pairs=pairs)
+    return optim.make(config.optim, config.steps), objective
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+def make_folder(config: Config) -> files.RunFolder:
+    """The folder of a run, made by the first process; --no-resume moves the run that is there
+    aside."""
+    folder = run_folder(config)
+    if jax.process_index() == 0:
+        with files.disk_errors(folder.path, ": give another --out"):
+            folder.path.mkdir(parents=True, exist_ok=True)
+            if not config.resume and folder.previous() is not None:
+                with folder.lock():
+                    aside = folder.set_aside()
+                folder.path.mkdir()
+                line = f"the run that was in {folder.path} is in {aside} now"
+                report.say(line)
+    processes.sync("folder")
+    return folder
+
+
+def last_step(config: Config, folder: files.RunFolder) -> int | None:
+    """The step of the last checkpoint of a run, which must have been made by the same settings."""
+    last = checkpoint.latest(folder.path / "checkpoints")
+    changed = folder.changed()
+    if last is None:
+        if changed and jax.process_index() == 0:
+            (folder.path / CHOICE).unlink(missing_ok=True)
+        write_config(folder)
+        return None
+    if changed and not config.resume_anyway:
+        folder.check(
+            "give the same, another --out, --no-resume, or --resume-anyway to go on with these"
+        )
+    if changed:
+        report.say(f"continued anyway: {'; '.join(changed)}")
+    steps = (folder.previous() or {}).get("steps")
+    if steps not in (None, config.steps):
+        line = f"--steps was {steps}: schedules now end at {config.steps}"
+        report.say(line)
+    return last
+
+
+def write_config(folder: files.RunFolder) -> None:
+    if jax.process_index() == 0:
+        folder.write()
+
+
+# ---- text, teacher, student ----------------------------------------------------------------------
+
+
+def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:
+    """All that a run needs, read and checked, and its student if it has no checkpoint yet."""
+    process_rows = sharding.process_rows(placement.mesh, placement.layout.params)
+    tokenizer, vocab = models.fetch(config.teacher, weights=False), student_config(config).vocab
+    if config.student is not None and needs_teacher(config):
+        text.same_tokenizer(tokenizer, models.fetch(config.student, weights=False))
+    elif config.student is not None:
+        tokenizer = models.fetch(config.student, weights=False)
+    corpus = open_corpus(config, tokenizer, vocab)
+    targets = None
+    if config.targets is not None:
+        targets = target_store.load(config.targets)
+        named = config.teacher != config.student  # else nobody needs its weights
+        target_store.check(
+            targets, corpus, config.loss, tokenizer=tokenizer, vocab=vocab,
+            rows=config.steps * config.batch_size,
+            teacher=models.fetch(config.teacher) if named else None,
+        )  # fmt: skip
+    teacher, student, layers = teacher_and_student(config, out, placement, corpus)
+    head = None
+    if teacher is not None and placement.teacher_mesh is not None:
+        places = sharding.specs(teacher, placement.mesh, placement.layout.params)
+        head = jax.device_put(teacher.unembedding, places.unembedding)
+    run = Run(
+        config, out, placement, process_rows, teacher, head, targets, tokenizer, corpus,
+        *optimizer_and_objective(config, layers), layers,
+    )  # fmt: skip
+    processes.sync("prepared")
+    return run, student
+
+
+def open_corpus(config: Config, tokenizer: Path, vocab: int) -> data.Corpus:
+    """The text of a run, the same in every process, and enough of it."""
+    if needs_teacher(config):
+        vocab = min(vocab, models.config(config.teacher).vocab)
+    corpus = data.open_corpus(
+        config.data, tokenizer, seq_len=config.seq_len, seed=config.seed, vocab=vocab
+    )
+    digests = processes.allgather(int(corpus.digest[:15], 16))
+    if (digests != digests[0]).any():
+        raise UserError(
+            "the processes read different text: give all of them the same --data.source"
+        )
+    data.batch(corpus, 0, config.batch_size)  # a text that is too short ends here
+    if not any(part.windows for part in corpus.held_out):
+        raise UserError(
+            "there is no text to evaluate on: raise --data.held-out, or give --data.eval-source"
+        )
+    return corpus
+
+
+def teacher_and_student(
+    config: Config, out: Path, placement: Placement, corpus: data.Corpus
+) -> tuple[LanguageModel | None, LanguageModel | None, list[int] | None]:
+    """The teacher, if the run looks at it; the student, if there is no checkpoint of it; and the
+    teacher's blocks that it began as, if it was cut."""
+    mesh, layout, teacher_mesh = placement
+    begun = checkpoint.latest(out / "checkpoints") is not None
+    cuts = config.student is None and config.student_init != "random"
+    teacher = student = layers = None
+    with sharding.use_mesh(teacher_mesh or mesh, layout):
+        if needs_teacher(config) or (cuts and not (begun and (out / CHOICE).exists())):
+            teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
+        if cuts:
+            layers = choose_or_restore_layers(config, teacher, corpus, out)
+        if cuts and not begun:
+            student = students.cut(teacher, {"layers": tuple(layers)})
+    if not begun and config.student is not None:
+        student = models.load(config.student, dtype=jnp.float32, mesh=mesh)
+    elif not begun and not cuts:
+        shape, key = student_config(config), jax.random.key(config.seed)
+        student = students.fresh(models.FAMILIES[shape.model_type], shape, key, mesh)
+    if student is not None:
+        student = jax.device_put(student, sharding.specs(student, mesh, layout.params))
+    return teacher if needs_teacher(config) else None, student, layers
+
+
+CHOICE = "choice.json"
+
+
+def choose_or_restore_layers(
+    config: Config, teacher: LanguageModel | None, corpus: data.Corpus, out: Path
+) -> list[int]:
+    """Which of the teacher's blocks the student begins as; decided once in the life of a run."""
+    path = out / CHOICE
+    if path.exists():
+        choice = files.read_json(path)
+        layers = choice.get("kept")
+        if not isinstance(layers, list) or len(layers) != config.student_layers:
+            raise UserError(
+                f"{path}: expected the choice of {config.student_layers} blocks, found {layers}:"
+                " give the --student-layers that the run was begun with, or begin anew with"
+                " --no-resume"
+            )
+    else:
+        begun = time.monotonic()
+        windows = data.batch(corpus, 0, min(config.calibration_windows, corpus.windows))
+        text = students.Calibration(windows.tokens[:, :-1], windows.segments[:, :-1], windows.mask)
+        with report.progress("choosing blocks") as progress:
+            chosen = students.choose_layers(
+                teacher, config.student_layers, config.student_init, text,
+                dtype=config.compute_dtype, progress=progress,
+            )  # fmt: skip
+        seconds = round(time.monotonic() - begun, 1)
+        choice = {"kept": list(chosen.layers), "kl": chosen.kl, "seconds": seconds}
+        if jax.process_index() == 0:
+            files.write_json(path, choice)
+    kl, blocks = choice.get("kl"), " ".join(map(str, choice["kept"]))
+    cost = "" if kl is None else f", which leaves a KL of {kl:.3f}"
+    report.say(f"student   blocks {blocks}{cost} (chosen in {choice.get('seconds')}s)")
+    return choice["kept"]
+
+
+def fresh_learner(
+    config: Config, key: PRNGKeyArray, layers: list[int] | None = None
+) -> tuple[LanguageModel, features.Projection | None]:
+    """A student of the run's shape and the projection beside it, with fresh weights."""
+    shape = student_config(config)
+    if config.student is None and config.student_init != "random":
+        shape = shape.select({"layers": tuple(layers or range(config.student_layers))})
+    return models.FAMILIES[shape.model_type](shape, key), projection(config, shape.embed)
+
+
+def projection(config: Config, embed: int) -> features.Projection | None:
+    """What maps the student's states to the teacher's width, if the loss asks for such a map."""
+    pairs = optimizer_and_objective(config)[1].pairs
+    if not pairs:
+        return None
+    key = jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1)  # no step's
+    return features.projection(len(pairs), embed, models.config(config.teacher).embed, key)
+
+
+def print_summary(run: Run, student: LanguageModel) -> None:
+    """What is about to happen, and how large it is."""
+    config, corpus, device = run.config, run.corpus, jax.devices()[0]
+    for name, model in (("teacher", run.teacher), ("student", student)):
+        if model is not None:
+            leaves = jax.tree.leaves(model)
+            count = report.count(sum(leaf.size for leaf in leaves))
+            size = report.size(sum(leaf.nbytes for leaf in leaves))
+            apart = name == "teacher" and run.placement.teacher_mesh is not None
+            where = " on devices of its own" if apart else ""
+            line = f"{name}   {model.config.layers} blocks, {count} parameters, {size}{where}"
+            report.say(line)
+    report.say(
+        f"data      {report.count(corpus.tokens)} tokens, {report.count(corpus.windows)} windows of"
+        f" {config.seq_len}; {config.steps} steps of {config.batch_size} windows",
+    )
+    mesh = " x ".join(f"{name} {size}" for name, size in run.placement.mesh.shape.items())
+    report.say(
+        f"device    {jax.device_count()} x {device.device_kind} ({mesh}), {config.compute_dtype}",
+    )

@@ -1,0 +1,145 @@
+"""Several processes are one run, and survive the death of any of them."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from test_distill import near, teacher, text  # noqa: F401
+
+import distill
+import models
+import optim
+import sharding
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(teacher, text, tmp_path) -> distill.Config:
+    return distill.Config(
+        teacher=str(teacher), student_layers=2, seq_len=32, batch_size=8, steps=6, eval_every=3,
+        eval_windows=8, save_every=3, log_every=1, quiet=True, out=str(tmp_path / "run"),
+        data=distill.Data(source=(str(text),), documents="paragraph", cache=str(text.parent)),
+        optim=optim.Config(lr=1e-2, eps=1e-4),
+    )  # fmt: skip
+
+
+def commands(config: distill.Config, count: int, port: int, *more: str) -> list[list[str]]:
+    flags = {
+        "teacher": config.teacher, "student-layers": 2, "seq-len": 32, "batch-size": 8,
+        "steps": config.steps, "eval-every": 3, "eval-windows": 8, "save-every": 3, "log-every": 1,
+        "data.source": config.data.source[0], "data.documents": "paragraph",
+        "data.cache": config.data.cache, "optim.lr": 1e-2, "optim.eps": 1e-4, "out": config.out,
+    }  # fmt: skip
+    words = [sys.executable, "distill.py", "--quiet", *more]
+    words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    together = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id"]
+    return [[*words, *together, str(i)] for i in range(count)]
+
+
+def started(config: distill.Config, *more: str, devices: int = 4) -> list[subprocess.Popen]:
+    count = 2
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices // count)}
+    return [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+        )
+        for command in commands(config, count, port, *more)
+    ]  # fmt: skip
+
+
+WAITING = """
+import sys, time
+import jax
+from runtime import errors, processes
+from jax._src import distributed
+
+def main():
+    processes.PATIENCE = 8
+    processes.start(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
+    with processes.exit_with_peers():
+        print("here", jax.process_count(), flush=True)
+        if sys.argv[2] == sys.argv[3]:
+            time.sleep(100)
+        distributed.global_state.client.wait_at_barrier("both", 100_000)
+
+errors.run(main)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_waits_for_a_dead_process_ends(victim):
+    """jax aborts such a process from a thread of its own, in its own words."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING, where, str(number), str(victim)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    assert [process.stdout.readline() for process in both] == ["here 2\n"] * 2
+    both[victim].kill()
+    _, said = both[1 - victim].communicate(timeout=60)
+    both[victim].communicate()
+    assert both[1 - victim].returncode, said
+
+
+def test_two_processes_are_one_and_survive_the_death_of_either(config):
+    mesh = sharding.make_mesh(devices=jax.devices()[:4])
+    four = dataclasses.replace(config, teacher_devices=None, out=config.out + "-one")
+    jax_devices, jax.devices = jax.devices, lambda *_: list(mesh.devices.flat)
+    try:
+        alone = models.load(distill.train(four))
+    finally:
+        jax.devices = jax_devices
+    pair = started(config)
+    for _ in range(600):  # until it has a checkpoint to go on from
+        if (Path(config.out) / "checkpoints" / "3").exists() or pair[0].poll() is not None:
+            break
+        time.sleep(0.2)
+    pair[1].kill()
+    said = pair[0].communicate(timeout=90)[1]
+    pair[1].communicate()
+    if pair[0].returncode:  # it may have been done already
+        assert "another process has ended" in said or "heartbeat" in said, said
+        for process in (pair := started(config)):
+            _, said = process.communicate(timeout=240)
+            assert process.returncode == 0, said
+    near(models.load(Path(config.out) / "student"), alone, 1e-6)
+    lines = [(Path(out) / "metrics.jsonl").read_text() for out in (config.out, four.out)]
+    ours, theirs = ([json.loads(line) for line in text.splitlines()] for text in lines)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-6)
+
+
+def test_processes_that_hold_parts_of_one_model_read_the_same_rows(config):
+    """Two processes with a device each, the model split over both."""
+    config = dataclasses.replace(config, teacher_devices=None, steps=3)
+    alone = dataclasses.replace(config, out=config.out + "-one")
+    pair = started(config, "--mesh.fsdp", "1", "--mesh.tensor", "2", devices=2)
+    said = [process.communicate(timeout=240)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    student = Path(distill.train(alone))
+    near(models.load(Path(config.out) / "student"), models.load(student), 1e-5)
+    ours, theirs = (
+        [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+        for out in (config.out, alone.out)
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-5)
+        assert mine.get("eval/kl", 0) == pytest.approx(other.get("eval/kl", 0), rel=1e-4)

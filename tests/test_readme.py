@@ -1,0 +1,72 @@
+"""README.md keeps its word: its flags are flags, its snippets run. tests/slow runs the commands."""
+
+import importlib
+import re
+import shutil
+import tomllib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import readme
+
+import data
+from runtime import errors
+
+PYTHON = readme.blocks("python")
+CALLS = readme.calls()
+
+
+def test_the_readme_has_commands_of_every_program():
+    assert {name for name, _ in CALLS} == set(readme.PROGRAMS)
+    assert len(CALLS) > 12 and len(PYTHON) >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), CALLS, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_commands_have_flags_that_the_program_takes(name, arguments):
+    if "--help" in arguments:
+        return  # below
+    config = errors.cli(importlib.import_module(name).Config, arguments)
+    if "--distributed" in arguments:
+        assert config.distributed
+
+
+def test_flags_that_the_text_names_exist(capsys):
+    """In one of the programs: a sentence does not say which one it speaks of."""
+    known = set()
+    for program in readme.PROGRAMS:
+        with pytest.raises(SystemExit):
+            errors.cli(importlib.import_module(program).Config, ["--help"])
+        known |= set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
+    codes = re.findall(r"`([^`\n]+)`", (readme.ROOT / "README.md").read_text())
+    codes = [code for code in codes if not re.search(r"\b(pip|uv|pytest)\b", code)]
+    named = {flag for code in codes for flag in re.findall(r"(?<!\S)--[a-z][a-z0-9.-]*", code)}
+    assert len(named) > 30
+    assert named <= known, named - known
+
+
+def test_what_is_installed_can_be_installed():
+    settings = tomllib.loads((readme.ROOT / "pyproject.toml").read_text())["project"]
+    for line in readme.shell_lines():
+        for extra in re.findall(r"\.\[(\w+)\]", line):
+            assert extra in settings["optional-dependencies"], line
+        for file in re.findall(r"-c (\S+)", line):
+            assert (readme.ROOT / file).exists(), line
+
+
+def test_snippets_run_one_after_the_other(tmp_path, monkeypatch):
+    shutil.copytree(readme.ROOT / "demo", tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 2048, (2, 17)), jnp.int32)
+    segments = jnp.ones_like(tokens)
+    names = {"tokens": tokens, "segments": segments}
+    names["batch"] = data.Batch(tokens, segments, jnp.ones((2, 16), bool))
+    for block in PYTHON:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["logits"].shape == (2, 17, 2048) and names["hidden"].shape[:2] == (2, 17)
+    assert (tmp_path / "folder" / "model.safetensors").exists()
+    assert np.isfinite(names["metrics"]["loss"]) and int(names["state"].step) == 1
+    jax.block_until_ready(names["state"])
