@@ -7,27 +7,28 @@ windows, anew in every epoch, so that nothing is as long as the stream and any s
 the first.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import math
 import mmap
 import os
-import queue
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
 import text
-from runtime.errors import UserError
-from text.store import BLOCK, Store, _hash, _store
+from runtime.errors import Constraint, UserError, between, check
+from text.store import BLOCK, Options, Store, hash_bytes, open_store
 
 T = TypeVar("T")
+POSITIVE = Constraint("above 0", lambda weights: all(0 < weight < math.inf for weight in weights))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Config:
     source: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .jsonl, .parquet (also .gz, .zst), or hub data sets as
     id[:config][:split]."""
-    weights: tuple[float, ...] = ()
+    weights: Annotated[tuple[float, ...], POSITIVE] = ()
     """How much of each source goes into the mixture; without them, all of every source."""
     text_field: str = "text"
     """The field of a record that holds its text."""
@@ -47,7 +48,7 @@ class Config:
     """Which tokens to learn: all, or those of the assistant's turns."""
     cache: str | None = None
     """Folder for tokenized text; by default compact-distill in the user's cache folder."""
-    held_out: float = 0.01
+    held_out: Annotated[float, between(0, 1)] = 0.01
     """Share of the documents kept for evaluation, chosen by their content; 1 keeps all."""
     eval_source: str | None = None
     """A source to evaluate on, instead of held-out documents."""
@@ -55,12 +56,9 @@ class Config:
     """Read hub data sets over the network, without downloading them first."""
 
     def __post_init__(self):
-        if not 0 <= self.held_out <= 1:
-            raise ValueError(f"--data.held-out: expected a share of 0 to 1, found {self.held_out}")
-        if not all(0 < weight < math.inf for weight in self.weights):
-            raise ValueError("--data.weights: expected positive numbers")
+        check(self, "--data.")
         if self.weights and len(self.weights) != len(self.source):
-            raise ValueError(
+            raise UserError(
                 f"--data.weights: expected one for each --data.source, of which there are"
                 f" {len(self.source)}, found {len(self.weights)}"
             )
@@ -74,9 +72,11 @@ class Batch(NamedTuple):
     """The documents of a row, numbered from 1; 0 is padding."""
     mask: Bool[np.ndarray, "rows targets"]
     """Whether predicting the token after each position counts."""
+    signal: Any = None
+    """What a teacher says of these rows, one of `losses.signal`; None where it is not asked yet."""
 
 
-class Part(NamedTuple):
+class TokenRange(NamedTuple):
     """A stretch of a store's tokens, as windows."""
 
     store: Store
@@ -89,9 +89,9 @@ class Part(NamedTuple):
 class Corpus:
     """Windows to train and to evaluate on. Within a group every window comes once an epoch."""
 
-    groups: tuple[tuple[Part, ...], ...]
+    groups: tuple[tuple[TokenRange, ...], ...]
     weights: tuple[float, ...]
-    held_out: tuple[Part, ...]
+    held_out: tuple[TokenRange, ...]
     seq_len: int
     seed: int
 
@@ -132,22 +132,25 @@ def open_corpus(
     if not config.source:
         raise UserError("no text to train on: name some with --data.source")
     share = 0.0 if config.eval_source else config.held_out
-    pairs = [
-        _split(_store(name, tokenizer, config, share), share, seq_len) for name in config.source
-    ]
+
+    def store(name: str, held_out: float) -> Store:
+        options = Options(config.text_field, config.documents, config.mask, held_out)
+        return open_store(name, tokenizer, options, cache=config.cache, streaming=config.streaming)
+
+    pairs = [_split(store(name, share), share, seq_len) for name in config.source]
     training, held_out = zip(*pairs, strict=True)
     if config.eval_source:
-        store = _store(config.eval_source, tokenizer, config, 1.0)
-        held_out = (_part(store, 0, store.tokens, seq_len),)
+        whole = store(config.eval_source, 1.0)
+        held_out = (_part(whole, 0, whole.tokens, seq_len),)
     groups = tuple((part,) for part in training) if config.weights else (training,)
     return Corpus(groups, config.weights, held_out, seq_len, seed)
 
 
-def _part(store: Store, start: int, stop: int, seq_len: int) -> Part:
-    return Part(store, start, stop, max(0, -(-(stop - start - 1) // seq_len)))
+def _part(store: Store, start: int, stop: int, seq_len: int) -> TokenRange:
+    return TokenRange(store, start, stop, max(0, -(-(stop - start - 1) // seq_len)))
 
 
-def _split(store: Store, share: float, seq_len: int) -> tuple[Part, Part]:
+def _split(store: Store, share: float, seq_len: int) -> tuple[TokenRange, TokenRange]:
     """What of a store is to train on, and what is held out."""
     cut, total = store.training, max(1, _part(store, 0, store.tokens, seq_len).windows)
     held = store.tokens - cut
@@ -182,7 +185,7 @@ def windows(
     """Which windows, numbered through all sources, are the rows of one process at a step."""
     sizes = [sum(part.windows for part in parts) for parts in corpus.groups]
     rows = _rows(step, batch_size, process_index, process_count)
-    groups, windows = _deal(rows, corpus.weights, corpus.seed)
+    groups, windows = assign_sources(rows, corpus.weights, corpus.seed)
     first = 0
     for group, size in enumerate(sizes):
         here = groups == group
@@ -217,7 +220,7 @@ def _rows(step: int, batch_size: int, index: int, count: int) -> Int[np.ndarray,
     return step * batch_size + index * own + np.arange(own)
 
 
-def _deal(
+def assign_sources(
     rows: Int[np.ndarray, " rows"], weights: Sequence[float], seed: int
 ) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
     """For each row of the endless sequence: its source, and how many rows of it came before.
@@ -229,7 +232,7 @@ def _deal(
     before, left = rows.copy(), np.ones(len(rows), bool)
     for i, weight in enumerate(weights[:-1]):
         share = round(weight / sum(weights[i:]) * 2**24)
-        phase = _hash(f"{seed} {i}".encode()) % 2**24
+        phase = hash_bytes(f"{seed} {i}".encode()) % 2**24
         taken = (before * share + phase) >> 24
         here = left & ((((before + 1) * share + phase) >> 24) > taken)
         source[here] = i
@@ -253,8 +256,8 @@ def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray
     def encrypt(index):
         left, right = index // b, index % b
         for even, odd in keys.reshape(-1, 2):
-            left = (left + _mix(right ^ even)) % a
-            right = (right + _mix(left ^ odd)) % b
+            left = (left + _hash_mix(right ^ even)) % a
+            right = (right + _hash_mix(left ^ odd)) % b
         return left * b + right
 
     index = encrypt(index.astype(np.uint64))
@@ -263,14 +266,14 @@ def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray
     return index.astype(np.int64)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _hash_mix(x: np.ndarray) -> np.ndarray:
     """31 bits that depend on all bits of x (the finalizer of splitmix64)."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x >> 33
 
 
-def _read(parts: Sequence[Part], windows: Int[np.ndarray, " rows"], seq_len: int) -> Batch:
+def _read(parts: Sequence[TokenRange], windows: Int[np.ndarray, " rows"], seq_len: int) -> Batch:
     """Windows, numbered through all parts; those beyond the last are padding."""
     ends = np.cumsum([part.windows for part in parts])
     chosen = np.minimum(np.searchsorted(ends, windows, "right"), len(parts) - 1)
@@ -281,10 +284,11 @@ def _read(parts: Sequence[Part], windows: Int[np.ndarray, " rows"], seq_len: int
     if len(batches) == 1:
         return batches[0]
     order = np.argsort(np.argsort(chosen, kind="stable"))
-    return Batch(*(np.concatenate(arrays)[order] for arrays in zip(*batches, strict=True)))
+    arrays = zip(*(batch[:3] for batch in batches), strict=True)
+    return Batch(*(np.concatenate(parts)[order] for parts in arrays))
 
 
-def _read_part(part: Part, windows: Int[np.ndarray, " rows"], seq_len: int) -> Batch:
+def _read_part(part: TokenRange, windows: Int[np.ndarray, " rows"], seq_len: int) -> Batch:
     store, width, dtype = part.store, seq_len + 1, np.dtype(part.store.dtype)
     starts = part.start + windows * seq_len
     counts = np.clip(part.stop - starts, 0, width)
@@ -293,13 +297,13 @@ def _read_part(part: Part, windows: Int[np.ndarray, " rows"], seq_len: int) -> B
     with contextlib.ExitStack() as opened:
         files = [opened.enter_context(open(path, "rb", buffering=0)).fileno() for path in paths]
         for row, start, count in zip(tokens, starts.tolist(), counts.tolist(), strict=True):
-            found = _checked(store, files, start * dtype.itemsize, count * dtype.itemsize)
-            row[:count] = np.frombuffer(found, dtype)
-    _, first = _marks(store.folder / "documents", starts, width)
+            content = _checked(store, files, start * dtype.itemsize, count * dtype.itemsize)
+            row[:count] = np.frombuffer(content, dtype)
+    _, first = marks_in_windows(store.folder / "documents", starts, width)
     first[:, 0] = True
     segments, mask = np.cumsum(first, axis=1, dtype=np.int32), ~first[:, 1:]
     if store.masked:
-        before, toggles = _marks(store.folder / "trained", starts, width)
+        before, toggles = marks_in_windows(store.folder / "trained", starts, width)
         toggles[:, 0] = before % 2
         mask &= np.logical_xor.accumulate(toggles, axis=1)[:, 1:]
     for row in np.flatnonzero(counts < width):
@@ -313,8 +317,8 @@ def _checked(store: Store, files: Sequence[int], start: int, size: int) -> memor
     first, stop = start // BLOCK, -(-(start + size) // BLOCK)
     blocks = memoryview(os.pread(files[0], (stop - first) * BLOCK, first * BLOCK))
     sums = np.frombuffer(os.pread(files[1], (stop - first) * 4, first * 4), "<u4").tolist()
-    found = [zlib.crc32(blocks[i : i + BLOCK]) for i in range(0, len(blocks), BLOCK)]
-    if size and found != sums:
+    present = [zlib.crc32(blocks[i : i + BLOCK]) for i in range(0, len(blocks), BLOCK)]
+    if size and present != sums:
         with contextlib.suppress(OSError):  # without it, the next start builds the store anew
             (store.folder / "store.json").unlink()
         raise UserError(
@@ -324,7 +328,7 @@ def _checked(store: Store, files: Sequence[int], start: int, size: int) -> memor
     return blocks[start - first * BLOCK :][:size]
 
 
-def _marks(
+def marks_in_windows(
     path: Path, starts: Int[np.ndarray, " rows"], width: int
 ) -> tuple[Int[np.ndarray, " rows"], Bool[np.ndarray, "rows {width}"]]:
     """Of a file of positions: how many lie up to the start of each window, and where in it more do.
@@ -345,38 +349,20 @@ def _marks(
     return before, marks
 
 
-def prefetch(
-    load: Callable[[int], T], start: int, stop: int, ahead: int = 2, patience: float = 10.0
-) -> Iterator[T]:
+def prefetch(load: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:
     """`load(step)` for each step, computed ahead in a thread; its exceptions are raised here.
 
-    Close the generator, or let it go, to end the thread; a `load` that takes longer than `patience`
-    seconds is then left behind.
+    Close the generator, or let it go, to end the thread, once it is done with what it loads: a
+    thread that is inside native code when the interpreter ends would abort the process.
     """
-    ready: queue.SimpleQueue = queue.SimpleQueue()
-    room, closed = threading.Semaphore(ahead), threading.Event()
-
-    def work():
-        try:
-            for step in range(start, stop):
-                room.acquire()
-                if closed.is_set():
-                    return
-                ready.put((load(step), None))
-        except BaseException as error:
-            ready.put((None, error))
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        for _ in range(start, stop):
-            result, error = ready.get()
-            if error is not None:
-                raise error
-            room.release()
+        steps = range(start, stop)
+        pending = collections.deque(pool.submit(load, step) for step in steps[:ahead])
+        for step in steps:
+            result = pending.popleft().result()
+            if step + ahead < stop:
+                pending.append(pool.submit(load, step + ahead))
             yield result
     finally:
-        closed.set()
-        room.release()
-        # A thread that is inside native code when the interpreter ends would abort the process.
-        thread.join(patience)
+        pool.shutdown(cancel_futures=True)

@@ -8,11 +8,9 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
-import equinox as eqx
 import jax
-from jaxtyping import Array, Bool, Float, Int
 
 import data
 import losses
@@ -21,8 +19,10 @@ import sharding
 import text
 from models.base import LanguageModel
 from runtime import errors, processes, report
+from runtime.errors import UserError, at_least
 
 Data = data.Config  # a field of a config hides the module it is named after
+Figures = dict[str, int | float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,69 +34,47 @@ class Config:
     teacher: str | None = None
     """Folder or hub id of a teacher with the same vocabulary: adds KL and agreement."""
     data: Data = dataclasses.field(default_factory=Data)
-    seq_len: int = 512
+    seq_len: Annotated[int, at_least(1)] = 512
     """Tokens a window predicts; each window is read without those before it."""
-    batch_size: int = 8
+    batch_size: Annotated[int, at_least(1)] = 8
     """Windows at a time."""
     mesh: sharding.Sizes = dataclasses.field(default_factory=sharding.Sizes)
     json: bool = False
     """Print one JSON object and nothing else."""
 
     def __post_init__(self):
-        errors.check_counts(self, "seq_len", "batch_size")
+        errors.check(self)
         if not self.data.source:
-            raise errors.UserError("--data.source is missing: name the text to score")
-
-
-class Seen(NamedTuple):
-    """A batch that the teacher has read already, on devices of its own."""
-
-    tokens: Int[Array, "batch tokens"]
-    segments: Int[Array, "batch tokens"]
-    mask: Bool[Array, "batch seq"]
-    hidden: Float[Array, "batch seq embed"]
-
-
-class Head(eqx.Module):
-    """What the student's devices need of a teacher that reads elsewhere."""
-
-    unembedding: Float[Array, "vocab embed"]
-
-
-def view(
-    teacher: LanguageModel | Head | None, batch: data.Batch | Seen, dtype: Any
-) -> tuple[Float[Array, "batch seq embed"] | None, Float[Array, "vocab embed"] | None]:
-    """The teacher's states before its head, and the head."""
-    if teacher is None:
-        return None, None
-    if isinstance(batch, Seen):
-        return batch.hidden, teacher.unembedding
-    hidden = teacher.hidden(batch.tokens[:, :-1], batch.segments[:, :-1], dtype=dtype)
-    return jax.lax.stop_gradient(hidden), teacher.unembedding
+            raise UserError("--data.source is missing: name the text to score")
 
 
 @sharding.jit
 def _sums(model, teacher, batch, *, dtype, chunk) -> dict[str, jax.Array]:
+    signal = batch.signal
+    if signal is None and teacher is not None:
+        signal = losses.teacher_states(teacher, batch, dtype=dtype)
     hidden = model.hidden(batch.tokens[:, :-1], batch.segments[:, :-1], dtype=dtype)
-    beside = view(teacher, batch, dtype)
     labels = batch.tokens[:, 1:]
-    return losses.measure(hidden, model.unembedding, *beside, labels, batch.mask, chunk=chunk)
+    return losses.measure(hidden, model.unembedding, signal, labels, batch.mask, chunk=chunk)
 
 
 def evaluate(
     model: LanguageModel,
-    teacher: LanguageModel | Head | None,
+    teacher: LanguageModel | None,
     batches: Iterable[data.Batch],
     *,
-    to_device: Callable[[data.Batch], data.Batch | Seen] = lambda batch: batch,
+    to_device: Callable[[data.Batch], data.Batch] = lambda batch: batch,
     dtype: Any = None,
     chunk: int | None = None,
-) -> dict[str, int | float]:
-    """Means over all counted tokens of all batches; exact however they are cut into batches."""
-    totals: dict[str, int | float] = {}
+) -> Figures:
+    """Means over all counted tokens of all batches; exact however they are cut into batches.
+
+    The teacher's side is that of the batch's signal where `to_device` adds one.
+    """
+    totals: Figures = {}
     for batch in batches:
-        found = jax.device_get(_sums(model, teacher, to_device(batch), dtype=dtype, chunk=chunk))
-        for name, value in found.items():
+        sums = jax.device_get(_sums(model, teacher, to_device(batch), dtype=dtype, chunk=chunk))
+        for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + float(value)
     tokens = totals.pop("tokens", 0.0)
     return {"tokens": int(tokens)} | {name: v / max(tokens, 1) for name, v in totals.items()}
@@ -108,11 +86,9 @@ def main() -> None:
     folder = models.fetch(config.model)
     shape = models.config(folder)
     for name in filter(None, (config.model, config.teacher)):
-        longest = models.config(name).max_positions
+        longest = models.config(name).longest
         if longest is not None and config.seq_len > longest:
-            raise errors.UserError(
-                f"--seq-len {config.seq_len}: {name} was made for {longest} positions"
-            )
+            raise UserError(f"--seq-len {config.seq_len}: {name} was made for {longest} positions")
     if config.teacher is not None:
         text.same_tokenizer(models.fetch(config.teacher, weights=False), folder)
     everything = dataclasses.replace(config.data, held_out=1.0, eval_source=None)
@@ -123,38 +99,33 @@ def main() -> None:
     rows = -(-config.batch_size // mesh.size) * mesh.size  # each device has as many
     total = -(-sum(part.windows for part in corpus.held_out) // rows)
     with jax.set_mesh(mesh), report.quietly(config.json):
-        found = evaluate(
-            model,
-            teacher,
-            report.track(data.evaluation(corpus, rows), "scoring", total),
-            to_device=partial(sharding.from_host, mesh=mesh),
-            dtype=sharding.compute_dtype(),
-        )
-    if not found["tokens"]:
-        raise errors.UserError(f"{' '.join(config.data.source)}: no token to score")
-    figures = summary(found, corpus.bytes)
+        means = evaluate(
+            model, teacher, report.track(data.evaluation(corpus, rows), "scoring", total),
+            to_device=partial(sharding.from_host, mesh=mesh), dtype=sharding.compute_dtype(),
+        )  # fmt: skip
+    if not means["tokens"]:
+        raise UserError(f"{' '.join(config.data.source)}: no token to score")
+    figures = summary(means, corpus.bytes)
     if config.json:
         print(json.dumps({name: report.plain(value) for name, value in figures.items()}))
-    else:
-        width = max(map(len, figures))
-        for name, value in figures.items():
-            print(
-                f"{name:{width}}  {value:,}" if name == "tokens" else f"{name:{width}}  {value:.4f}"
-            )
+        return
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        print(f"{name:{width}}  {value:{',' if name == 'tokens' else '.4f'}}")
 
 
-def summary(found: dict[str, int | float], size: int) -> dict[str, int | float]:
+def summary(means: Figures, size: int) -> Figures:
     """The figures of an evaluation of `size` bytes of text, by the names that `--json` prints."""
-    nats = found["ce"] * found["tokens"]
+    nats = means["ce"] * means["tokens"]
     figures = {
-        "tokens": found["tokens"],
-        "ce": found["ce"],
-        "perplexity": math.exp(min(found["ce"], 700)),
+        "tokens": means["tokens"],
+        "ce": means["ce"],
+        "perplexity": math.exp(min(means["ce"], 700)),
         "bits_per_byte": nats / math.log(2) / size,
     }
-    if "kl" in found:
-        figures |= {name: found[name] for name in ("kl", "reverse_kl", "agreement", "teacher_ce")}
-        figures["teacher_perplexity"] = math.exp(min(found["teacher_ce"], 700))
+    if "kl" in means:
+        figures |= {name: means[name] for name in ("kl", "reverse_kl", "agreement", "teacher_ce")}
+        figures["teacher_perplexity"] = math.exp(min(means["teacher_ce"], 700))
     return figures
 
 

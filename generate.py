@@ -183,7 +183,9 @@ def read_prompts(
         start, cache, last = carry
         tokens = jax.lax.dynamic_slice_in_dim(prompts, start, part, axis=1)
         real = (start + jnp.arange(part) < lengths[:, None]).astype(jnp.int32)
-        hidden, cache = model.hidden(tokens, real, cache=cache, dtype=decoding.dtype)
+        hidden, cache = model.hidden(
+            tokens, real, cache=cache, doc_length=lengths, dtype=decoding.dtype
+        )
         at = lengths - 1 - start
         here = (0 <= at) & (at < part)
         last = jnp.where(here[:, None], hidden[row, jnp.clip(at, 0, part - 1)], last)
@@ -441,9 +443,9 @@ def prepare(
         for prompt, encoding in zip(prompts, encodings, strict=True)
     ]
     longest, remedy = config.max_prompt, "raise --max-prompt"
-    if shape.max_positions is not None and shape.max_positions - config.max_new < longest:
-        longest = max(0, shape.max_positions - config.max_new)
-        remedy = f"lower --max-new (the model has {shape.max_positions} positions)"
+    if shape.longest is not None and shape.longest - config.max_new < longest:
+        longest = max(0, shape.longest - config.max_new)
+        remedy = f"lower --max-new (the model has {shape.longest} positions)"
     lengths = list(map(len, tokens))
     if not min(lengths):
         raise UserError(f"{config.prompts}: prompt {lengths.index(0) + 1} has no tokens")

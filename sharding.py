@@ -145,7 +145,7 @@ def _declared(node: Any, path: tuple, leaf: Any) -> tuple[str, ...] | None:
     for key in path:
         match key:
             case jax.tree_util.GetAttrKey(name=name):
-                names = _field_axes(type(node), name) if isinstance(node, eqx.Module) else names
+                names = field_axes(type(node), name) if isinstance(node, eqx.Module) else names
                 node = getattr(node, name)
             case jax.tree_util.SequenceKey(idx=at) | jax.tree_util.DictKey(key=at):
                 node = node[at]
@@ -156,7 +156,7 @@ def _declared(node: Any, path: tuple, leaf: Any) -> tuple[str, ...] | None:
     return None if names is None or stacked is None else (*stacked, *names)
 
 
-def _field_axes(module: type, field: str) -> tuple[str, ...] | None:
+def field_axes(module: type, field: str) -> tuple[str, ...] | None:
     annotation = next((f.type for f in dataclasses.fields(module) if f.name == field), None)
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         options = [kind for kind in typing.get_args(annotation) if kind is not type(None)]

@@ -1,7 +1,7 @@
 """How a student is born from a teacher: which of its blocks stay, or fresh weights in its image."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,14 +11,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
+import losses
 import sharding
-from models.attention import einsum_f32, positions
+from models.attention import positions
 from models.base import LanguageModel
 from runtime.errors import UserError
 
-WAYS = ("greedy", "influence", "uniform", "first", "last", "random")
+METHODS = ("greedy", "influence", "uniform", "first", "last", "random")
 
-Progress = Callable[[int, int, str], None]  # done, of how many, what was found
+Progress = Callable[[int, int, str], None]  # done, of how many, the figure so far
 
 
 class Calibration(NamedTuple):
@@ -32,24 +33,24 @@ class Calibration(NamedTuple):
 class Choice(NamedTuple):
     """The teacher's blocks that stay, and the KL from the teacher that they leave, if measured."""
 
-    kept: tuple[int, ...]
+    layers: tuple[int, ...]
     kl: float | None = None
 
 
 def parse(how: str) -> tuple[int, ...] | None:
     """The blocks that `how` lists, `None` where it names a way of choosing them."""
-    if how in WAYS:
+    if how in METHODS:
         return None
     try:
-        kept = tuple(int(layer) for layer in how.split(","))
+        layers = tuple(int(layer) for layer in how.split(","))
     except ValueError:
         raise UserError(
-            f"--student-init is {how!r}: it must be one of {', '.join(WAYS)}, or a list of blocks"
-            " such as 0,2,5"
+            f"--student-init is {how!r}: it must be one of {', '.join(METHODS)}, or a list of"
+            " blocks such as 0,2,5"
         ) from None
-    if list(kept) != sorted(set(kept)) or kept[0] < 0:
+    if list(layers) != sorted(set(layers)) or layers[0] < 0:
         raise UserError(f"--student-init is {how}: the blocks must ascend, each named once, from 0")
-    return kept
+    return layers
 
 
 def check(depth: int, layers: int, how: str) -> None:
@@ -66,14 +67,14 @@ def check(depth: int, layers: int, how: str) -> None:
         )
 
 
-def choose(
+def choose_layers(
     teacher: LanguageModel,
     layers: int,
     how: str = "greedy",
     calibration: Calibration | None = None,
     *,
     dtype: Any = None,
-    progress: Progress = lambda done, total, found: None,
+    progress: Progress = lambda done, total, figure: None,
 ) -> Choice:
     """Which `layers` of the teacher's blocks a student keeps.
 
@@ -87,117 +88,92 @@ def choose(
     if layers == depth:
         return Choice(tuple(range(depth)), 0.0)
     if how in ("uniform", "first", "last"):
-        ends = {
-            "uniform": (0, depth - 1),
-            "first": (0, layers - 1),
-            "last": (depth - layers, depth - 1),
-        }
-        spaced = np.linspace(*ends[how], layers).round().astype(int)
-        return Choice(tuple(spaced.tolist()))
+        first = depth - layers if how == "last" else 0
+        last = layers - 1 if how == "first" else depth - 1
+        return Choice(tuple(np.linspace(first, last, layers).round().astype(int).tolist()))
     if how == "random":
         raise UserError("--student-init random keeps no blocks: make the student with fresh()")
     if calibration is None:
         raise UserError(f"--student-init {how} needs calibration windows to judge blocks by")
     if how == "influence":
-        turned = np.asarray(_influence(teacher, calibration, dtype))
-        progress(1, 1, f"influence {turned.min():.3f} to {turned.max():.3f}")
-        return Choice(tuple(sorted(np.argsort(-turned, kind="stable")[:layers].tolist())))
-    return _greedy(teacher, layers, calibration, dtype, progress)
+        turns = np.asarray(influence(teacher, calibration, dtype))
+        progress(1, 1, f"influence {turns.min():.3f} to {turns.max():.3f}")
+        return Choice(tuple(sorted(np.argsort(-turns, kind="stable")[:layers].tolist())))
+    return choose_greedily(teacher, layers, calibration, dtype, progress)
 
 
-def _greedy(teacher, layers, calibration, dtype, progress) -> Choice:
-    kept, found = list(range(teacher.config.layers)), 0.0
-    total = sum(range(layers + 1, len(kept) + 1))
-    done = 0
-    start = _embedded(teacher, calibration, dtype)
-    goal = _finished(teacher, start, calibration)
-    while len(kept) > layers:
+def choose_greedily(
+    teacher: LanguageModel, layers: int, calibration: Calibration, dtype: Any, progress: Progress
+) -> Choice:
+    depth = teacher.config.layers
+    left, kl = list(range(depth)), 0.0
+    total, done = sum(range(layers + 1, depth + 1)), 0
+    start, target = first_and_last_states(teacher, calibration, dtype)
+    while len(left) > layers:
         # Padded to one length: every candidate of every round runs the same compiled program.
-        order = jnp.array(kept + [0] * (teacher.config.layers - len(kept)))
+        order, count = jnp.array(left + [0] * (depth - len(left))), jnp.array(len(left))
         x, costs = start, []
-        for i in range(len(kept)):
-            cost, x = _without(
-                teacher, x, goal, calibration, order, jnp.array(i), jnp.array(len(kept))
-            )
+        for i in range(len(left)):
+            cost, x = ablate(teacher, x, target, calibration, order, jnp.array(i), count)
             costs.append(cost)
             done += 1
-            progress(done, total, f"{len(kept)} blocks, KL {found:.3f}")
+            progress(done, total, f"{len(left)} blocks, KL {kl:.3f}")
         costs = np.array(jax.device_get(costs))
         if not np.isfinite(costs).any():
             raise UserError("the teacher's output is not finite on the calibration windows")
-        found = float(np.nanmin(costs))
-        kept.pop(int(np.nanargmin(costs)))
-    return Choice(tuple(kept), found)
+        kl = float(np.nanmin(costs))
+        left.pop(int(np.nanargmin(costs)))
+    return Choice(tuple(left), kl)
 
 
-@eqx.filter_jit
-def _embedded(teacher, calibration, dtype) -> Float[Array, "batch seq embed"]:
-    return teacher.embed(calibration.tokens, jnp.dtype(dtype or teacher.dtype))
-
-
-def _walker(teacher: LanguageModel, calibration: Calibration):
-    """Applies the block of some index to hidden states."""
+def block_fn(teacher: LanguageModel, calibration: Calibration) -> Callable[[Array, Array], Array]:
+    """A function that applies the block of some index to hidden states."""
     here = positions(calibration.tokens, calibration.segments)
-    prepared = teacher.position_inputs(here)
+    position_inputs = teacher.position_inputs(here)
 
     def apply(layer: Int[Array, ""], x: Float[Array, "batch seq embed"]) -> Array:
         weights = jax.tree.map(lambda leaf: leaf[layer], teacher.blocks)
         x = sharding.constrain(x, "batch seq embed")
-        return teacher.block(weights, x, here, prepared, layer, None)[0]
+        return teacher.block(weights, x, here, position_inputs, layer, None)[0]
 
     return apply
 
 
-@eqx.filter_jit
-def _finished(teacher, x, calibration) -> Float[Array, "batch seq embed"]:
-    apply = _walker(teacher, calibration)
-    return teacher.final_norm(jax.lax.fori_loop(0, teacher.config.layers, apply, x))
+@sharding.jit
+def first_and_last_states(
+    teacher: LanguageModel, calibration: Calibration, dtype: Any
+) -> tuple[Float[Array, "batch seq embed"], Float[Array, "batch seq embed"]]:
+    """The input of the first block, and what the head reads."""
+    x = teacher.embed(calibration.tokens, jnp.dtype(dtype or teacher.dtype))
+    apply = block_fn(teacher, calibration)
+    return x, teacher.final_norm(jax.lax.fori_loop(0, teacher.config.layers, apply, x))
 
 
-@eqx.filter_jit
-def _without(
+@sharding.jit
+def ablate(
     teacher: LanguageModel,
     x: Float[Array, "batch seq embed"],
-    goal: Float[Array, "batch seq embed"],
+    target: Float[Array, "batch seq embed"],
     calibration: Calibration,
     order: Int[Array, " layers"],
     i: Int[Array, ""],
     count: Int[Array, ""],
 ) -> tuple[Float32[Array, ""], Float[Array, "batch seq embed"]]:
     """The KL if block `order[i]` goes, and the states after it: `x` are the states before it."""
-    apply = _walker(teacher, calibration)
+    apply = block_fn(teacher, calibration)
     rest = jax.lax.fori_loop(i + 1, count, lambda j, x: apply(order[j], x), x)
-    kl = _kl(teacher.unembedding, goal, teacher.final_norm(rest), calibration.mask)
-    return kl, apply(order[i], x)
+    head, mask, labels = teacher.unembedding, calibration.mask, calibration.tokens
+    signal = losses.TeacherStates(target, head)
+    sums = losses.measure(teacher.final_norm(rest), head, signal, labels, mask)
+    return sums["kl"] / jnp.maximum(sums["tokens"], 1), apply(order[i], x)
 
 
-def _kl(
-    head: Float[Array, "vocab embed"],
-    teacher: Float[Array, "batch seq embed"],
-    student: Float[Array, "batch seq embed"],
-    mask: Bool[Array, "batch seq"],
-    chunk: int = 256,
-) -> Float32[Array, ""]:
-    """Mean KL(teacher || student) per token of `mask`, of `chunk` tokens at a time."""
-    head = head.astype(teacher.dtype)
-
-    def one(rows):
-        p, q = (jax.nn.log_softmax(einsum_f32("te,ve->tv", x, head)) for x in rows[:2])
-        return jnp.sum(jnp.where(rows[2], jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0.0))
-
-    def chunks(x):
-        x = x.reshape(-1, *x.shape[2:])
-        x = jnp.pad(x, [(0, -len(x) % chunk), *[(0, 0)] * (x.ndim - 1)])
-        return x.reshape(-1, chunk, *x.shape[1:])
-
-    total = jnp.sum(jax.lax.map(one, (chunks(teacher), chunks(student), chunks(mask))))
-    return total / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
-
-
-@eqx.filter_jit
-def _influence(teacher, calibration, dtype) -> Float32[Array, " layers"]:
+@sharding.jit
+def influence(
+    teacher: LanguageModel, calibration: Calibration, dtype: Any
+) -> Float32[Array, " layers"]:
     """1 - cosine between each block's input and output, a mean over tokens."""
-    apply = _walker(teacher, calibration)
+    apply = block_fn(teacher, calibration)
     weight = calibration.mask.astype(jnp.float32)
     weight /= jnp.maximum(jnp.sum(weight), 1)
 
@@ -212,32 +188,40 @@ def _influence(teacher, calibration, dtype) -> Float32[Array, " layers"]:
     return jax.lax.scan(one, x, jnp.arange(teacher.config.layers))[1]
 
 
-def cut(teacher: LanguageModel, kept: tuple[int, ...], dtype: Any = jnp.float32) -> LanguageModel:
-    """The teacher with only these blocks, in arrays of its own: no buffer is shared."""
-    config = teacher.config.select_layers(kept)
-    outline = eqx.filter_eval_shape(lambda: type(teacher)(config, jax.random.key(0)))
-    index = jnp.array(kept)
+def cut(
+    teacher: LanguageModel, indices: Mapping[str, Sequence[int]], dtype: Any = jnp.float32
+) -> LanguageModel:
+    """The teacher with only these indices of these axes, such as `{"layers": (0, 2, 5)}`.
+
+    Every leaf that carries an axis is indexed along it. No buffer is shared with the teacher.
+    """
+    config = teacher.config.select(indices)
+    abstract = eqx.filter_eval_shape(lambda: type(teacher)(config, jax.random.key(0)))
+    chosen = {axis: np.array(numbers) for axis, numbers in indices.items()}
 
     def part(leaf, axes):
-        copy = leaf[index] if axes[0] == "layers" else jnp.copy(leaf)
+        copy = jnp.copy(leaf) if chosen.keys().isdisjoint(axes) else leaf
+        for dimension, axis in enumerate(axes):
+            if axis in chosen:
+                copy = jnp.take(copy, chosen[axis], axis=dimension)
         copy = copy.astype(dtype)
         return jax.device_put(copy, leaf.sharding) if leaf.committed else copy
 
     copies = jax.tree.map(part, teacher, sharding.axes(teacher))
-    return jax.tree.unflatten(jax.tree.structure(outline), jax.tree.leaves(copies))
+    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(copies))
 
 
 def fresh(
     family: type[LanguageModel], config: Any, key: PRNGKeyArray, mesh: Mesh | None = None
 ) -> LanguageModel:
-    """Random weights in float32, born in their places on the mesh."""
+    """Random weights in float32, made in their places on the mesh."""
 
     @eqx.filter_jit
-    def born(key):
+    def init(key):
         model = family(config, key)
         return model if mesh is None else sharding.shard(model, sharding.specs(model, mesh))
 
-    return born(key)
+    return init(key)
 
 
 def resized(config: Any, layers: int, **widths: int | None) -> Any:
@@ -258,10 +242,8 @@ def resized(config: Any, layers: int, **widths: int | None) -> Any:
             f"{heads} heads of the student are not a multiple of its {groups} key and value heads:"
             " change --student-heads or --student-kv-heads"
         )
-    depth = config.layers
-    return dataclasses.replace(
-        config.select_layers(tuple(i % depth for i in range(layers))), **given
-    )
+    numbers = tuple(i % config.layers for i in range(layers))
+    return dataclasses.replace(config.select({"layers": numbers}), **given)
 
 
 def from_teacher(
@@ -276,4 +258,4 @@ def from_teacher(
     if how == "random":
         config = resized(teacher.config, layers)
         return fresh(type(teacher), config, jax.random.key(0) if key is None else key)
-    return cut(teacher, choose(teacher, layers, how, calibration).kept)
+    return cut(teacher, {"layers": choose_layers(teacher, layers, how, calibration).layers})

@@ -72,12 +72,14 @@ def speeds(folder: Path, turns: int) -> None:
         def read(of=of):
             batch = data.read(corpus, windows)
             if isinstance(of, target_store.Targets):
-                batch = target_store.Told(*batch, target_store.read(of, windows))
+                batch = batch._replace(signal=target_store.read(of, windows))
             return teacher if of is teacher else None, jax.device_put(batch)
 
         loss = losses.Config(alpha=0.0 if of is None else 1.0)
         fixed = optimizer, losses.Objective(loss, steps=100, dtype="float32")
-        state = distill.init_state(jax.tree.map(jnp.copy, student.cut(teacher, BLOCKS)), optimizer)
+        state = distill.init_state(
+            jax.tree.map(jnp.copy, student.cut(teacher, {"layers": BLOCKS})), optimizer
+        )
         program = sharding.compiled(distill.step.lower(read(), state, *fixed))
         runs[name] = [program, read, state, [], fixed]
     for _ in range(turns + 2):

@@ -54,7 +54,7 @@ SMALL = {
 DEPTHS = (4, 48)
 
 
-def outline(family: type[LanguageModel], **sizes: int) -> LanguageModel:
+def abstract(family: type[LanguageModel], **sizes: int) -> LanguageModel:
     """A model of shapes alone."""
     return eqx.filter_eval_shape(lambda: family(family.Config(**sizes), jax.random.key(0)))
 
@@ -62,7 +62,7 @@ def outline(family: type[LanguageModel], **sizes: int) -> LanguageModel:
 def write_checkpoint(folder: Path) -> None:
     """Random float16 numbers in the shapes of bloom-1b7, of which a little is held at a time."""
     (folder / "config.json").write_text(json.dumps(BLOOM_1B7))
-    model = outline(Bloom, vocab=250880, embed=2048, layers=24, heads=16)
+    model = abstract(Bloom, vocab=250880, embed=2048, layers=24, heads=16)
     header: dict[str, dict[str, Any]] = {}
     end = 0
     for leaf in leaves(model):
@@ -135,9 +135,9 @@ def loads(repeats: int) -> None:
         write_checkpoint(folder)
         print(f"{(folder / 'model.safetensors').stat().st_size / 1e9:.2f} GB in one file")
         for what, (dtype, devices) in LOADS.items():
-            found = [apart(load, folder, dtype, devices) for _ in range(repeats)]
-            for figure in found[0]:
-                values = sorted(each[figure] for each in found)
+            runs = [apart(load, folder, dtype, devices) for _ in range(repeats)]
+            for figure in runs[0]:
+                values = sorted(each[figure] for each in runs)
                 spread = f"({values[0]:.2f} to {values[-1]:.2f})"
                 print(f"{what:26} {figure:30} {median(values):6.2f} {spread}")
 
@@ -158,10 +158,10 @@ def compiling(model: LanguageModel) -> float:
 
 def compiles(repeats: int) -> None:
     for family, sizes in SMALL.items():
-        shallow, deep = (outline(family, layers=layers, **sizes) for layers in DEPTHS)
+        shallow, deep = (abstract(family, layers=layers, **sizes) for layers in DEPTHS)
         compiling(shallow)
-        found = [(compiling(shallow), compiling(deep)) for _ in range(repeats)]
-        short, long = map(median, zip(*found, strict=True))
+        pairs = [(compiling(shallow), compiling(deep)) for _ in range(repeats)]
+        short, long = map(median, zip(*pairs, strict=True))
         print(f"{family.__name__:6} compiled in {short:.2f} s at {DEPTHS[0]} layers,", end=" ")
         print(f"{long:.2f} s at {DEPTHS[1]}: ratio {long / short:.2f}")
 

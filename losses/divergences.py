@@ -1,64 +1,53 @@
 """Divergences between teacher and student, elementwise over the vocabulary.
 
 A divergence is a sum over the vocabulary of f(log p, log q), p the teacher, q the student; with
-g = df/dlog q its gradient on the student's logits is (g - q sum g) / T. Both are elementwise, so
-the gradient is written out beside the value, and the vocabulary may lie on many devices.
+g = df/dlog q its gradient on the student's logits is (g - q sum g) / T. To add one, write f.
+
+Every f is 0 or more term by term, and g is 0 where p = q, whatever the rounding of the two
+normalisers. So f contains the b - a of KL(a || b), whose sum is 0, and `stop` takes out of its
+derivative what cancels exactly on paper and only nearly in float32.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from losses.objective import Config
-
 LogProbs = Float[Array, "*shape"]
 
-
-Terms = tuple[LogProbs, LogProbs]
-
-
-def forward_kl(config: Config, log_p: LogProbs, log_q: LogProbs) -> Terms:
-    g = jnp.exp(log_q) - jnp.exp(log_p)
-    return jnp.exp(log_p) * (log_p - log_q) + g, g
+stop = jax.lax.stop_gradient
 
 
-def reverse_kl(config: Config, log_p: LogProbs, log_q: LogProbs) -> Terms:
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    g = q * (log_q - log_p)
-    return g + (p - q), g
+def kl(log_a: LogProbs, log_b: LogProbs) -> LogProbs:
+    """Terms of KL(a || b); their derivatives are a log(a / b) by log a, and b - a by log b."""
+    a, b = jnp.exp(log_a), jnp.exp(log_b)
+    return a * (stop(log_a) - log_b) + (b - stop(a))
 
 
-def jsd(config: Config, log_p: LogProbs, log_q: LogProbs) -> Terms:
-    log_m = _log_mixture(config.beta, log_p, log_q)
-    g = (1 - config.beta) * jnp.exp(log_q) * (log_q - log_m)
-    return config.beta * jnp.exp(log_p) * (log_p - log_m) + g, g
+def skewed_kl(share: float, log_a: LogProbs, log_b: LogProbs) -> LogProbs:
+    """Terms of KL(a || m), m = share a + (1 - share) b."""
+    log_m = log_mixture(share, log_a, log_b)
+    excess = (1 - share) * (jnp.exp(log_b) - jnp.exp(log_a))  # m - a, and the slope by log m
+    return jnp.exp(log_a) * stop(log_a - log_m) + with_slope(excess, excess, log_m)
 
 
-def skew_kl(config: Config, log_p: LogProbs, log_q: LogProbs) -> Terms:
-    rest = 1 - config.skew
-    log_m = _log_mixture(config.skew, log_p, log_q)
-    excess = rest * (jnp.exp(log_q) - jnp.exp(log_p))  # m - p
-    share = rest * jnp.exp(log_q - log_m)  # of q in m
-    return jnp.exp(log_p) * (log_p - log_m) + excess, share * excess
+def jsd(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
+    # The slope by log m is -m, which cancels that of q: m is beta p + (1 - beta) q.
+    log_m = stop(log_mixture(config.beta, log_p, log_q))
+    to_q = (1 - config.beta) * jnp.exp(log_q) * (stop(log_q) - log_m)
+    return config.beta * jnp.exp(log_p) * (log_p - log_m) + to_q
 
 
-def skew_reverse_kl(config: Config, log_p: LogProbs, log_q: LogProbs) -> Terms:
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    log_m = _log_mixture(config.skew, log_q, log_p)
-    excess = (1 - config.skew) * (p - q)  # m - q
-    share = jnp.exp(_log_share(config.skew) + log_q - log_m)  # of q in m
-    kl = q * (log_q - log_m)
-    return kl + excess, kl + share * excess
+def tvd(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
+    d = jnp.exp(log_q) - jnp.exp(log_p)
+    return d * stop(jnp.sign(d)) / 2
 
 
-def tvd(config: Config, log_p: LogProbs, log_q: LogProbs) -> Terms:
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    return jnp.abs(q - p) / 2, jnp.sign(q - p) * q / 2
-
-
-def alpha_beta(config: Config, log_p: LogProbs, log_q: LogProbs) -> Terms:
+def alpha_beta(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
     """f = d^2 exp[x_0, x_a, x_s] and g = -d exp[x_0, x_a], divided differences of exp.
 
     The points are x_c = s log q + c d, with d = log p - log q and s = a + b. Multiplied out this is
@@ -84,32 +73,37 @@ def alpha_beta(config: Config, log_p: LogProbs, log_q: LogProbs) -> Terms:
     second, third = (sum((c - mean) ** k for c in (0.0, a, s)) for k in (2, 3))
     series = 0.5 + second / 48 * d**2 + third / 360 * d**3
     f = jnp.where(span * jnp.abs(d) < 0.25, exp_at(mean) * d**2 * series, far)
-    return f, -d * slope(0.0, a)
+    return with_slope(f, -d * slope(0.0, a), log_q)
 
 
-def _log_share(share: float) -> float:
-    return math.log(share) if share > 0 else -math.inf
-
-
-def _log_mixture(share: float, log_a: LogProbs, log_b: LogProbs) -> LogProbs:
+def log_mixture(share: float, log_a: LogProbs, log_b: LogProbs) -> LogProbs:
     """log(share a + (1 - share) b)"""
-    log_a, log_b = log_a + _log_share(share), log_b + math.log1p(-share)
-    return jnp.maximum(log_a, log_b) + jnp.log1p(jnp.exp(-jnp.abs(log_a - log_b)))
+    log_share = math.log(share) if share > 0 else -math.inf
+    return jnp.logaddexp(log_a + log_share, log_b + math.log1p(-share))
 
+
+def with_slope(value: LogProbs, slope: LogProbs, x: LogProbs) -> LogProbs:
+    """`value`, the derivative of which by `x` is `slope`."""
+    return stop(value) + stop(slope) * (x - stop(x))
+
+
+DIVERGENCES: dict[str, Callable[[Any, LogProbs, LogProbs], LogProbs]] = {
+    "forward_kl": lambda config, log_p, log_q: kl(log_p, log_q),
+    "reverse_kl": lambda config, log_p, log_q: kl(log_q, log_p),
+    "jsd": jsd,
+    "skew_kl": lambda config, log_p, log_q: skewed_kl(config.skew, log_p, log_q),
+    "skew_reverse_kl": lambda config, log_p, log_q: skewed_kl(config.skew, log_q, log_p),
+    "tvd": tvd,
+    "alpha_beta": alpha_beta,
+}
+"""`(losses.Config, log p, log q) -> f`; `--loss.divergence` takes the same names."""
 
 # Stands for -inf, so that 0 times a logarithm is 0; far below any real log-probability.
 LOWEST = -1e9
 
 
-def _floored(terms: Callable[..., Terms]) -> Callable[[Config, LogProbs, LogProbs], Terms]:
-    def floored(config: Config, log_p: LogProbs, log_q: LogProbs) -> Terms:
-        return terms(config, jnp.maximum(log_p, LOWEST), jnp.maximum(log_q, LOWEST))
-
-    return floored
-
-
-DIVERGENCES: dict[str, Callable[[Config, LogProbs, LogProbs], Terms]] = {
-    terms.__name__: _floored(terms)
-    for terms in (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd, alpha_beta)
-}
-"""`(config, log p, log q) -> (f, g)`, elementwise: f sums to the divergence, g = df/dlog q."""
+def terms(config: Any, log_p: LogProbs, log_q: LogProbs) -> tuple[LogProbs, LogProbs]:
+    """f, and g = df/dlog q."""
+    log_p, log_q = jnp.maximum(log_p, LOWEST), jnp.maximum(log_q, LOWEST)
+    f = partial(DIVERGENCES[config.divergence], config, log_p)
+    return jax.jvp(f, (log_q,), (jnp.ones_like(log_q),))

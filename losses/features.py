@@ -17,33 +17,31 @@ SHORTEST = 1e-12  # squared: what is shorter than 1e-6 has no direction
 
 
 def pairs(
-    given: Sequence[str], layers: int, teacher_layers: int, kept: Sequence[int] | None = None
+    given: Sequence[str], layers: int, teacher_layers: int, cut_from: Sequence[int] | None = None
 ) -> Pairs:
     """The blocks of `given` (3:7 is the student's 3 and the teacher's 7). Without any: every block
     with the one it was cut from, or else with the one at the same share of the depth."""
     if given:
         return tuple(_pair(text, layers, teacher_layers) for text in given)
-    if kept is None:
-        kept = [-(-(i + 1) * teacher_layers // layers) - 1 for i in range(layers)]
-    return tuple(enumerate(kept))
+    if cut_from is None:
+        cut_from = [-(-(i + 1) * teacher_layers // layers) - 1 for i in range(layers)]
+    return tuple(enumerate(cut_from))
 
 
 def _pair(text: str, layers: int, teacher_layers: int) -> tuple[int, int]:
-    student, _, teacher = text.partition(":")
-    if not (student.isdecimal() and teacher.isdecimal()):
-        raise UserError(f"--loss.feature-pairs {text}: expected STUDENT:TEACHER blocks such as 3:7")
-    if int(student) >= layers or int(teacher) >= teacher_layers:
+    student, teacher = map(int, text.split(":"))
+    if student >= layers or teacher >= teacher_layers:
         raise UserError(
             f"--loss.feature-pairs {text}: the student has blocks 0 to {layers - 1}, the teacher"
             f" 0 to {teacher_layers - 1}"
         )
-    return int(student), int(teacher)
+    return student, teacher
 
 
-def ends(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The blocks of either side, each once, in order."""
-    ours, theirs = (tuple(sorted({pair[side] for pair in pairs})) for side in (0, 1))
-    return ours, theirs
+def tapped_layers(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The blocks of student and teacher whose outputs are matched, each once, in order."""
+    student_layers, teacher_layers = (tuple(sorted({pair[i] for pair in pairs})) for i in (0, 1))
+    return student_layers, teacher_layers
 
 
 class Projection(eqx.Module):
@@ -70,9 +68,9 @@ Vectors, Scalars = Float32[Array, "*rows width"], Float32[Array, "*rows"]
 def cosine(x: Vectors, y: Vectors) -> Scalars:
     """1 - cos; 1, and without a gradient, where either has no direction."""
     xx, yy = jnp.sum(x * x, axis=-1), jnp.sum(y * y, axis=-1)
-    sound = (xx > SHORTEST) & (yy > SHORTEST)
-    lengths = jax.lax.rsqrt(jnp.where(sound, xx, 1.0)) * jax.lax.rsqrt(jnp.where(sound, yy, 1.0))
-    return 1 - jnp.where(sound, jnp.sum(x * y, axis=-1) * lengths, 0.0)
+    long = (xx > SHORTEST) & (yy > SHORTEST)
+    inverse = jax.lax.rsqrt(jnp.where(long, xx, 1.0)) * jax.lax.rsqrt(jnp.where(long, yy, 1.0))
+    return 1 - jnp.where(long, jnp.sum(x * y, axis=-1) * inverse, 0.0)
 
 
 def mse(x: Vectors, y: Vectors) -> Scalars:
@@ -85,35 +83,38 @@ DISTANCES: dict[str, Callable[[Vectors, Vectors], Scalars]] = {"cosine": cosine,
 def loss(
     kind: str,
     pairs: Pairs,
-    states: Float[Array, "ours batch seq embed"],
-    goals: Float[Array, "theirs batch seq teacher_embed"],
+    student_states: Float[Array, "student_layers batch seq embed"],
+    teacher_states: Float[Array, "batch teacher_layers seq teacher_embed"],
     mask: Bool[Array, "batch seq"],
     projection: Projection | None = None,
 ) -> Float32[Array, ""]:
     """The distance of the mapped states, a mean over pairs, summed over the tokens of `mask`.
 
-    `states` and `goals` are outputs of the blocks of `ends(pairs)`; nothing flows into `goals`.
+    The states are outputs of the blocks of `tapped_layers(pairs)`, the teacher's as the taps of a
+    signal; nothing flows into them.
     """
-    ours, theirs = ends(pairs)
-    order = [ours.index(student) for student, _ in pairs]
-    if order != list(range(len(ours))):
-        states = states[jnp.array(order)]
-    order = jnp.array([theirs.index(teacher) for _, teacher in pairs])
+    student_layers, teacher_layers = tapped_layers(pairs)
+    order = [student_layers.index(student) for student, _ in pairs]
+    if order != list(range(len(student_layers))):
+        student_states = student_states[jnp.array(order)]
+    order = jnp.array([teacher_layers.index(teacher) for _, teacher in pairs])
 
     # Of one pair at a time, and computed again in the backward pass: float32 copies of all of them
     # would outweigh the states.
     @partial(jax.checkpoint, prevent_cse=False)
-    def one(x, at, projection):
-        y = jax.lax.stop_gradient(jax.lax.dynamic_index_in_dim(goals, at, keepdims=False))
+    def pair_loss(x, tap, projection):
+        y = jax.lax.dynamic_index_in_dim(teacher_states, tap, axis=1, keepdims=False)
         # Not a product with the mask: what is masked may not be finite.
-        x, y = (jnp.where(mask[..., None], z, jnp.zeros_like(z)) for z in (x, y))
+        x, y = (
+            jnp.where(mask[..., None], z, jnp.zeros_like(z)) for z in (x, jax.lax.stop_gradient(y))
+        )
         if projection is not None:
             x = einsum_f32("bse,te->bst", x, projection.weight.astype(x.dtype))
-        found = DISTANCES[kind](x.astype(jnp.float32), y.astype(jnp.float32))
-        return jnp.sum(jnp.where(mask, found, 0.0))
+        distance = DISTANCES[kind](x.astype(jnp.float32), y.astype(jnp.float32))
+        return jnp.sum(jnp.where(mask, distance, 0.0))
 
-    def add(total, rows):
-        return total + one(*rows), None
+    def add(total, pair):
+        return total + pair_loss(*pair), None
 
-    total, _ = jax.lax.scan(add, jnp.float32(0), (states, order, projection))
+    total, _ = jax.lax.scan(add, jnp.float32(0), (student_states, order, projection))
     return total / len(pairs)

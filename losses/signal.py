@@ -1,56 +1,146 @@
-"""What a teacher says of a batch."""
+"""What a teacher says of a batch: a field of the batch, and a divergence on tiles of logits.
 
-from typing import NamedTuple
+Each kind of signal has
+- `rows`, its arrays of [batch, seq, ...], which the loss cuts into chunks of tokens;
+- `divergence(vocab)`, called once per loss: a function `(rows, config, z, temperature)` of a chunk
+  of `rows` and the student's logits z, to the divergence of each row and its gradient on z;
+- `head`, the teacher's, which all rows share; or None.
+"""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
-from losses.divergences import DIVERGENCES, LOWEST
+import data
+from losses import tiles
+from losses.divergences import LOWEST, terms
 from losses.objective import Config
+from models.base import LanguageModel
+
+Values = tuple[Float32[Array, " rows"], tiles.Logits]
+Divergence = Callable[[Any, Config, tiles.Logits, Any], Values]
+B = TypeVar("B", bound=data.Batch)
 
 
-class TopK(NamedTuple):
-    """A teacher's likeliest tokens, and one bucket for all others."""
+class TeacherStates(eqx.Module):
+    """All that a teacher says: its states before its head, the head, and outputs of its blocks."""
 
-    ids: Int[Array, "*rows kept"]
-    log_probs: Float32[Array, "*rows kept"]
+    hidden: Float[Array, "batch seq embed"]
+    head: Float[Array, "vocab embed"]
+    taps: Float[Array, "batch taps seq embed"] | None = None
+
+    @property
+    def rows(self) -> Float[Array, "batch seq embed"]:
+        return self.hidden
+
+    def logits(self, vocab: int) -> Callable[[Float[Array, "rows embed"]], tiles.Logits]:
+        """From hidden states to logits: rows of the wider head have no probability."""
+        head = tiles.prepare_head(self.head[:vocab], self.hidden.dtype)
+        return lambda hidden: tiles.logits(head, hidden, vocab)
+
+    def divergence(self, vocab: int) -> Divergence:
+        logits = self.logits(vocab)
+        return lambda hidden, *student: full_divergence(logits(hidden), *student)
+
+
+class Targets(NamedTuple):
+    """What a teacher says of some tokens at each position, `entries`, and of the rest."""
+
+    ids: Int[Array, "*rows entries"]
+    log_probs: Float32[Array, "*rows entries"]
     rest: Float32[Array, "*rows"]
-    """Log of the mass of the others."""
+
+    head = None
+    rows = property(lambda self: self)
+
+    def divergence(self, vocab: int) -> Divergence:
+        return type(self).chunk_divergence
+
+    @classmethod
+    def abstract(cls, batch: int, seq: int, entries: int) -> "Targets":
+        """The shapes of targets, for a plan."""
+        each = jax.ShapeDtypeStruct((batch, seq, entries), jnp.float32)
+        return cls(each.update(dtype=jnp.int32), each, each.update(shape=(batch, seq)))
 
 
-class SampledTargets(NamedTuple):
-    """A sample of distinct tokens: each stands for max(p, rest), which in the mean is its p."""
+class TopK(Targets):
+    """A teacher's likeliest tokens; `rest` is the log of the mass of all others, one bucket."""
 
-    ids: Int[Array, "*rows kept"]
-    log_probs: Float32[Array, "*rows kept"]
-    rest: Float32[Array, "*rows"]
-    """Log of the threshold."""
+    def chunk_divergence(self, config: Config, z: tiles.Logits, temperature: Any) -> Values:
+        inv_temperature = 1.0 / temperature
+        z, entries = z * inv_temperature, (self.ids.T, jnp.arange(z.shape[1]))
+        z_entries, z = z[entries], z.at[entries].set(-jnp.inf)
+        # Of the rest itself: one less the sum of the entries would be lost in rounding.
+        lse_rest = jnp.maximum(jax.nn.logsumexp(z, 0), LOWEST)
+        lse = jnp.logaddexp(lse_rest, jax.nn.logsumexp(z_entries, 0))
+        log_q, log_q_rest = z_entries - lse, lse_rest - lse
+        f, g = terms(config, self.log_probs.T, log_q)
+        f_rest, g_rest = terms(config, self.rest, log_q_rest)
+        total = g.sum(0) + g_rest
+        d_entries = g - jnp.exp(log_q) * total
+        d_z = jnp.exp(z - lse_rest) * (g_rest - jnp.exp(log_q_rest) * total)
+        return f.sum(0) + f_rest, inv_temperature * d_z.at[entries].set(d_entries)
 
 
-TeacherTargets = TopK | SampledTargets
+class SampledTargets(Targets):
+    """A sample of distinct tokens: each stands for max(p, threshold), which in the mean is its p;
+    `rest` is the log of the threshold."""
+
+    def chunk_divergence(self, config: Config, z: tiles.Logits, temperature: Any) -> Values:
+        """The forward KL, the one divergence that a sample of p estimates without bias."""
+        inv_temperature = 1.0 / temperature
+        z, entries = z * inv_temperature, (self.ids.T, jnp.arange(z.shape[1]))
+        lse, log_p = jax.nn.logsumexp(z, 0), self.log_probs.T
+        weight = jnp.exp(jnp.maximum(log_p, self.rest))
+        f = weight * (log_p - z[entries] + lse)
+        d_z = (jnp.exp(z - lse) * weight.sum(0)).at[entries].add(-weight)
+        return f.sum(0), inv_temperature * d_z
 
 
-def _kept_divergence(config: Config, kept: TeacherTargets, z, temperature):
-    """`_divergence` where of each row's teacher only `kept` is known."""
-    cold = 1.0 / temperature
-    z, ids, log_p = z * cold, kept.ids.T, kept.log_probs.T
-    here = ids, jnp.arange(z.shape[1])
-    z_kept = z[here]
-    if isinstance(kept, SampledTargets):
-        lse = jax.nn.logsumexp(z, 0)
-        weight = jnp.exp(jnp.maximum(log_p, kept.rest))
-        f = weight * (log_p - z_kept + lse)
-        d_z = (jnp.exp(z - lse) * weight.sum(0)).at[here].add(-weight)
-        return f.sum(0), cold * d_z
-    z = z.at[here].set(-jnp.inf)
-    # Of the rest itself: one less the sum of the kept would be lost in rounding.
-    lse_rest = jnp.maximum(jax.nn.logsumexp(z, 0), LOWEST)
-    lse = jnp.logaddexp(lse_rest, jax.nn.logsumexp(z_kept, 0))
-    log_q, log_q_rest = z_kept - lse, lse_rest - lse
-    f, g = DIVERGENCES[config.divergence](config, log_p, log_q)
-    f_rest, g_rest = DIVERGENCES[config.divergence](config, kept.rest, log_q_rest)
-    total = g.sum(0) + g_rest
-    d_kept = g - jnp.exp(log_q) * total
-    d_z = jnp.exp(z - lse_rest) * (g_rest - jnp.exp(log_q_rest) * total)
-    return f.sum(0) + f_rest, cold * d_z.at[here].set(d_kept)
+Signal = TeacherStates | TopK | SampledTargets | None
+
+
+def teacher_states(
+    teacher: LanguageModel, batch: data.Batch, *, dtype: Any = None, taps: tuple[int, ...] = ()
+) -> TeacherStates:
+    """The forward pass of a teacher, through which nothing is differentiated; with the outputs of
+    the blocks `taps`."""
+    states = teacher.hidden(batch.tokens[:, :-1], batch.segments[:, :-1], dtype=dtype, taps=taps)
+    hidden, outputs = states if taps else (states, None)
+    if taps:
+        outputs = jnp.moveaxis(outputs, 0, 1)
+    return TeacherStates(*jax.lax.stop_gradient((hidden, teacher.unembedding, outputs)))
+
+
+def partition_rows(batch: B) -> tuple[B, B]:
+    """The arrays of a batch that have its rows first, and those that have none: a teacher's head.
+
+    `eqx.combine` joins the two.
+    """
+    head = getattr(batch.signal, "head", None)
+    return eqx.partition(batch, lambda leaf: leaf is not head)
+
+
+def full_divergence(
+    z_teacher: tiles.Logits, config: Config, z: tiles.Logits, temperature: Any
+) -> Values:
+    """Per row, and its gradient on the student's logits `z`."""
+    inv_temperature = 1.0 / temperature
+    lse_p = jax.nn.logsumexp(z_teacher * inv_temperature, 0)
+    lse_q = jax.nn.logsumexp(z * inv_temperature, 0)
+
+    def value_and_slope(z_teacher, z):
+        log_p = tiles.log_probs(z_teacher * inv_temperature, lse_p)
+        log_q = tiles.log_probs(z * inv_temperature, lse_q)
+        return *terms(config, log_p, log_q), log_q
+
+    f, _, _ = value_and_slope(z_teacher, z)
+    value, z_teacher, z = tiles.barrier((f.sum(0), z_teacher, z))
+    _, g, log_q = value_and_slope(z_teacher, z)
+    if config.divergence == "forward_kl":  # there g = q - p, which sums to 0
+        return value, inv_temperature * g
+    return value, inv_temperature * (g - jnp.exp(log_q) * g.sum(0))

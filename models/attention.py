@@ -36,7 +36,7 @@ einsum_f32.defvjp(einsum_f32_forward, einsum_f32_backward)
 class Cache(eqx.Module):
     """The keys and values read so far, stacked over layers; each row has a length of its own.
 
-    What one head of one row attends to lies together, in the order in which `recall` sums it.
+    What one head of one row attends to lies together, in the order in which it is summed.
     """
 
     keys: Float[Array, "layers batch kv_heads head_dim capacity"]
@@ -63,38 +63,44 @@ class Cache(eqx.Module):
 class Positions(eqx.Module):
     """Where the tokens of a batch stand and whom they may see, computed once for all blocks."""
 
-    query: Int[Array, "#batch seq"]  # the index of each token among the keys of its row
-    key: Int[Array, " keys"]
+    query_index: Int[Array, "#batch seq"]  # of each token among the keys of its row
+    key_index: Int[Array, " keys"]
     position: Int[Array, "#batch seq"]  # within its document
-    extent: Int[Array, "#batch seq"]  # how many tokens its document has
+    doc_length: Int[Array, "#batch seq"]  # of the document of each token
     document: Int[Array, "batch seq"] | None
-    filled: Int[Array, ""] | None = None  # of a cache: its longest row that goes on
+    cache_length: Int[Array, " batch"] | None = None  # of each row, with the new tokens
 
     def visible(self, window: Int[Array, ""] | None = None) -> Bool[Array, "#batch seq keys"]:
-        distance = self.query[:, :, None] - self.key
-        seen = distance >= 0
+        distance = self.query_index[:, :, None] - self.key_index
+        mask = distance >= 0
         if self.document is not None:
-            seen &= self.document[:, :, None] == self.document[:, None, :]
+            mask &= self.document[:, :, None] == self.document[:, None, :]
         if window is not None:
-            seen &= distance < window
-        return seen
+            mask &= distance < window
+        return mask
 
 
 def positions(
     tokens: Int[Array, "batch seq"],
     segments: Int[Array, "batch seq"] | None = None,
     cache: Cache | None = None,
+    doc_length: Int[Array, " batch"] | None = None,
 ) -> Positions:
+    """Positions of tokens that stand alone, or that continue the rows of a cache.
+
+    `doc_length` says how long a row of the cache will be once all parts of its text are read:
+    dynamic rotary positions depend on it. Without it these tokens are the last.
+    """
     batch, seq = tokens.shape
     index = jnp.arange(seq)
     if cache is not None:
         # Padding stands behind the tokens of its row, where causality hides it from them.
         new = jnp.full(batch, seq) if segments is None else jnp.sum(segments != 0, axis=1)
-        query = cache.length[:, None] + index
-        extent = jnp.broadcast_to((cache.length + new)[:, None], query.shape)
-        key = jnp.arange(cache.keys.shape[4])
-        filled = jnp.max(jnp.where(new > 0, cache.length + new, 0))
-        return Positions(query, key, query, extent, None, filled)
+        query_index, length = cache.length[:, None] + index, cache.length + new
+        final = length if doc_length is None else jnp.maximum(length, doc_length)
+        final = jnp.broadcast_to(final[:, None], query_index.shape)
+        keys = jnp.arange(cache.keys.shape[4])
+        return Positions(query_index, keys, query_index, final, None, length)
     if segments is None:
         return Positions(index[None], index, index[None], jnp.full((1, seq), seq), None)
     edge = jnp.ones((batch, 1), bool)
@@ -122,29 +128,31 @@ def attention(
     groups = key.shape[2]
     grouped = query.reshape(*query.shape[:2], groups, -1, query.shape[3]).transpose(0, 2, 3, 1, 4)
 
-    def seen(positions: Positions) -> PyTree:
+    def mask_and_bias(positions: Positions) -> PyTree:
         bias = None
         if slopes is not None:  # the distance within a document is the distance within its row
-            distance = (positions.key - positions.query[:, :, None]).astype(jnp.float32)
+            distance = (positions.key_index - positions.query_index[:, :, None]).astype(jnp.float32)
             bias = slopes.reshape(groups, -1), distance
         return positions.visible(window), bias
 
     if cache is None:
-        mixed = attention_values(
-            grouped, *(x.swapaxes(1, 2) for x in (key, value)), seen(positions)
-        )
+        keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        mixed = attention_values(grouped, keys, values, mask_and_bias(positions))
     else:
-        cache = cache.write(layer, positions.query, key, value)
+        cache = cache.write(layer, positions.query_index, key, value)
 
-        def among(size: int) -> Callable[[], Array]:
-            fewer = eqx.tree_at(lambda positions: positions.key, positions, positions.key[:size])
-            return lambda: cached_attention(grouped, *cache.read(layer, size), seen(fewer))
+        def over_first(size: int) -> Callable[[], Array]:
+            keys = positions.key_index[:size]
+            first = eqx.tree_at(lambda positions: positions.key_index, positions, keys)
+            return lambda: cached_attention(grouped, *cache.read(layer, size), mask_and_bias(first))
 
-        # What is still empty is not read. Each part is compiled: they are few, and not small.
-        capacity = len(positions.key)
+        # What is still empty is not read, nor what only rows without a new token have. Each size is
+        # compiled: they are few, and not small.
+        capacity, length = len(positions.key_index), positions.cache_length
+        filled = jnp.max(jnp.where(length > positions.query_index[:, 0], length, 0))
         part = max(32, -(-capacity // 8))
         sizes = [min(size, capacity) for size in range(part, capacity + part, part)]
-        mixed = jax.lax.switch((positions.filled - 1) // part, [among(size) for size in sizes])
+        mixed = jax.lax.switch((filled - 1) // part, [over_first(size) for size in sizes])
     return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape), cache
 
 
@@ -152,51 +160,55 @@ def cached_attention(
     query: Float[Array, "batch kv_heads group seq head_dim"],
     key: Float[Array, "batch kv_heads head_dim keys"],
     value: Float[Array, "batch kv_heads keys head_dim"],
-    seen: PyTree,
+    mask_and_bias: PyTree,
 ) -> Float[Array, "batch kv_heads group seq head_dim"]:
-    """As `mix`, of what a cache holds."""
+    """`attention_values` of what a cache holds."""
     if query.shape[3] > 1:
         key, value = key.swapaxes(2, 3).astype(query.dtype), value.astype(query.dtype)
-        return attention_values(query, key, value, seen)
+        return attention_values(query, key, value, mask_and_bias)
     # For one token, sums read the cache in place; a product would have its part copied first.
     one, key, value = (x.astype(jnp.float32) for x in (query[:, :, :, 0], key, value))
     scores = jnp.sum(one[..., None] * key[:, :, None], axis=3)
-    weights = softmax(scores[:, :, :, None], query.shape[-1], seen)[:, :, :, 0]
+    weights = softmax(scores[:, :, :, None], query.shape[-1], mask_and_bias)[:, :, :, 0]
     mixed = jnp.sum(weights[..., None] * value[:, :, None], axis=3)
     return mixed[:, :, :, None].astype(query.dtype)
 
 
-def attention_weights(query: Array, key: Array, seen: PyTree) -> Float32[Array, "..."]:
+def attention_weights(query: Array, key: Array, mask_and_bias: PyTree) -> Float32[Array, "..."]:
     """How much each query takes of each key, [batch, kv_heads, group, query, key]."""
-    return softmax(einsum_f32("bkgqd,bksd->bkgqs", query, key), query.shape[-1], seen)
+    return softmax(einsum_f32("bkgqd,bksd->bkgqs", query, key), query.shape[-1], mask_and_bias)
 
 
-def softmax(scores: Float32[Array, "..."], head_dim: int, seen: PyTree) -> Float32[Array, "..."]:
-    """Of products of queries with keys: scaled, biased, and only over what is seen."""
-    visible, bias = seen
+def softmax(
+    scores: Float32[Array, "..."], head_dim: int, mask_and_bias: PyTree
+) -> Float32[Array, "..."]:
+    """Of products of queries with keys: scaled, biased, and only over what the mask leaves."""
+    mask, bias = mask_and_bias
     scores = scores * head_dim**-0.5
     if bias is not None:
         slopes, distance = bias
         scores += slopes[:, :, None, None] * distance[:, None, None]
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores, axis=-1)
 
 
 # Heads before tokens: so XLA on CPU multiplies twice as fast.
 @jax.custom_vjp
-def attention_values(query: Array, key: Array, value: Array, seen: PyTree) -> Float[Array, "..."]:
+def attention_values(
+    query: Array, key: Array, value: Array, mask_and_bias: PyTree
+) -> Float[Array, "..."]:
     """Values, weighted; for the backward pass the weights are computed again, not kept."""
-    weights = attention_weights(query, key, seen).astype(value.dtype)
+    weights = attention_weights(query, key, mask_and_bias).astype(value.dtype)
     return jnp.einsum("bkgqs,bksd->bkgqd", weights, value)
 
 
-def attention_values_forward(query, key, value, seen):
-    return attention_values(query, key, value, seen), (query, key, value, seen)
+def attention_values_forward(query, key, value, mask_and_bias):
+    return attention_values(query, key, value, mask_and_bias), (query, key, value, mask_and_bias)
 
 
-def attention_values_backward(kept, gradient):
-    query, key, value, seen = kept
-    weights = attention_weights(query, key, seen)
+def attention_values_backward(residuals, gradient):
+    query, key, value, mask_and_bias = residuals
+    weights = attention_weights(query, key, mask_and_bias)
     d_value = jnp.einsum("bkgqs,bkgqd->bksd", weights.astype(value.dtype), gradient)
     d_weights = einsum_f32("bkgqd,bksd->bkgqs", gradient, value)
     centre = jnp.sum(d_weights * weights, axis=-1, keepdims=True)

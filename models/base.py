@@ -1,34 +1,133 @@
-"""What every decoder here shares: the outline of a model, its scan over blocks, linear, norms."""
+"""What every decoder here shares: its arrays, the scan over its blocks, linear maps, norms."""
 
+import dataclasses
 import math
 from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray, PyTree
 
+import sharding
 from models.attention import Cache, Positions, einsum_f32, positions
+from runtime.errors import UserError
 from sharding import constrain
 
 
-class LanguageModel(eqx.Module):
+class ModelConfig:
+    """What the frozen dataclasses that size a family share. Sizes are named as axes are."""
+
+    SELECTABLE: ClassVar[tuple[str, ...]] = ("layers",)  # the axes that `select` can index
+    PER_LAYER: ClassVar[tuple[str, ...]] = ()  # the fields that hold an entry for each layer
+
+    @property
+    def untied(self) -> bool:
+        return not self.tied
+
+    @property
+    def longest(self) -> int | None:
+        """How many positions the model is made for; None is without limit."""
+        return self.max_positions
+
+    def select(self, indices: Mapping[str, Sequence[int]]) -> Any:
+        """The config of a model that has only these indices of these axes, such as `layers`."""
+        for axis, chosen in indices.items():
+            if axis not in self.SELECTABLE:
+                known = ", ".join(self.SELECTABLE)
+                raise UserError(f"{self.model_type} models are cut along {known}, not {axis}")
+            size = getattr(self, axis)
+            if not chosen or not all(0 <= i < size for i in chosen):
+                raise UserError(f"{axis} {list(chosen)} must be some of 0 to {size - 1}")
+        changes: dict[str, Any] = {axis: len(chosen) for axis, chosen in indices.items()}
+        for name in self.PER_LAYER if "layers" in indices else ():
+            entries = getattr(self, name)
+            changes[name] = tuple(entries[i] for i in indices["layers"]) if entries else entries
+        config = dataclasses.replace(self, **changes)
+        heads, kv_heads = (
+            indices.get(axis, range(getattr(self, axis))) for axis in ("heads", "kv_heads")
+        )
+        before, after = self.heads // self.kv_heads, config.heads // config.kv_heads
+        if any(kv_heads[i // after] != head // before for i, head in enumerate(heads)):
+            raise UserError(f"heads {list(heads)} do not keep to their groups of {before}")
+        return config
+
+
+# ---- the arrays of a model -----------------------------------------------------------------------
+
+
+def tensor(name: str, *, when: str | None = None) -> Any:
+    """A field that holds the tensor of this name in a checkpoint, or all of these in its blocks.
+
+    The field is None where the config does not set the flag `when`.
+    """
+    return eqx.field(metadata={"tensor": name, "when": when})
+
+
+class Tensors(eqx.Module):
+    """A module whose arrays are tensors of a checkpoint, `[out, in]` as Hugging Face has them."""
+
+    def __init__(self, config: ModelConfig, key: PRNGKeyArray):
+        for name, array in fresh(type(self), config, key).items():
+            setattr(self, name, array)
+
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        """Every array with its name, in the order of the leaves."""
+        for field in dataclasses.fields(self):
+            name, value = field.metadata.get("tensor"), getattr(self, field.name)
+            if isinstance(value, Tensors):
+                yield from value.tensors(prefix + name)
+            elif name is not None and value is not None:
+                yield prefix + name, value
+
+
+def fresh(module: type[Tensors], config: ModelConfig, key: PRNGKeyArray) -> dict[str, Any]:
+    """Every array of a module by field, in float32: its axes and the config give its shape.
+
+    Norms are one, biases zero, all else is drawn anew.
+    """
+    fields = {x.name: x for x in dataclasses.fields(module) if "tensor" in x.metadata}
+    drawn = [name for name in fields if not name.endswith(("norm", "bias"))]
+    keys = dict(zip(drawn, jax.random.split(key, len(drawn)), strict=True))
+
+    def array(name: str, field: dataclasses.Field) -> Any:
+        axes, when = sharding.field_axes(module, name), field.metadata["when"]
+        if when is not None and not getattr(config, when):
+            return None
+        if axes is None:
+            blocks = eqx.filter_vmap(lambda key: field.type(config, key))
+            return blocks(jax.random.split(keys[name], config.layers))
+        shape = tuple(int(x) if x.isdigit() else getattr(config, x) for x in axes)
+        if name in keys:
+            return 0.02 * jax.random.normal(keys[name], shape, jnp.float32)
+        return jnp.ones(shape) if name.endswith("norm") else jnp.zeros(shape)
+
+    return {name: array(name, field) for name, field in fields.items()}
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+class LanguageModel(Tensors):
     """A decoder. A family says what its blocks hold and compute; how they are walked is said here.
 
-    Every array of a model is a tensor of its checkpoint, `[out, in]` as Hugging Face has it. Blocks
-    are stacked: their leaves have a leading dimension `layers`.
+    Blocks are stacked: their leaves have a leading dimension `layers`.
     """
 
     Config: eqx.AbstractClassVar[type]
-    PREFIX: eqx.AbstractClassVar[str]
-    NAMES: eqx.AbstractClassVar[dict[str, str]]
+    PREFIX: eqx.AbstractClassVar[str]  # of names; checkpoints of the bare decoder leave it out
 
     config: eqx.AbstractVar[Any]
     embedding: eqx.AbstractVar[Float[Array, "vocab embed"]]
     blocks: eqx.AbstractVar[PyTree]
     head: eqx.AbstractVar[Float[Array, "vocab embed"] | None]
+
+    def __init__(self, config: ModelConfig, key: PRNGKeyArray):
+        self.config = config
+        super().__init__(config, key)
 
     @abstractmethod
     def embed_input(self, rows: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
@@ -77,6 +176,7 @@ class LanguageModel(eqx.Module):
         *,
         embedded: Float[Array, "batch seq embed"] | None = None,
         cache: Cache | None = None,
+        doc_length: Int[Array, " batch"] | None = None,
         dtype: Any = None,
         remat: str = "none",
         taps: tuple[int, ...] = (),
@@ -89,12 +189,13 @@ class LanguageModel(eqx.Module):
 
         Tokens attend and count positions within their own run of equal `segments`; segment 0 is
         padding. With a `cache` they continue its rows, and the grown cache is returned too; then
-        `segments` only tells tokens from the padding behind them, which the cache forgets. `dtype`
-        is computed in, `remat` (none, dots, full) trades memory for recomputation. `embedded` are those
-        of the embedding, where the caller has looked them up to differentiate by them. With the
-        numbers of some blocks, ascending, in `taps` their outputs are returned too.
+        `segments` only tells tokens from the padding behind them, which the cache forgets, and
+        `doc_length` is the final length of each row whose text is read in parts. `dtype` is
+        computed in, `remat` (none, dots, full) trades memory for recomputation. `embedded` are the
+        rows of the embedding, where the caller has looked them up to differentiate by them. With
+        the numbers of some blocks, ascending, in `taps` their outputs are returned too.
         """
-        here = positions(tokens, segments, cache)
+        here = positions(tokens, segments, cache, doc_length)
         position_inputs = self.position_inputs(here)
 
         def through(x, cache, layer, weights):
@@ -126,7 +227,7 @@ class LanguageModel(eqx.Module):
             return x, states[: len(taps)]
         if cache is None:
             return x
-        return x, eqx.tree_at(lambda cache: cache.length, cache, here.extent[:, 0])
+        return x, eqx.tree_at(lambda cache: cache.length, cache, here.cache_length)
 
     def __call__(
         self,
@@ -155,21 +256,23 @@ def linear(
 ) -> Float[Array, "..."]:
     """A contraction in the dtype of `x`: weights are cast where they are used, block by block.
 
+    Nothing else multiplies by a weight of a block: one that is a module needs `shape` and `astype`.
+
     The axes it sums over are the last of both. They are merged, and so are those it makes: XLA on
     CPU transposes a weight of more than two axes at every use. For one token a row the weight comes
     first: as the second factor it would be packed anew each time, for too little use.
     """
-    operands, made = pattern.split("->")
-    summed = sum(axis not in made for axis in operands.split(",")[1])
-    kept, outer = x.shape[:-summed], weight.shape[:-summed]
+    operands, result = pattern.split("->")
+    summed = sum(axis not in result for axis in operands.split(",")[1])
+    batch, outer = x.shape[:-summed], weight.shape[:-summed]
     matrix = weight.astype(x.dtype).reshape(math.prod(outer), -1)
-    x = x.reshape(*kept, -1)
-    if kept[-1] == 1:
+    x = x.reshape(*batch, -1)
+    if batch[-1] == 1:
         y = jax.lax.optimization_barrier(jnp.einsum("oi,...i->o...", matrix, x))  # or it is undone
         y = jnp.moveaxis(y, 0, -1)
     else:
         y = jnp.einsum("...i,oi->...o", x, matrix)
-    y = y.reshape(*kept, *outer)
+    y = y.reshape(*batch, *outer)
     return y if bias is None else y + bias.astype(x.dtype)
 
 
@@ -204,8 +307,3 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def normal(key: PRNGKeyArray, *shape: int) -> Float[Array, "..."]:
-    """Fresh weights as the families here are initialised."""
-    return 0.02 * jax.random.normal(key, shape, jnp.float32)

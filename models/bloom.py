@@ -7,16 +7,30 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from models.attention import Cache, Positions, attention
-from models.base import LanguageModel, layer_norm, linear, normal, rematerialise
+from models.base import (
+    LanguageModel,
+    ModelConfig,
+    Tensors,
+    layer_norm,
+    linear,
+    rematerialise,
+    tensor,
+)
 from models.hf_config import HFConfig
 from runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(ModelConfig):
+    HARMLESS: ClassVar = (
+        "offset_alibi", "skip_bias_add*", "*_fusion", "attention_softmax_in_fp32",
+        "pretraining_tp",  # nothing is sliced unless slow_but_exact says so, nor then another model
+        "slow_but_exact",
+    )  # fmt: skip
+
     vocab: int
     embed: int
     layers: int
@@ -49,7 +63,7 @@ class Config:
     @classmethod
     def read(cls, settings: HFConfig) -> "Config":
         """From the fields of a Hugging Face config."""
-        settings = HFConfig({"bos_token_id": 1, "eos_token_id": 2} | settings.raw)
+        settings.raw = {"bos_token_id": 1, "eos_token_id": 2} | settings.raw
         embed = settings.count("hidden_size", "n_embed")
         settings.fixed("n_inner", 4 * embed)
         return cls(
@@ -77,88 +91,34 @@ class Config:
             "apply_residual_connection_post_layernorm": self.residual_after_norm,
         }
 
-    def select_layers(self, layers: tuple[int, ...]) -> "Config":
-        """The config of a model with only these blocks of this one."""
-        return dataclasses.replace(self, layers=len(layers))
 
-
-class Block(eqx.Module):
-    attention_norm: Float[Array, " embed"]
-    attention_norm_bias: Float[Array, " embed"]
-    qkv: Float[Array, "heads 3 head_dim embed"]
-    qkv_bias: Float[Array, "heads 3 head_dim"]
-    output: Float[Array, "embed heads head_dim"]
-    output_bias: Float[Array, " embed"]
-    mlp_norm: Float[Array, " embed"]
-    mlp_norm_bias: Float[Array, " embed"]
-    up: Float[Array, "mlp embed"]
-    up_bias: Float[Array, " mlp"]
-    down: Float[Array, "embed mlp"]
-    down_bias: Float[Array, " embed"]
-
-    def __init__(self, config: Config, key: PRNGKeyArray):
-        heads, head_dim, embed, mlp = config.heads, config.head_dim, config.embed, config.mlp
-        keys = jax.random.split(key, 4)
-        self.attention_norm, self.attention_norm_bias = jnp.ones(embed), jnp.zeros(embed)
-        self.qkv = normal(keys[0], heads, 3, head_dim, embed)
-        self.qkv_bias = jnp.zeros((heads, 3, head_dim))
-        self.output, self.output_bias = normal(keys[1], embed, heads, head_dim), jnp.zeros(embed)
-        self.mlp_norm, self.mlp_norm_bias = jnp.ones(embed), jnp.zeros(embed)
-        self.up, self.up_bias = normal(keys[2], mlp, embed), jnp.zeros(mlp)
-        self.down, self.down_bias = normal(keys[3], embed, mlp), jnp.zeros(embed)
-
-
-# Hugging Face's names. Checkpoints of the bare decoder leave the prefix out.
-PREFIX = "transformer."
-NAMES = {
-    "embedding": "word_embeddings.weight",
-    "embedding_norm": "word_embeddings_layernorm.weight",
-    "embedding_norm_bias": "word_embeddings_layernorm.bias",
-    "blocks.attention_norm": "h.{}.input_layernorm.weight",
-    "blocks.attention_norm_bias": "h.{}.input_layernorm.bias",
-    "blocks.qkv": "h.{}.self_attention.query_key_value.weight",
-    "blocks.qkv_bias": "h.{}.self_attention.query_key_value.bias",
-    "blocks.output": "h.{}.self_attention.dense.weight",
-    "blocks.output_bias": "h.{}.self_attention.dense.bias",
-    "blocks.mlp_norm": "h.{}.post_attention_layernorm.weight",
-    "blocks.mlp_norm_bias": "h.{}.post_attention_layernorm.bias",
-    "blocks.up": "h.{}.mlp.dense_h_to_4h.weight",
-    "blocks.up_bias": "h.{}.mlp.dense_h_to_4h.bias",
-    "blocks.down": "h.{}.mlp.dense_4h_to_h.weight",
-    "blocks.down_bias": "h.{}.mlp.dense_4h_to_h.bias",
-    "norm": "ln_f.weight",
-    "norm_bias": "ln_f.bias",
-    "head": "lm_head.weight",
-}
+class Block(Tensors):
+    attention_norm: Float[Array, " embed"] = tensor("input_layernorm.weight")
+    attention_norm_bias: Float[Array, " embed"] = tensor("input_layernorm.bias")
+    qkv: Float[Array, "heads 3 head_dim embed"] = tensor("self_attention.query_key_value.weight")
+    qkv_bias: Float[Array, "heads 3 head_dim"] = tensor("self_attention.query_key_value.bias")
+    output: Float[Array, "embed heads head_dim"] = tensor("self_attention.dense.weight")
+    output_bias: Float[Array, " embed"] = tensor("self_attention.dense.bias")
+    mlp_norm: Float[Array, " embed"] = tensor("post_attention_layernorm.weight")
+    mlp_norm_bias: Float[Array, " embed"] = tensor("post_attention_layernorm.bias")
+    up: Float[Array, "mlp embed"] = tensor("mlp.dense_h_to_4h.weight")
+    up_bias: Float[Array, " mlp"] = tensor("mlp.dense_h_to_4h.bias")
+    down: Float[Array, "embed mlp"] = tensor("mlp.dense_4h_to_h.weight")
+    down_bias: Float[Array, " embed"] = tensor("mlp.dense_4h_to_h.bias")
 
 
 class Bloom(LanguageModel):
     Config: ClassVar = Config
-    PREFIX: ClassVar = PREFIX
-    NAMES: ClassVar = NAMES
+    PREFIX: ClassVar = "transformer."
 
     config: Config = eqx.field(static=True)
-    embedding: Float[Array, "vocab embed"]
-    embedding_norm: Float[Array, " embed"]
-    embedding_norm_bias: Float[Array, " embed"]
-    blocks: Block
-    norm: Float[Array, " embed"]
-    norm_bias: Float[Array, " embed"]
-    head: Float[Array, "vocab embed"] | None
-
-    def __init__(self, config: Config, key: PRNGKeyArray):
-        keys = jax.random.split(key, 3)
-        self.config = config
-        self.embedding = normal(keys[0], config.vocab, config.embed)
-        self.embedding_norm, self.embedding_norm_bias = (
-            jnp.ones(config.embed),
-            jnp.zeros(config.embed),
-        )
-        self.blocks = eqx.filter_vmap(lambda key: Block(config, key))(
-            jax.random.split(keys[1], config.layers)
-        )
-        self.norm, self.norm_bias = jnp.ones(config.embed), jnp.zeros(config.embed)
-        self.head = None if config.tied else normal(keys[2], config.vocab, config.embed)
+    embedding: Float[Array, "vocab embed"] = tensor("word_embeddings.weight")
+    embedding_norm: Float[Array, " embed"] = tensor("word_embeddings_layernorm.weight")
+    embedding_norm_bias: Float[Array, " embed"] = tensor("word_embeddings_layernorm.bias")
+    blocks: Block = tensor("h.{}.")
+    norm: Float[Array, " embed"] = tensor("ln_f.weight")
+    norm_bias: Float[Array, " embed"] = tensor("ln_f.bias")
+    head: Float[Array, "vocab embed"] | None = tensor("lm_head.weight", when="untied")
 
     def embed_input(self, rows: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         return layer_norm(rows, self.embedding_norm, self.embedding_norm_bias, self.config.norm_eps)

@@ -3,31 +3,36 @@
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from runtime.errors import UserError
 
-# Words that name, in some decoder's config, mathematics that is not computed here: switches, which
-# may be there if they are off, and factors, which may be there if they are one.
-SWITCHES = re.compile(
-    r"quantiz|compression_config|soft_?cap|logit_cap|expert|moe|clip_qkv|qk_(layer_?)?norm|no_rope"
-    r"|nope|^(use_)?alibi|rope_interleave|rope_local|rotary_dim|parallel_(attn|residual)|cross_att"
-    r"|encoder_decoder|prefix_lm|bidirectional|attention_(chunk|sink)|sliding_window_pattern"
-    r"|kv_shared|query_pre_attn|temperature_tuning|by_inverse_layer|swiglu_"
-)
+# Fields, as patterns of fnmatch, that change nothing of what a decoder computes: where it comes
+# from, how it was trained, which tokens mean what, and how text is drawn from it.
+HARMLESS = (
+    "", "_*", "architectures", "auto_map", "dtype", "torch_dtype", "*version*",
+    "transformers.js*", "id2label", "label2id", "num_labels", "problem_type",
+    "task_specific_params", "finetuning_task", "tokenizer_class", "padding_side", "padding_idx",
+    "prefix", "unsloth_*", "is_llama_config", "*seq*_len*", "model_max_length", "*dropout*",
+    "*pdrop", "initializer_*", "gradient_checkpointing*", "*aux_loss*", "clip_grad", "*_token_id",
+    "*_token_ids", "max_length", "min_length", "do_sample", "top_?", "typical_p", "temperature",
+    "*_penalty", "*_beams", "*_beam_groups", "num_return_sequences", "*no_repeat_ngram_size",
+    "early_stopping", "bad_words_ids", "remove_invalid_values", "suppress_tokens",
+    "begin_suppress_tokens", "chunk_size_feed_forward", "output_attentions",
+    "output_hidden_states", "output_scores", "*router_logits", "return_dict*", "use_return_dict",
+    "use_cache", "torchscript", "tf_legacy_loss", "use_bfloat16", "*attn_implementation*",
+    "use_flash_attention*", "pruned_heads", "tie_encoder_decoder", "is_decoder",
+)  # fmt: skip
+
+# Of fields with such names one means off too, as nothing does of all others.
+FACTOR = re.compile(r"multiplier|scaling|scale(_|$)|partial_rotary|rotary_pct")
 
 
-FACTORS = re.compile(
-    r"multiplier|(logits?|residual|embedding|attn|attention|value)_scal|scale_(emb|depth)"
-    r"|partial_rotary|rotary_pct"
-)
-
-
-def is_unsupported(name: str, value: Any) -> bool:
-    if SWITCHES.search(name):
-        return value not in (None, False, 0, "", [], {})
-    return bool(FACTORS.search(name)) and (value is True or value not in (None, 1))
+def is_on(name: str, value: Any) -> bool:
+    factor_of_one = FACTOR.search(name) and value == 1 and value is not True
+    return value not in (None, False, 0, "", [], {}) and not factor_of_one
 
 
 class HFConfig:
@@ -35,9 +40,21 @@ class HFConfig:
 
     def __init__(self, raw: dict[str, Any]):
         self.raw = raw
-        for name, value in raw.items():
-            if is_unsupported(name, value):
-                raise UserError(f"{name} = {reprlib.repr(value)} is not supported")
+        self.known: set[str] = set()  # the fields that were asked for
+
+    def peek(self, name: str) -> Any:
+        self.known.add(name)
+        return self.raw.get(name)
+
+    def reject_unread(self, harmless: Iterable[str] = ()) -> None:
+        """Refuses the first field that nobody has read, that is on and not known to be harmless."""
+        for name in self.raw:
+            inert = any(fnmatchcase(name, pattern) for pattern in (*HARMLESS, *harmless))
+            if name not in self.known and not inert and is_on(name, self.raw[name]):
+                raise UserError(
+                    f"{name} = {reprlib.repr(self.raw[name])} is not supported (if it changes"
+                    " nothing of what the model computes, remove it)"
+                )
 
     def get(
         self,
@@ -49,7 +66,7 @@ class HFConfig:
     ) -> Any:
         """The field under whichever of its names it is given."""
         names = [names] if isinstance(names, str) else names
-        given = {name: self.raw[name] for name in names if self.raw.get(name) is not None}
+        given = {name: self.raw[name] for name in names if self.peek(name) is not None}
         for name, value in given.items():
             typed = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
             if not typed or not fits(value):
@@ -80,7 +97,7 @@ class HFConfig:
 
     def ids(self, name: str) -> Any:
         """Token ids: none, one, or several."""
-        value = self.raw.get(name)
+        value = self.peek(name)
         values = value if isinstance(value, list) else [value]
         if value is not None and not all(type(v) is int for v in values):
             self.reject(name, value, "a token id, or a list of them")
@@ -88,9 +105,9 @@ class HFConfig:
 
     def fixed(self, name: str, value: Any) -> None:
         """Refuses any value but the one that is computed here."""
-        found = self.raw.get(name)
-        if found is not None and found != value:
-            raise UserError(f"{name} = {reprlib.repr(found)} is not supported, only {value!r} is")
+        given = self.peek(name)
+        if given is not None and given != value:
+            raise UserError(f"{name} = {reprlib.repr(given)} is not supported, only {value!r} is")
 
     def reject(self, name: str, value: Any, expected: str) -> None:
         raise UserError(f"{name} must be {expected}, found {reprlib.repr(value)}")

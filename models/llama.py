@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from models.attention import Cache, Positions, attention
-from models.base import LanguageModel, linear, normal, rematerialise, rms_norm
+from models.base import LanguageModel, ModelConfig, Tensors, linear, rematerialise, rms_norm, tensor
 from models.hf_config import HFConfig
 from runtime.errors import UserError
 
@@ -47,7 +47,11 @@ DEFAULTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(ModelConfig):
+    SELECTABLE: ClassVar = ("layers", "embed", "mlp", "heads", "kv_heads")
+    PER_LAYER: ClassVar = ("windows",)
+    HARMLESS: ClassVar = ("use_sliding_window", "max_window_layers")  # read where they matter
+
     vocab: int
     embed: int
     mlp: int
@@ -81,11 +85,15 @@ class Config:
                 f"head_dim {self.head_dim} does not fit rotary positions of {self.rope.kind}"
             )
 
+    @property
+    def longest(self) -> int:
+        return max(self.max_positions, self.rope.longest)
+
     @classmethod
     def read(cls, settings: HFConfig) -> "Config":
         """From the fields of a Hugging Face config."""
-        kind = settings.raw["model_type"]
-        settings = HFConfig(DEFAULTS[kind] | settings.raw)
+        kind = settings.peek("model_type")
+        settings.raw = DEFAULTS[kind] | settings.raw
         embed, layers = settings.count("hidden_size"), settings.layers("num_hidden_layers")
         heads = settings.count("num_attention_heads")
         head_dim = settings.count("head_dim", default=None)
@@ -147,15 +155,10 @@ class Config:
             written["mlp_bias"] = self.mlp_bias
         return written | write_windows(self)
 
-    def select_layers(self, layers: tuple[int, ...]) -> "Config":
-        """The config of a model with only these blocks of this one."""
-        windows = tuple(self.windows[layer] for layer in layers) if self.windows else ()
-        return dataclasses.replace(self, layers=len(layers), windows=windows)
-
 
 def read_windows(settings: HFConfig, layers: int) -> tuple[int | None, ...]:
     """How far back each layer sees; `None` is all the way."""
-    kind = settings.raw["model_type"]
+    kind = settings.peek("model_type")
     window = settings.count("sliding_window", default=None)
     mixed = kind.startswith("qwen")  # the others give every layer the same
     if mixed and not settings.flag("use_sliding_window", False):
@@ -189,100 +192,42 @@ def write_windows(config: Config) -> dict[str, Any]:
     return written | {"layer_types": types, "max_window_layers": types.count("full_attention")}
 
 
-class Block(eqx.Module):
-    attention_norm: Float[Array, " embed"]
-    query: Float[Array, "heads head_dim embed"]
-    key: Float[Array, "kv_heads head_dim embed"]
-    value: Float[Array, "kv_heads head_dim embed"]
-    query_bias: Float[Array, "heads head_dim"] | None
-    key_bias: Float[Array, "kv_heads head_dim"] | None
-    value_bias: Float[Array, "kv_heads head_dim"] | None
-    query_norm: Float[Array, " head_dim"] | None
-    key_norm: Float[Array, " head_dim"] | None
-    output: Float[Array, "embed heads head_dim"]
-    output_bias: Float[Array, " embed"] | None
-    mlp_norm: Float[Array, " embed"]
-    gate: Float[Array, "mlp embed"]
-    up: Float[Array, "mlp embed"]
-    down: Float[Array, "embed mlp"]
-    gate_bias: Float[Array, " mlp"] | None
-    up_bias: Float[Array, " mlp"] | None
-    down_bias: Float[Array, " embed"] | None
-
-    def __init__(self, config: Config, key: PRNGKeyArray):
-        heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
-        embed, mlp = config.embed, config.mlp
-        keys = jax.random.split(key, 7)
-
-        def zeros(present: bool, *shape: int) -> Array | None:
-            return jnp.zeros(shape) if present else None
-
-        self.attention_norm, self.mlp_norm = jnp.ones(embed), jnp.ones(embed)
-        self.query = normal(keys[0], heads, head_dim, embed)
-        self.key = normal(keys[1], kv_heads, head_dim, embed)
-        self.value = normal(keys[2], kv_heads, head_dim, embed)
-        self.query_bias = zeros(config.qkv_bias, heads, head_dim)
-        self.key_bias = zeros(config.qkv_bias, kv_heads, head_dim)
-        self.value_bias = zeros(config.qkv_bias, kv_heads, head_dim)
-        self.query_norm = jnp.ones(head_dim) if config.qk_norm else None
-        self.key_norm = jnp.ones(head_dim) if config.qk_norm else None
-        self.output = normal(keys[3], embed, heads, head_dim)
-        self.output_bias = zeros(config.output_bias, embed)
-        self.gate = normal(keys[4], mlp, embed)
-        self.up = normal(keys[5], mlp, embed)
-        self.down = normal(keys[6], embed, mlp)
-        self.gate_bias = zeros(config.mlp_bias, mlp)
-        self.up_bias = zeros(config.mlp_bias, mlp)
-        self.down_bias = zeros(config.mlp_bias, embed)
-
-
-# Hugging Face's names. Checkpoints of the bare decoder leave the prefix out.
-PREFIX = "model."
-NAMES = {
-    "embedding": "embed_tokens.weight",
-    "blocks.attention_norm": "layers.{}.input_layernorm.weight",
-    "blocks.query": "layers.{}.self_attn.q_proj.weight",
-    "blocks.key": "layers.{}.self_attn.k_proj.weight",
-    "blocks.value": "layers.{}.self_attn.v_proj.weight",
-    "blocks.query_bias": "layers.{}.self_attn.q_proj.bias",
-    "blocks.key_bias": "layers.{}.self_attn.k_proj.bias",
-    "blocks.value_bias": "layers.{}.self_attn.v_proj.bias",
-    "blocks.query_norm": "layers.{}.self_attn.q_norm.weight",
-    "blocks.key_norm": "layers.{}.self_attn.k_norm.weight",
-    "blocks.output": "layers.{}.self_attn.o_proj.weight",
-    "blocks.output_bias": "layers.{}.self_attn.o_proj.bias",
-    "blocks.mlp_norm": "layers.{}.post_attention_layernorm.weight",
-    "blocks.gate": "layers.{}.mlp.gate_proj.weight",
-    "blocks.up": "layers.{}.mlp.up_proj.weight",
-    "blocks.down": "layers.{}.mlp.down_proj.weight",
-    "blocks.gate_bias": "layers.{}.mlp.gate_proj.bias",
-    "blocks.up_bias": "layers.{}.mlp.up_proj.bias",
-    "blocks.down_bias": "layers.{}.mlp.down_proj.bias",
-    "norm": "norm.weight",
-    "head": "lm_head.weight",
-}
+class Block(Tensors):
+    attention_norm: Float[Array, " embed"] = tensor("input_layernorm.weight")
+    query: Float[Array, "heads head_dim embed"] = tensor("self_attn.q_proj.weight")
+    key: Float[Array, "kv_heads head_dim embed"] = tensor("self_attn.k_proj.weight")
+    value: Float[Array, "kv_heads head_dim embed"] = tensor("self_attn.v_proj.weight")
+    query_bias: Float[Array, "heads head_dim"] | None = tensor(
+        "self_attn.q_proj.bias", when="qkv_bias"
+    )
+    key_bias: Float[Array, "kv_heads head_dim"] | None = tensor(
+        "self_attn.k_proj.bias", when="qkv_bias"
+    )
+    value_bias: Float[Array, "kv_heads head_dim"] | None = tensor(
+        "self_attn.v_proj.bias", when="qkv_bias"
+    )
+    query_norm: Float[Array, " head_dim"] | None = tensor("self_attn.q_norm.weight", when="qk_norm")
+    key_norm: Float[Array, " head_dim"] | None = tensor("self_attn.k_norm.weight", when="qk_norm")
+    output: Float[Array, "embed heads head_dim"] = tensor("self_attn.o_proj.weight")
+    output_bias: Float[Array, " embed"] | None = tensor("self_attn.o_proj.bias", when="output_bias")
+    mlp_norm: Float[Array, " embed"] = tensor("post_attention_layernorm.weight")
+    gate: Float[Array, "mlp embed"] = tensor("mlp.gate_proj.weight")
+    up: Float[Array, "mlp embed"] = tensor("mlp.up_proj.weight")
+    down: Float[Array, "embed mlp"] = tensor("mlp.down_proj.weight")
+    gate_bias: Float[Array, " mlp"] | None = tensor("mlp.gate_proj.bias", when="mlp_bias")
+    up_bias: Float[Array, " mlp"] | None = tensor("mlp.up_proj.bias", when="mlp_bias")
+    down_bias: Float[Array, " embed"] | None = tensor("mlp.down_proj.bias", when="mlp_bias")
 
 
 class Llama(LanguageModel):
     Config: ClassVar = Config
-    PREFIX: ClassVar = PREFIX
-    NAMES: ClassVar = NAMES
+    PREFIX: ClassVar = "model."
 
     config: Config = eqx.field(static=True)
-    embedding: Float[Array, "vocab embed"]
-    blocks: Block
-    norm: Float[Array, " embed"]
-    head: Float[Array, "vocab embed"] | None
-
-    def __init__(self, config: Config, key: PRNGKeyArray):
-        keys = jax.random.split(key, 3)
-        self.config = config
-        self.embedding = normal(keys[0], config.vocab, config.embed)
-        self.blocks = eqx.filter_vmap(lambda key: Block(config, key))(
-            jax.random.split(keys[1], config.layers)
-        )
-        self.norm = jnp.ones(config.embed)
-        self.head = None if config.tied else normal(keys[2], config.vocab, config.embed)
+    embedding: Float[Array, "vocab embed"] = tensor("embed_tokens.weight")
+    blocks: Block = tensor("layers.{}.")
+    norm: Float[Array, " embed"] = tensor("norm.weight")
+    head: Float[Array, "vocab embed"] | None = tensor("lm_head.weight", when="untied")
 
     def embed_input(self, rows: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         return rows

@@ -64,9 +64,9 @@ class Rope:
     @classmethod
     def read(cls, settings: HFConfig, positions: int) -> "Rope":
         """From either dialect: `rope_theta` and `rope_scaling`, or `rope_parameters`."""
-        raw = {"rope_theta": settings.raw.get("rope_theta")}
+        raw = {"rope_theta": settings.peek("rope_theta")}
         for name in ("rope_scaling", "rope_parameters"):
-            given = settings.raw.get(name) or {}
+            given = settings.peek(name) or {}
             if not isinstance(given, dict):
                 settings.reject(name, given, "an object")
             given = {field: value for field, value in given.items() if value is not None}
@@ -80,37 +80,28 @@ class Rope:
         kind = rope.get(["rope_type", "type"], str, "the kind of rotary positions", "default")
         if kind not in FIELDS:
             raise UserError(f"rope_type = {kind!r} is not supported, only {', '.join(FIELDS)} are")
-        known = {
-            "rope_type",
-            "type",
-            "rope_theta",
-            *FIELDS[kind],
-            "original_max_position_embeddings",
-            "partial_rotary_factor",  # one, or `HFConfig` has refused it
-            "finetuned",  # how the checkpoint was made
-        }
-        for name, value in raw.items():
-            if name not in known and value is not None:
-                found = reprlib.repr(value)
-                raise UserError(f"{name} = {found} is not supported in rotary positions of {kind}")
-        given = {"kind": kind, "theta": rope.number("rope_theta", 10000.0)}
+        values = {"kind": kind, "theta": rope.number("rope_theta", 10000.0)}
         for name in FIELDS[kind]:
             if name == "truncate":
-                given["truncate"] = rope.flag(name, True)
-            else:
-                required = (
-                    ... if name in ("factor", "low_freq_factor", "high_freq_factor") else None
-                )
-                value = rope.number(name, required)
-                if value is not None:
-                    given[KEYS[name]] = value
+                values[name] = rope.flag(name, True)
+                continue
+            required = name in ("factor", "low_freq_factor", "high_freq_factor")
+            value = rope.number(name, ... if required else None)
+            if value is not None:
+                values[KEYS[name]] = value
+        original = settings.count("original_max_position_embeddings", default=None)
+        inner = rope.count("original_max_position_embeddings", default=positions)
         if kind in ("llama3", "yarn"):
-            original = settings.count("original_max_position_embeddings", default=None)
-            inner = rope.count("original_max_position_embeddings", default=positions)
-            given["original"] = original or inner
+            values["original"] = original or inner
         elif kind == "dynamic":
-            given["original"] = positions
-        return cls(**given)
+            values["original"] = positions
+        rope.reject_unread(("finetuned",))  # how the checkpoint was made
+        return cls(**values)
+
+    @property
+    def longest(self) -> int:
+        """How many positions the kinds that are made for more than the trained ones reach."""
+        return int(self.factor * self.original) if self.kind in ("dynamic", "yarn") else 0
 
     def write(self) -> dict[str, Any] | None:
         """`rope_scaling` as every version of transformers reads it."""
@@ -142,7 +133,7 @@ class Rope:
         if self.kind == "linear":
             return plain / np.float32(self.factor)
         if self.kind == "dynamic":  # the base grows with the document, past the trained positions
-            extent = jnp.maximum(positions.extent, self.original).astype(jnp.float32)
+            extent = jnp.maximum(positions.doc_length, self.original).astype(jnp.float32)
             growth = self.factor * extent / self.original - (self.factor - 1)
             theta = self.theta * growth ** (head_dim / (head_dim - 2))
             return 1.0 / theta[:, :, None] ** exponents

@@ -2,6 +2,8 @@
 
 A checkpoint is a folder named by its step. Beside the arrays it holds a manifest: shape, dtype and
 checksum of every array by its path in the state, and the JSON that the caller stored with them.
+Orbax's CheckpointManager does not do: after a full disk its next save puts the torn checkpoint
+under its final name, and it skips a step that is there already without a word.
 """
 
 import contextlib
@@ -18,12 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree, Shaped, UInt, UInt32
+from jaxtyping import Array, PyTree, Shaped, UInt32
 
 from runtime import files, processes
 from runtime.errors import UserError
 
-# What another of its step is about to replace is `<step>.old`: second choice, but still counted.
+# While a step is saved again, its older checkpoint is `<step>.old`: second choice, but it counts.
 FINISHED = re.compile(r"(\d+)(\.old)?")
 LEFTOVER = re.compile(r"\d+(\.old)?\.(orbax-checkpoint-tmp.*|removed)")
 
@@ -33,7 +35,7 @@ class _Damaged(Exception):
 
 
 def lock(folder: str | Path) -> contextlib.AbstractContextManager[None]:
-    """Keeps other runs out of `folder`; the first process holds it for all."""
+    """Keeps other runs out of `folder`; the first process holds the lock for all."""
     first = jax.process_index() == 0
     return files.lock(Path(folder) / ".lock") if first else contextlib.nullcontext()
 
@@ -48,32 +50,25 @@ class Checkpoints:
         self.folder, self.keep = Path(folder).absolute(), max(keep, 1)
         self.folder.mkdir(parents=True, exist_ok=True)
         _clean(self.folder)
-        self._writer = _writer()
-        self._writing: Path | None = None
+        self._writer, self._writing = _writer(), None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind, *_) -> None:
-        try:
+        with _warn() if kind else contextlib.nullcontext():  # what ends the run is what it reports
             self.close()
-        except UserError as error:
-            if kind is None:
-                raise
-            _say(f"warning: {error}")  # what already ends the run goes first
 
     def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
         """Starts to write `state`, whose buffers may be donated as soon as this returns.
 
         Waits for the save before; if that one failed, it is a warning, and the run goes on.
         """
-        try:
+        with _warn():
             self.wait()
-        except UserError as error:
-            _say(f"warning: {error}")
         arrays = _named(state)
         sums = _checksums(arrays)
-        kinds = {name: [*_kind(array), sums[name]] for name, array in arrays.items()}
+        kinds = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
         manifest = json.dumps({"step": step, "extra": extra, "arrays": kinds})
         self._writing = self.folder / str(step)
         if jax.process_index() == 0 and self._writing.exists():
@@ -89,21 +84,23 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns once the last save is on disk; a `UserError` if it could not be written."""
-        written, self._writing = self._writing, None
+        path, self._writing = self._writing, None
         try:
             self._writer.wait_until_finished()
         except Exception as error:  # a full disk is an OSError, a ValueError or a RuntimeError
-            # The old one would tell of its other troubles next time; they may still be under way.
+            # The old writer would report its other troubles next time; it may still be writing.
             failed, self._writer = self._writer, _writer()
             with contextlib.suppress(Exception):
                 failed.close()
-            _clean(self.folder, tries=50)
+            for _ in range(5):
+                _clean(self.folder)
+                time.sleep(0.1)
             raise UserError(
-                f"the checkpoint {written} could not be written ({_reason(error)}), the ones"
+                f"the checkpoint {path} could not be written ({_reason(error)}), the ones"
                 " before are intact: free space there, or choose another folder"
             ) from error
-        if written is not None:
-            _prune(self.folder, int(written.name), self.keep)
+        if path is not None and jax.process_index() == 0:
+            _prune(self.folder, int(path.name), self.keep)
 
     def close(self) -> None:
         """As `wait`; nothing can be saved after it."""
@@ -113,29 +110,40 @@ class Checkpoints:
             self._writer.close()
 
 
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Removes what `step`, now whole, supersedes; later steps too, of a run that was given up."""
+    paths = _finished(folder)
+    newest = [path for path in paths if int(path.stem) <= step and not path.suffix][:keep]
+    for path in set(paths) - set(newest):
+        path.rename(path.with_name(f"{path.name}.removed"))  # no reader sees it half removed
+    _clean(folder)
+
+
+def _clean(folder: Path) -> None:
+    """Removes what is no checkpoint."""
+    for path in folder.glob("*") if jax.process_index() == 0 else ():
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def latest(folder: str | Path) -> int | None:
     """The step of the newest checkpoint whose manifest is whole; `None` if there was never any."""
-    found = _finished(folder)
-    for path in found:
+    paths = _finished(folder)
+    for path in paths:
         with contextlib.suppress(_Damaged):
             return _manifest(path)["step"]
-    if found:
-        raise _all_damaged(found)
+    if paths:
+        raise _none_whole(folder, len(paths))
     return None
 
 
-def restore(
-    folder: str | Path, like: PyTree, step: int | None = None
-) -> tuple[PyTree, dict[str, Any], int]:
-    """State, what was stored with it, and step, from the newest whole checkpoint (or of `step`).
+def restore(folder: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any], int]:
+    """State, what was stored with it, and step, from the newest whole checkpoint.
 
     `like` is a state of arrays, real or abstract; the arrays restored go where its arrays are.
     """
-    found = _finished(folder, step)
-    if not found:
-        which = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise UserError(f"{folder}: expected a {which}, found none")
-    for path in found:
+    paths = _finished(folder)
+    for path in paths:
         try:
             manifest, arrays = _read(path, like)
         except _Damaged as reason:
@@ -143,45 +151,18 @@ def restore(
         else:
             state = jax.tree.unflatten(jax.tree.structure(like), arrays)
             return state, manifest["extra"], manifest["step"]
-    raise _all_damaged(found)
+    raise _none_whole(folder, len(paths))
 
 
-def _all_damaged(found: list[Path]) -> UserError:
-    return UserError(
-        f"{found[0].parent}: expected a whole checkpoint, found {len(found)}, all damaged: put"
-        " back a copy, or move them away to start anew"
-    )
+def _none_whole(folder: str | Path, count: int) -> UserError:
+    damaged = f"{count}, all damaged: put back a copy, or move them away to start anew"
+    return UserError(f"{folder}: expected a checkpoint, found {damaged if count else 'none'}")
 
 
-def _finished(folder: str | Path, step: int | None = None) -> list[Path]:
-    """The checkpoints (of `step`) that were written to their end, newest first."""
+def _finished(folder: str | Path) -> list[Path]:
+    """The checkpoints that were written to their end, newest first."""
     paths = [path for path in Path(folder).absolute().glob("*") if FINISHED.fullmatch(path.name)]
-    paths = [path for path in paths if step in (None, int(path.stem))]
     return sorted(paths, key=lambda path: (int(path.stem), not path.suffix), reverse=True)
-
-
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Removes what `step`, now whole, supersedes; later steps too, of a run that was given up."""
-    if jax.process_index() == 0:
-        found = _finished(folder)
-        kept = [path for path in found if int(path.stem) <= step and not path.suffix][:keep]
-        for path in set(found) - set(kept):
-            path.rename(path.with_name(f"{path.name}.removed"))  # none is ever seen half removed
-        _clean(folder)
-
-
-def _clean(folder: Path, tries: int = 1) -> None:
-    """Removes what is no checkpoint; again where others may still write into what is removed."""
-    if jax.process_index() != 0:
-        return
-    for attempt in range(tries):
-        found = [path for path in folder.glob("*") if LEFTOVER.fullmatch(path.name)]
-        if attempt and not found:
-            return
-        for path in found:
-            shutil.rmtree(path, ignore_errors=True)
-        if tries > 1:
-            time.sleep(0.1)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -190,12 +171,11 @@ def _manifest(path: Path) -> dict[str, Any]:
             raise _Damaged(f"{entry.name} is neither a file nor a folder")
     try:
         stored = json.loads((path / "manifest" / "metadata").read_text())
-        intact = _digest(stored["text"]) == stored["digest"]
         manifest = json.loads(stored["text"])
-        step = manifest["step"]
+        intact = _digest(stored["text"]) == stored["digest"] and manifest["step"] == int(path.stem)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _Damaged(f"no manifest can be read ({_reason(error)})") from error
-    if not intact or step != int(path.stem):
+    if not intact:
         raise _Damaged("its manifest is not the one that was written")
     return manifest
 
@@ -211,45 +191,40 @@ def _read(path: Path, like: PyTree) -> tuple[dict[str, Any], list[Array]]:
     except Exception as error:  # a broken file may raise anything
         reason = _reason(error)
     if not processes.allgather(reason is None).all():
-        reason = reason or "another process cannot read it"
-    if reason is not None:
-        raise _Damaged(reason)
+        raise _Damaged(reason or "another process cannot read it")
     for name, checksum in _checksums(arrays).items():
         if manifest["arrays"][name][2] != checksum:
             raise _Damaged(f"the checksum of {name} is wrong")
-    return manifest, [arrays[name] for name in expected]
+    return manifest, list(arrays.values())
 
 
 def _load(path: Path, name: str, like) -> Array:
-    """Each device reads its own part.
+    """Reads an array, each device its own part.
 
     Not through Orbax: on a broken file that waits at barriers and prints what its threads raise.
     """
     import tensorstore
 
-    files = {"driver": "file", "path": f"{path}/arrays/"}
-    store = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+    base = {"driver": "file", "path": f"{path}/arrays/"}
+    store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     stored = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
     if (stored.shape, stored.dtype.numpy_dtype) != (like.shape, like.dtype):
         raise _Damaged(f"{name} is {stored.dtype.name}{list(stored.shape)} there")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = getattr(like, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.make_array_from_callback(
-        like.shape,
-        getattr(like, "sharding", None) or here,
-        lambda part: stored[part].read().result(),
-        dtype=like.dtype,
+        like.shape, place, lambda part: stored[part].read().result(), dtype=like.dtype
     )
 
 
 def _check_fit(path: Path, stored: dict[str, list], expected: dict[str, Any]) -> None:
-    for name in (*expected, *stored):
-        want = _kind(expected[name]) if name in expected else None
-        have = stored[name][:2] if name in stored else None
-        if want != have:
-            want, have = (f"{kind[1]}{kind[0]}" if kind else "none" for kind in (want, have))
+    have = {name: f"{dtype}{shape}" for name, (shape, dtype, _) in stored.items()}
+    want = {name: f"{leaf.dtype.name}{list(leaf.shape)}" for name, leaf in expected.items()}
+    for name in (*want, *have):
+        if want.get(name) != have.get(name):
             raise UserError(
-                f"{path}: expected {name} to be {want}, found {have}: continue with the model and"
-                " optimizer it was made with, or choose another folder"
+                f"{path}: expected {name} to be {want.get(name, 'none')}, found"
+                f" {have.get(name, 'none')}: continue with the model and optimizer it was made"
+                " with, or choose another folder"
             )
 
 
@@ -258,62 +233,30 @@ def _named(state: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
 
 
-def _kind(array) -> list:
-    return [list(array.shape), array.dtype.name]
-
-
 def _checksums(arrays: dict[str, Array]) -> dict[str, int]:
-    alone = all(
-        array.is_fully_addressable and len(array.devices()) == 1 for array in arrays.values()
-    )
-    return {name: int(found) for name, found in jax.device_get(_sums(arrays, alone)).items()}
+    """One array after the other: XLA on CPU writes out the words of what it adds."""
+    return {name: int(_checksum(array)) for name, array in arrays.items()}
 
 
-SLABS = 64
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _sums(arrays: dict[str, Array], alone: bool) -> dict[str, UInt32[Array, ""]]:
-    """On one device a slab at a time: XLA on CPU writes out all words that it is to add."""
-
-    def checksum(array):
-        if not alone or array.size < SLABS or array.size % SLABS:
-            return _checksum(_words(array))
-        # Half-precision floats would go through the loop as float32, and NaNs come out as others.
-        slabs = (array if array.dtype.itemsize == 4 else _words(array)).reshape(SLABS, -1)
-
-        def one(i):
-            words = _words(slabs[i])
-            return _checksum(words, i * words.size)
-
-        return jnp.sum(jax.lax.map(one, jnp.arange(SLABS)), dtype=jnp.uint32)
-
-    return {name: checksum(array) for name, array in arrays.items()}
-
-
-def _words(array: Shaped[Array, "..."]) -> UInt[Array, "..."]:
-    if array.dtype == jnp.bool_:
-        return array.astype(jnp.uint8)
-    word = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-    return jax.lax.bitcast_convert_type(array, word)
-
-
-def _checksum(words: UInt[Array, "..."], first: Int[Array, ""] | int = 0) -> UInt32[Array, ""]:
-    """Of words and their positions, from `first`, in the whole array: the same however devices
-    split it.
+@jax.jit
+def _checksum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+    """Of words and their positions in the whole array: the same however devices split it.
 
     A bijection mixes each word with its position, then all are added modulo 2^32. So a change
     within one word always shows, any other in all but one case of 2^32.
     """
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    word = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+    words = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
     position = jnp.zeros(words.shape, jnp.uint32)
     for dimension, size in enumerate(words.shape):
-        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, dimension)
-        position = position * jnp.uint32(size) + along
-    position += jnp.asarray(first).astype(jnp.uint32)
-    return jnp.sum(_mix(words.astype(jnp.uint32) ^ _mix(position)), dtype=jnp.uint32)
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, dimension)
+        position = position * jnp.uint32(size) + index
+    return jnp.sum(_hash_mix(words ^ _hash_mix(position)), dtype=jnp.uint32)
 
 
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def _hash_mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """The finalizer of MurmurHash3."""
     x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
@@ -334,29 +277,30 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _warn():
+    """A `UserError` in the body is printed, and the caller goes on."""
+    try:
+        yield
+    except UserError as error:
+        _say(f"warning: {error}")
+
+
 @functools.cache
 def _orbax():
     """Orbax, without its log and without what its threads print about a save that failed."""
     import orbax.checkpoint
 
-    whole = logging.Formatter("%(pathname)s %(message)s")  # and the trace, if there is one
+    trace = logging.Formatter("%(pathname)s %(message)s")  # and the traceback, if there is one
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(lambda record: "orbax" not in whole.format(record))
-    hook = sys.unraisablehook
-
-    def hushed(unraisable) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = hushed
+        logging.getLogger(name).addFilter(lambda record: "orbax" not in trace.format(record))
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda x: str(x.exc_value) == "Event loop is closed" or show(x)
     return orbax.checkpoint
 
 
 def _writer():
     ocp = _orbax()
-    return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(
-            arrays=ocp.PyTreeCheckpointHandler(use_compression=False),
-            manifest=ocp.JsonCheckpointHandler(),
-        )
-    )
+    arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
+    handler = ocp.CompositeCheckpointHandler(arrays=arrays, manifest=ocp.JsonCheckpointHandler())
+    return ocp.AsyncCheckpointer(handler)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -30,8 +30,8 @@ def run(main: Callable[[], object]) -> None:
         tell(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        told = "interrupted; the same command goes on from what was saved, if anything was"
-        print(told, file=sys.stderr, flush=True)
+        words = "interrupted; the same command goes on from what was saved, if anything was"
+        print(words, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # under a program that still computes, a tidy end of Python crashes
 
@@ -77,7 +77,7 @@ def check(config: object, prefix: str = "--") -> None:
         if constraint is None or (value := getattr(config, name)) is None:
             continue
         if not constraint.holds(value):
-            flag = prefix + _spelled(name)
+            flag = prefix + name.replace("_", "-")
             raise UserError(f"{flag} is {value}: it must be {constraint.words}")
 
 
@@ -85,7 +85,7 @@ def check_counts(config: object, *names: str, least: int = 1, prefix: str = "--"
     for name in names:
         value = getattr(config, name)
         if value is not None and value < least:
-            flag = prefix + _spelled(name)
+            flag = prefix + name.replace("_", "-")
             raise UserError(f"{flag} is {value}: it must be {least} or more")
 
 
@@ -103,15 +103,15 @@ def cli(
 ) -> T:
     """A `Config`, a dataclass whose every field is a flag, from `args` or the command line.
 
-    Whatever is wrong with them is a `UserError`, and so is a `ValueError` that a `__post_init__`
-    raises. A flag may be given once: tyro alone would silently keep the last.
+    Whatever tyro refuses is a `UserError`, and so is a `ValueError` that a `__post_init__` raises.
+    A flag may be given once: tyro alone would silently keep the last.
     """
     import tyro
 
+    args = sys.argv[1:] if args is None else list(args)
     registry = tyro.constructors.ConstructorRegistry()
     registry.struct_rule(_with_constraints)
-    args = sys.argv[1:] if args is None else list(args)
-    flags = _flags(Config, tyro.MISSING_NONPROP)
+    _refuse_repeated(args)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), registry:
@@ -119,21 +119,20 @@ def cli(
     except SystemExit as refusal:
         if not refusal.code:  # --help
             raise
-        reason = _repeated(flags, args) or _misused(flags, args) or _raised(refusal)
-        raise UserError(_one_line(reason or _unboxed(printed.getvalue()))) from None
+        raise UserError(_refusal(printed.getvalue(), args)) from None
     sys.stderr.write(printed.getvalue())  # nothing was refused: these are warnings of a config
-    if reason := _repeated(flags, args):
-        raise UserError(reason)
     return config
 
 
 def _with_constraints(info: Any) -> Any:
     """tyro's own reading of a dataclass, with the constraints in the help of its fields."""
-    from tyro.constructors._struct_spec_dataclass import dataclass_rule
+    from tyro.constructors import ConstructorRegistry
 
-    if not dataclasses.is_dataclass(info.type):
-        return None
-    spec = dataclass_rule(info)
+    if Constraint in info.markers or not dataclasses.is_dataclass(info.type):
+        return None  # tyro's own rule for dataclasses reads it
+    spec = ConstructorRegistry.get_struct_spec(
+        dataclasses.replace(info, markers=(*info.markers, Constraint))
+    )
 
     def helped(field: Any) -> Any:
         constraint, text = constraint_of(field.type), field.helptext
@@ -145,146 +144,31 @@ def _with_constraints(info: Any) -> Any:
     return dataclasses.replace(spec, fields=tuple(map(helped, spec.fields)))
 
 
-class _Flag(NamedTuple):
-    name: str  # `--no-x` is named `--x` too
-    spec: Any  # tyro's PrimitiveConstructorSpec; None for a switch, which takes no value
-    required: bool
+def _refuse_repeated(args: Sequence[str]) -> None:
+    flags = [arg for arg in itertools.takewhile(lambda arg: arg != "--", args) if arg[:2] == "--"]
+    given: dict[str, str] = {}
+    for flag in (flag.partition("=")[0] for flag in flags):
+        name = re.sub(r"^--(.*\.)?no-", r"--\1", flag.replace("_", "-"))  # `--no-x` sets `--x` too
+        if first := given.get(name):
+            raise UserError(f"{name} is given twice ({first} and {flag}): keep one of the two")
+        given[name] = flag
 
 
-def _flags(kind: Any, default: Any, path: tuple[str, ...] = ()) -> dict[str, _Flag]:
-    """The flags tyro makes of a config, by spelling."""
-    from tyro import MISSING, MISSING_NONPROP
-    from tyro.constructors import (
-        ConstructorRegistry,
-        PrimitiveConstructorSpec,
-        PrimitiveTypeInfo,
-        StructTypeInfo,
-    )
-
-    group = ConstructorRegistry.get_struct_spec(StructTypeInfo.make(kind, default, False))
-    if group is not None:
-        fields = [_flags(field.type, field.default, (*path, field.name)) for field in group.fields]
-        return {spelling: flag for flags in fields for spelling, flag in flags.items()}
-    name = _spelled("--" + ".".join(path))
-    required = default is MISSING or default is MISSING_NONPROP
-    value = PrimitiveTypeInfo.make(kind, set())
-    if value.type is bool and not required:
-        negated = _spelled("--" + ".".join((*path[:-1], f"no-{path[-1]}")))
-        return dict.fromkeys((name, negated), _Flag(name, None, required))
-    spec = ConstructorRegistry.get_primitive_spec(value)
-    # no text stands for a function, say: tyro keeps such a default, and no flag can change it
-    return {name: _Flag(name, spec, required)} if isinstance(spec, PrimitiveConstructorSpec) else {}
-
-
-def _spelled(flag: str) -> str:
-    return flag.replace("_", "-")
-
-
-def _grouped(args: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag as written, with the values after it; values that follow no flag have ""."""
-    end = args.index("--") if "--" in args else len(args)
-    groups: list[tuple[str, list[str]]] = [("", [])]
-    for token in args[:end]:
-        name, equals, value = token.partition("=")
-        if re.match(r"-+[^\W\d_]", name) and not re.fullmatch(r"(?i)-(inf|infinity|nan)", name):
-            groups.append((name, [value] if equals else []))
-        else:
-            groups[-1][1].append(token)
-    return [*groups, ("", list(args[end + 1 :]))]
-
-
-def _repeated(flags: Mapping[str, _Flag], args: Sequence[str]) -> str | None:
-    seen: dict[str, str] = {}
-    for written, _ in _grouped(args):
-        if flag := flags.get(_spelled(written)):
-            if first := seen.get(flag.name):
-                return f"{flag.name} is given twice ({first} and {written}): keep one of the two"
-            seen[flag.name] = written
-    return None
-
-
-def _misused(flags: Mapping[str, _Flag], args: Sequence[str]) -> str | None:
-    """The first thing wrong with `args`, given that tyro refused them."""
-    groups = _grouped(args)
-    for (written, values), (following, _) in itertools.pairwise([*groups, ("", [])]):
-        flag = flags.get(_spelled(written))
-        if flag and not _fits(flag.spec, values):
-            found = " ".join(map(repr, values)) or "nothing"
-            hint = ""
-            if flag.spec is None:
-                hint = ": write " + " or ".join(name for name in flags if flags[name] is flag)
-            elif not values and following:
-                found = f"the flag {following}"
-                hint = f" (as a value: {written}={following})"
-            elif flag.spec.choices:
-                wrong = [value for value in values if value not in flag.spec.choices]
-                hint = _did_you_mean(wrong[0], flag.spec.choices) if wrong else ""
-            return f"{written} expects {_expected(flag.spec)}, found {found}{hint}"
-        if not flag and (written or values):
-            what = f"unknown flag {written}" if written else f"unexpected argument {values[0]!r}"
-            hint = _did_you_mean(_spelled(written or "--" + values[0].lstrip("-")), flags)
-            return f"{what}{hint} (--help lists the flags)"
-    given = {flags[_spelled(written)].name for written, _ in groups if written}
-    missing = [flag for flag in flags.values() if flag.required and flag.name not in given]
-    if missing:
-        return "missing " + ", ".join(f"{flag.name} {flag.spec.metavar}" for flag in missing)
-    return None
-
-
-def _expected(spec: Any) -> str:
-    if spec is None:
-        return "no value"
-    return f"one of {', '.join(spec.choices)}" if spec.choices else spec.metavar
-
-
-def _fits(spec: Any, values: list[str]) -> bool:
-    if spec is None:
-        return not values
-    counts = spec.nargs if isinstance(spec.nargs, tuple) else (spec.nargs,)
-    if "*" not in counts and len(values) not in counts:
-        return False
-    if spec.choices and not set(values) <= set(spec.choices):
-        return False
-    try:
-        spec.instance_from_str(values)
-    except (ValueError, TypeError):
-        return False
-    return True
-
-
-def _did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Names the options the fewest edits away; to leave out the group of a flag is one edit."""
-
-    def leaf(name: str) -> str:
-        return name.rpartition(".")[2].lstrip("-")
-
-    far = {name: min(_edits(word, name), _edits(leaf(word), leaf(name)) + 1) for name in options}
-    nearest = [name for name in far if far[name] == min(far.values())]
-    if not nearest or far[nearest[0]] > max(2, len(word) // 3):
-        return ""
-    return f": did you mean {' or '.join(nearest)}?"
-
-
-def _edits(a: str, b: str) -> int:
-    """Levenshtein's distance."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        above, row = row, [i]
-        for j, y in enumerate(b, start=1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
-    return row[-1]
-
-
-def _raised(refusal: BaseException | None) -> str | None:
-    """The text of the `ValueError` behind a refusal: tyro exits while it handles one."""
-    while refusal is not None and not isinstance(refusal, ValueError):
-        refusal = refusal.__context__
-    return None if refusal is None else str(refusal)
-
-
-def _unboxed(text: str) -> str:
-    """What tyro printed, without its colours and frames."""
-    return re.sub(r"\x1b\[[\d;]*m|[\u2500-\u257f]", "", text)
+def _refusal(printed: str, args: Sequence[str]) -> str:
+    """What tyro says first in its box, and the flags it suggests below, without the frames."""
+    text = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", printed).replace("─", "-")
+    _, body, *sections = re.split(r"(?m)^ *(?:- [\w ]+ )?-{8,} *\n", text)
+    # What a `__post_init__` complains of comes behind the name of a class or a group of flags.
+    reason = re.sub(r"^Error parsing \w[\w.-]*: |Got errors:.*", "", _one_line(body)).rstrip(" .")
+    words = [word for arg in args for word in arg.split("=", 1)]
+    stray = re.match(r"Unrecognized options: ([^-,][^,]*)", reason)
+    if stray and stray[1] in words:  # a value too many, behind some flag
+        before = [word for word in words[: words.index(stray[1])] if word.startswith("--")]
+        reason += f" behind {before[-1]}" if before else ""
+    for heading, *lines in (x.strip().splitlines() for x in sections if x.strip()):
+        if flags := [line.strip() for line in lines if re.match(r"\s*--\w", line)]:
+            reason += f"; {heading.strip()} {', '.join(flags)}"
+    return reason.replace("Argument helptext:", "expected")
 
 
 def _one_line(text: str) -> str:

@@ -157,19 +157,17 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     """
     import filelock
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(path, blocking=wait)
     try:
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except filelock.Timeout:
         raise UserError(
             f"{path.parent} is in use by another run: wait for its end, or choose another folder"
         ) from None
-    except OSError as error:
-        # Some network file systems have no locks; filelock itself knows those without flock.
+    except OSError as error:  # filelock itself knows file systems without flock
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise UserError(f"{path}: cannot be locked ({error.strerror})") from error
+            raise
     try:
         yield
     finally:

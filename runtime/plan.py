@@ -79,7 +79,8 @@ def abstract_frozen(
     teacher = signal = head = None
     if config.targets is not None:
         targets = target_store.load(config.targets)
-        signal = target_store.SIGNALS[targets.kind].abstract(rows, seq, targets.entries)
+        kind = losses.TopK if targets.kind == "top-k" else losses.SampledTargets
+        signal = kind.abstract(rows, seq, targets.entries)
     elif uses_teacher_loss(config.loss):
         teacher = models.abstract(config.teacher)
         teacher = with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
@@ -327,7 +328,7 @@ class Trace:
             jax.profiler.start_trace(self.folder)
             self.running = True
 
-    def after(self, number: int, state: State, log: report.Log, *, ends: bool) -> None:
+    def after(self, number: int, state: PyTree, log: report.Log, *, ends: bool) -> None:
         if self.running and (ends or number == self.last):
             jax.block_until_ready(state)
             self.__exit__()

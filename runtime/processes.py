@@ -1,22 +1,40 @@
 """Several processes of one run: how they meet, wait for each other, and end together."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import jax
 import numpy as np
 
 from runtime import errors
-from runtime.errors import UserError
+from runtime.errors import UserError, at_least
 
 PATIENCE = 60  # seconds to wait for the other processes at the start, and for a sign of their life
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """How the processes of one run meet: what the config of a program for several inherits."""
+
+    distributed: bool = False
+    """One of several processes, which a scheduler (Slurm, Cloud TPU, GKE, Open MPI) has started."""
+    coordinator: str | None = None
+    """host:port of the first of several processes, where no scheduler says so."""
+    processes: Annotated[int | None, at_least(1)] = None
+    """How many processes there are, with --coordinator."""
+    process_id: Annotated[int | None, at_least(0)] = None
+    """Which of them this is, from 0, with --coordinator."""
+
+    def start_processes(self, devices: int | None = None) -> None:
+        names = (field.name for field in dataclasses.fields(Flags))
+        start(**{name: getattr(self, name) for name in names}, devices=devices)
 
 
 def start(
@@ -134,12 +152,6 @@ def block_on_cpu(result: Any) -> Any:
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(result)
     return result
-
-
-def say(quiet: bool, text: str) -> None:
-    """Prints a line for people, once, unless a run is to be quiet."""
-    if not quiet and jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
 
 
 def sync(name: str) -> None:

@@ -8,15 +8,14 @@ where its last whole record ends.
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import zlib
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32, UInt8
+from jaxtyping import Float32, Int, UInt8
 
 import data
 import losses
@@ -26,67 +25,55 @@ from runtime import files
 from runtime.errors import UserError
 
 VERSION = 1
-
-
 MANIFEST, INDEX = "targets.json", "windows"
-
-
+MAY_CHANGE = frozenset({"digest", "teacher-name", "data-flags", "shard", "index"})
 SHARD = 1 << 28  # bytes
-
-
 ROWS = 1 << 16  # rows whose windows are looked up at once
-
+SIGNALS = {"top-k": losses.TopK, "draws": losses.SampledTargets}
 
 Data = data.Config  # a field of a config hides the module it is named after
 
 
+# ---- numbers as bits -----------------------------------------------------------------------------
+
+
 def pack(values: Int[np.ndarray, "rows n"], width: int) -> UInt8[np.ndarray, "rows bytes"]:
     """Numbers of `width` bits, up to 32, one after the other; eight of them fill `width` bytes."""
-    rows, n = values.shape
-    groups = np.zeros((rows, -(-n // 8) * 8), "<u8")
-    groups[:, :n] = values
-    groups = groups.reshape(-1, 8)
-    packed = np.zeros((len(groups), width + 5), np.uint8)
-    for i in range(8):
-        byte, shift = divmod(i * width, 8)
-        spread = np.ascontiguousarray(groups[:, i] << np.uint64(shift)).view(np.uint8)
-        packed[:, byte : byte + 5] |= spread.reshape(-1, 8)[:, :5]
-    return packed[:, :width].reshape(rows, -1)
+    words = np.pad(values.astype("<u4"), ((0, 0), (0, -values.shape[1] % 8)))
+    words = words.view(np.uint8).reshape(*words.shape, 4)
+    bits = np.unpackbits(words, axis=2, count=width, bitorder="little")
+    return np.packbits(bits.reshape(len(values), -1), axis=1, bitorder="little")
 
 
 def unpack(
     packed: UInt8[np.ndarray, "rows bytes"], width: int, n: int
 ) -> Int[np.ndarray, "rows {n}"]:
-    """The first `n` numbers of each row of what `pack` has made."""
-    groups = packed.reshape(-1, width)
-    groups = np.pad(groups, ((0, 0), (0, 8)))
-    values = np.empty((len(groups), 8), np.int32)
-    for i in range(8):
-        byte, shift = divmod(i * width, 8)
-        word = np.ascontiguousarray(groups[:, byte : byte + 8]).view("<u8")[:, 0]
-        values[:, i] = (word >> np.uint64(shift)) & np.uint64((1 << width) - 1)
-    return values.reshape(len(packed), -1)[:, :n]
+    """The first `n` numbers of each row of what `pack` returned."""
+    bits = np.unpackbits(packed, axis=1, count=n * width, bitorder="little")
+    words = np.zeros((len(packed), n, 4), np.uint8)
+    words[..., : -(-width // 8)] = np.packbits(
+        bits.reshape(len(packed), n, width), axis=2, bitorder="little"
+    )
+    return words.view("<i4")[..., 0].astype(np.int32)
 
 
 # A log-probability as a byte: the square of the byte, finer where there is more probability.
 LEVELS, SPAN = 254, 32.0  # what is below exp(-32) is raised to it; 255 is no probability at all
-
-
 DECODED = np.append(-SPAN * (np.arange(255) / LEVELS) ** 2, -np.inf).astype(np.float32)
 
 
 def encode(
     log_p: Float32[np.ndarray, "..."], u: Float32[np.ndarray, "..."] | None = None
 ) -> UInt8[np.ndarray, "..."]:
-    """The nearest byte; with `u`, uniform in [0, 1), a neighbour such that the mean of p is kept.
+    """The nearest byte; with `u`, uniform in [0, 1), a neighbour that preserves the mean of p.
 
     It is monotone for one `u`: of numbers rounded with the same, the largest stays the largest.
     """
-    place = LEVELS * np.sqrt(np.clip(-log_p, 0, SPAN) / SPAN)
+    level = LEVELS * np.sqrt(np.clip(-log_p, 0, SPAN) / SPAN)
     if u is None:
-        code = np.rint(place)
+        code = np.rint(level)
     else:
-        high = np.minimum(np.floor(place), LEVELS - 1).astype(np.int32)
+        high = np.minimum(np.floor(level), LEVELS - 1).astype(np.int32)
         upper, lower = np.exp(DECODED[high]), np.exp(DECODED[high + 1])
         code = high + (u >= (np.exp(log_p) - lower) / (upper - lower))
     return np.where(log_p == -np.inf, 255, code).astype(np.uint8)
@@ -94,6 +81,9 @@ def encode(
 
 def decode(codes: UInt8[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
     return DECODED[codes]
+
+
+# ---- a folder of targets -------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,16 +155,16 @@ class Targets:
         """Bytes of a whole shard."""
         return min(self.shard, len(self.windows) - shard * self.shard) * self.record
 
-    def seal(self, content: UInt8[np.ndarray, " bytes"], window: int) -> UInt8[np.ndarray, "4"]:
+    def checksum(self, content: UInt8[np.ndarray, " bytes"], window: int) -> bytes:
         """The checksum of a record, which holds at no other place and in no other targets."""
         seed = zlib.crc32(f"{self.digest} {window}".encode())
-        return np.frombuffer(zlib.crc32(content, seed).to_bytes(4, "little"), np.uint8)
+        return zlib.crc32(content, seed).to_bytes(4, "little")
 
-    def whole(self, record: UInt8[np.ndarray, " bytes"], window: int) -> bool:
-        return bool((record[-4:] == self.seal(record[:-4], window)).all())
+    def is_intact(self, record: UInt8[np.ndarray, " bytes"], window: int) -> bool:
+        return record[-4:].tobytes() == self.checksum(record[:-4], window)
 
 
-def windows_of(corpus: data.Corpus) -> str:
+def windows_digest(corpus: data.Corpus) -> str:
     """A fingerprint of what the windows of a corpus are, by their numbers."""
     parts = [part for group in corpus.groups for part in group]
     return text.digest([[part.store.digest, part.start, part.stop] for part in parts])
@@ -184,12 +174,12 @@ def load(folder: Path | str) -> Targets:
     """Targets that are whole, as far as the sizes of their files tell."""
     targets = _load(Path(folder))
     for shard in range(targets.shards):
-        path, size = targets.path(shard), targets.size(shard)
-        found = path.stat().st_size if path.exists() else 0
-        if found != size:
+        path, expected = targets.path(shard), targets.size(shard)
+        size = path.stat().st_size if path.exists() else 0
+        if size != expected:
             raise UserError(
-                f"{path}: a shard of {size} bytes was expected, found {found or 'none'}: the same"
-                " command of targets.py that began these targets finishes them"
+                f"{path}: a shard of {expected} bytes was expected, found {size or 'none'}: the"
+                " same command of targets.py that began these targets finishes them"
             )
     return targets
 
@@ -199,18 +189,36 @@ def _load(folder: Path) -> Targets:
     if not path.is_file():
         raise UserError(f"{folder}: no {MANIFEST} in it, so these are no targets of targets.py")
     files.check_links(folder, [path, index, *folder.glob("*.targets")])
+    manifest = files.read_json(path, ": restore it, or make the targets anew")
+    manifest.pop("version", None)  # the digest knows it
     try:
-        manifest = json.loads(path.read_bytes())
-        version, digest = manifest.pop("version"), manifest.pop("digest")
-        listed = index.read_bytes() if index.is_file() else b""  # from a pipe it would never end
+        digest, listed = manifest.pop("digest"), index.read_bytes()
         targets = Targets(folder, np.frombuffer(listed, "<i8").astype(np.int64), **manifest)
         altered = zlib.crc32(listed) != targets.index or digest != targets.digest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        version, altered = VERSION, True
-    if version != VERSION:
-        raise UserError(f"{path}: of version {version}, this program reads version {VERSION}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        altered = True
     if altered:
-        raise UserError(f"{path}: it or {INDEX} beside it was altered: restore them, or make anew")
+        raise UserError(
+            f"{path}: it or {INDEX} beside it was altered, or another version wrote it: restore"
+            " them, or make anew"
+        )
+    return targets
+
+
+def open_or_create(targets: Targets) -> Targets:
+    """The targets that are in the folder already, made by the same settings, or these."""
+    folder = targets.folder
+    settings = targets.manifest | {"digest": targets.digest}
+    run = files.RunFolder(folder, settings, MAY_CHANGE, MANIFEST)
+    if (folder / MANIFEST).exists():
+        previous, more = _load(folder), ()
+        if previous.index != targets.index:
+            more = (f"of {len(previous.windows)} windows, now {len(targets.windows)}",)
+        run.check("give the same flags, or another --out", *more)
+        return previous
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX).write_bytes(targets.windows.astype("<i8").tobytes())
+    run.write()
     return targets
 
 
@@ -226,7 +234,7 @@ def check(
 ) -> None:
     """Refuses targets that are not what a run of `rows` windows would have asked its teacher."""
     model = targets.teacher if teacher is None else models.fingerprint(teacher)
-    tokens, windows = text.load_tokenizer(tokenizer).fingerprint, windows_of(corpus)
+    tokens, windows = text.load_tokenizer(tokenizer).fingerprint, windows_digest(corpus)
     name, source = targets.teacher_name, " ".join(targets.data_config.source)
     heat = f"{loss.temperature:g}"
     if loss.temperature_end is not None:
@@ -246,43 +254,46 @@ def check(
         (targets.kind == "top-k" or loss.divergence == "forward_kl",
          "forward_kl, the one that draws are unbiased for", f"--loss.divergence {loss.divergence}"),
     ]  # fmt: skip
-    for holds, made, found in sides:
-        if not holds:
+    for equal, theirs, ours in sides:
+        if not equal:
             raise UserError(
-                f"{targets.folder}: these targets are for {made}, but this run has {found}: give"
+                f"{targets.folder}: these targets are for {theirs}, but this run has {ours}: give"
                 " the same, or make others with targets.py"
             )
     if len(targets.windows) < corpus.windows:
         for step in range(-(-rows // ROWS)):
-            asked = data.windows(corpus, step, ROWS)[: rows - step * ROWS]
-            _places(targets, asked)
+            _positions(targets, data.windows(corpus, step, ROWS)[: rows - step * ROWS])
 
 
-def _places(targets: Targets, windows: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
-    places = np.searchsorted(targets.windows, windows)
-    found = np.append(targets.windows, -1)[places] == windows
-    if not found.all():
+# ---- reading and writing -------------------------------------------------------------------------
+
+
+def _positions(targets: Targets, windows: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
+    """Which of the records are those of these windows."""
+    positions = np.searchsorted(targets.windows, windows)
+    known = np.append(targets.windows, -1)[positions] == windows
+    if not known.all():
         raise UserError(
-            f"{targets.folder}: window {windows[~found][0]} is not among the {len(targets.windows)}"
+            f"{targets.folder}: window {windows[~known][0]} is not among the {len(targets.windows)}"
             " kept: a run of the --steps, --batch-size and --seed they were made for reads those,"
             " and targets.py without --steps keeps all"
         )
-    return places
+    return positions
 
 
-def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> losses.TeacherTargets:
-    """What is kept of these windows."""
+def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> losses.Targets:
+    """What the teacher says of these windows."""
     rows = np.empty((len(windows), targets.record), np.uint8)
-    places = _places(targets, windows)
-    for record, window, place in zip(rows, windows.tolist(), places.tolist(), strict=True):
-        shard, at = divmod(place, targets.shard)
+    positions = _positions(targets, windows)
+    for record, window, position in zip(rows, windows.tolist(), positions.tolist(), strict=True):
+        shard, i = divmod(position, targets.shard)
         path = targets.path(shard)
         try:
             with open(path, "rb", buffering=0) as file:
-                size = os.preadv(file.fileno(), [record], at * targets.record)
+                size = os.preadv(file.fileno(), [record], i * targets.record)
         except OSError as error:
             raise UserError(f"{path}: cannot be read, {error.strerror}") from None
-        if size != targets.record or not targets.whole(record, window):
+        if size != targets.record or not targets.is_intact(record, window):
             raise UserError(
                 f"{path}: the targets of window {window} were altered: remove the file, and the"
                 " command that made it makes it anew"
@@ -296,16 +307,14 @@ def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> losses.TeacherT
         values = decode(values)
         if targets.kind == "top-k":  # a distribution again
             values -= np.log(np.exp(values).sum(-1, keepdims=True))
-    kind = losses.TopK if targets.kind == "top-k" else losses.SampledTargets
-    return kind(ids.reshape(shape), values[..., :-1], values[..., -1])
+    return SIGNALS[targets.kind](ids.reshape(shape), values[..., :-1], values[..., -1])
 
 
 def records(
-    targets: Targets, kept: losses.TeacherTargets, windows: Int[np.ndarray, " rows"]
+    targets: Targets, signal: losses.Targets, windows: Int[np.ndarray, " rows"]
 ) -> UInt8[np.ndarray, "rows bytes"]:
     """What is on disk for these windows."""
-    ids, log_probs, rest = kept
-    values = np.concatenate([log_probs, rest[..., None]], -1)
+    values = np.concatenate([signal.log_probs, signal.rest[..., None]], -1)
     if targets.values == "packed":
         u = None
         if targets.kind == "draws":  # one for all of a token, so that max(p, rest) has no bias
@@ -314,53 +323,19 @@ def records(
         values = encode(values, u)
     values = values.reshape(len(windows), -1)
     values = values.astype(values.dtype.newbyteorder("<"), copy=False).view(np.uint8)
-    content = np.concatenate([pack(ids.reshape(len(windows), -1), targets.width), values], 1)
-    seals = [
-        targets.seal(row, window) for row, window in zip(content, windows.tolist(), strict=True)
-    ]
-    return np.concatenate([content, np.stack(seals)], 1)
+    ids = pack(signal.ids.reshape(len(windows), -1), targets.width)
+    content = np.concatenate([ids, values], 1)
+    sums = map(targets.checksum, content, windows.tolist())
+    sums = np.frombuffer(b"".join(sums), np.uint8).reshape(-1, 4)
+    return np.concatenate([content, sums], 1)
 
 
-class Told(NamedTuple):
-    """A batch, and what was kept of a teacher on it."""
-
-    tokens: Int32[np.ndarray, "rows positions"]
-    segments: Int32[np.ndarray, "rows positions"]
-    mask: Bool[np.ndarray, "rows targets"]
-    kept: losses.TeacherTargets
-
-
-def begin(targets: Targets) -> Targets:
-    """The targets of this description in its folder: begun there, or as they were begun before."""
-    folder = targets.folder
-    if (folder / MANIFEST).exists():
-        before = _load(folder)
-        free = {"teacher_name", "data_flags", "shard", "index"}
-        changed = [
-            f"{name} was {was}, is {targets.manifest[name]}"
-            for name, was in before.manifest.items()
-            if was != targets.manifest[name] and name not in free
-        ]
-        if before.index != targets.index:
-            changed.append(f"of {len(before.windows)} windows, now {len(targets.windows)}")
-        if changed:
-            raise UserError(
-                f"{folder} holds other targets ({'; '.join(changed)}): give the same flags, or"
-                " another --out"
-            )
-        return before
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX).write_bytes(targets.windows.astype("<i8").tobytes())
-    files.write_json(folder / MANIFEST, targets.manifest | {"digest": targets.digest})
-    return targets
-
-
-def missing(targets: Targets, index: int = 0, count: int = 1) -> Int[np.ndarray, " places"]:
+def unwritten(targets: Targets, index: int = 0, count: int = 1) -> Int[np.ndarray, " records"]:
     """Which records one of `count` processes has yet to write, in the order they are appended.
 
     Whatever follows the last whole record of an unfinished shard is cut off.
     """
-    places = [np.arange(0)]
+    positions = [np.arange(0)]
     for shard in range(index, targets.shards, count):
         path, first = targets.path(shard), shard * targets.shard
         stop = min(first + targets.shard, len(targets.windows))
@@ -368,20 +343,20 @@ def missing(targets: Targets, index: int = 0, count: int = 1) -> Int[np.ndarray,
             continue
         with open(path, "ab+") as file:
             file.seek(0)
-            for place in range(first, stop):
-                found = np.frombuffer(file.read(targets.record), np.uint8)
-                window = int(targets.windows[place])
-                if len(found) < targets.record or not targets.whole(found, window):
+            for position in range(first, stop):
+                record = np.frombuffer(file.read(targets.record), np.uint8)
+                window = int(targets.windows[position])
+                if len(record) < targets.record or not targets.is_intact(record, window):
                     break
-            file.truncate((place - first) * targets.record)
-        places.append(np.arange(place, stop))
-    return np.concatenate(places)
+            file.truncate((position - first) * targets.record)
+        positions.append(np.arange(position, stop))
+    return np.concatenate(positions)
 
 
-def append(targets: Targets, kept: losses.TeacherTargets, places: Int[np.ndarray, " rows"]) -> None:
-    """Write the next of what is `missing`."""
-    shards = places // targets.shard
-    rows = records(targets, kept, targets.windows[places])
+def append(targets: Targets, signal: losses.Targets, positions: Int[np.ndarray, " rows"]) -> None:
+    """Writes the next of what is `unwritten`."""
+    shards = positions // targets.shard
+    rows = records(targets, signal, targets.windows[positions])
     for shard in np.unique(shards).tolist():
         with open(targets.path(shard), "ab") as file:
             file.write(rows[shards == shard])

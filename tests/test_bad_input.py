@@ -205,7 +205,7 @@ def test_an_extra_tensor(tmp_path, name):
 
 def test_an_extra_tensor_whose_name_would_break_the_line(tmp_path):
     tensors = tensors_of(LLAMA_SHAPES) | {"model.a\nb\x1b[2J": blank("F32", 6)}
-    refused(write(tmp_path / "x", LLAMA, tensors), "model.safetensors", "a\\nb")
+    refused(write(tmp_path / "x", LLAMA, tensors), "model.safetensors", "a b\\x1b")
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 4, 1), (16,), (4, 5), (2, 4), (), (0, 4)])
@@ -387,7 +387,7 @@ def test_two_shards_are_one_model(shards, tmp_path):
 def test_a_missing_shard(shards):
     folder, _ = shards
     (folder / PARTS[1]).unlink()
-    refused(folder, folder / INDEX, PARTS[1], "missing")
+    refused(folder, PARTS[1], "No such file")
 
 
 @pytest.mark.parametrize(
@@ -423,14 +423,14 @@ def test_a_tensor_in_two_shards(shards):
     tensors = tensors_of(LLAMA_SHAPES)
     own = {n: t for n, t in tensors.items() if where[n] == PARTS[1] or n == name}
     write_raw(folder / PARTS[1], *layout(own))
-    refused(folder, folder / PARTS[1], name)
+    refused(folder, PARTS[1], name)
 
 
 def test_an_index_that_leaves_a_tensor_out(shards):
     folder, where = shards
     name = "model.norm.weight"
     write_index(folder, change(where, {name: DELETED}))
-    refused(folder, folder / where[name], name)
+    refused(folder, where[name], name)
 
 
 def test_an_index_that_promises_a_tensor(shards):
@@ -765,7 +765,7 @@ INERT = {
         "dtype": "float16",
         "use_cache": False,
         "auto_map": {"AutoModelForCausalLM": "modeling.Llama"},
-        "unknown": "text",
+        "rms_norm_eps_version": 2,
         "": 1,
     },
     "one slice": {"pretraining_tp": 1},
@@ -909,4 +909,4 @@ def test_a_file_cut_while_it_is_read(llama, weights, monkeypatch):
         os.truncate(weights, os.path.getsize(weights) - 64)
 
     monkeypatch.setattr(hub, "check", cut)
-    refused(llama, weights, "ended early")
+    refused(llama, weights, "changed while it was read")

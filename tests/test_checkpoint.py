@@ -157,8 +157,9 @@ def test_buffers_may_be_donated_or_deleted_as_soon_as_save_returns(tmp_path):
             for leaf in jax.tree.leaves(state):
                 leaf.delete()
             state = overwrite(state_of(9, mesh, scale=4096))  # into the memory that came free
-    for step in range(4):
-        assert same(restore(tmp_path, state, step)[0], state_of(step, mesh, scale=4096))
+    for step in reversed(range(4)):
+        assert same(restore(tmp_path, state)[0], state_of(step, mesh, scale=4096))
+        shutil.rmtree(tmp_path / str(step))
 
 
 def mixed(x: np.ndarray) -> np.ndarray:
@@ -171,7 +172,6 @@ def mixed(x: np.ndarray) -> np.ndarray:
 def test_checksums_are_those_of_the_whole_array_on_any_mesh(sizes):
     devices = jax.devices()[: math.prod(sizes)]
     named = checkpoint._named(state_of(3, make_mesh(*sizes, devices=devices)))
-    assert any(array.size % checkpoint.SLABS == 0 for array in named.values())
     sums = checkpoint._checksums(named)
     for name, array in named.items():
         whole = np.asarray(array)
@@ -183,7 +183,7 @@ def test_checksums_are_those_of_the_whole_array_on_any_mesh(sizes):
 @pytest.mark.parametrize("dtype", [np.uint32, np.uint16, np.uint8])
 def test_no_flipped_bit_leaves_a_checksum_as_it_was(dtype):
     value = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (3, 5), dtype)
-    checksum = jax.jit(checkpoint._checksum)
+    checksum = checkpoint._checksum
     sums = {int(checksum(value))}
     for index in np.ndindex(value.shape):
         for bit in range(value.dtype.itemsize * 8):
@@ -192,12 +192,6 @@ def test_no_flipped_bit_leaves_a_checksum_as_it_was(dtype):
             sums.add(int(checksum(flipped)))
     assert len(sums) == 1 + value.nbytes * 8
     assert int(checksum(value[::-1])) not in sums
-
-
-def test_checksums_of_one_device_take_little_memory():
-    array = jnp.ones((4096, 256))
-    program = checkpoint._sums.lower({"array": array}, True).compile()
-    assert program.memory_analysis().temp_size_in_bytes < array.nbytes / 16
 
 
 def test_the_newest_are_kept_and_a_run_begun_again_supersedes_later_steps(tmp_path):
@@ -232,9 +226,6 @@ def test_a_folder_without_checkpoints(tmp_path):
     assert latest(tmp_path / "absent") is None
     with pytest.raises(UserError, match="expected a checkpoint, found none"):
         restore(tmp_path, state_of(0))
-    write(tmp_path, 1)
-    with pytest.raises(UserError, match="expected a checkpoint of step 4, found none"):
-        restore(tmp_path, state_of(0), 4)
 
 
 def taken(folder: Path, capfd) -> int:
@@ -457,7 +448,8 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 from pathlib import Path
 from jax.experimental.multihost_utils import sync_global_devices
-import checkpoint, test_checkpoint
+import test_checkpoint
+from runtime import checkpoint
 from test_checkpoint import Checkpoints, latest, make_mesh, restore, state_of
 folder = Path(sys.argv[1])
 with checkpoint.lock(folder), Checkpoints(folder, keep=3) as saved:

@@ -1,7 +1,6 @@
 """The store, the windows over it and the order they come in."""
 
 import collections
-import contextlib
 import dataclasses
 import errno
 import itertools
@@ -23,13 +22,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
 from runtime.errors import UserError
+from text import records, store
 
 WORDS = [f"w{i}" for i in range(200)]
 EOS = len(WORDS)
 # A busy machine is slow, which says nothing of the code.
 unhurried = settings(
     deadline=None,
-    max_examples=60,
+    max_examples=30,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -49,17 +49,16 @@ def tokenizer(tmp_path_factory) -> Path:
 def corpus_of(folder, lengths, seq_len, *, seed=0, trained=None) -> data.Corpus:
     """A corpus of documents of these lengths, in which every token is its own position."""
     position, folder = 0, folder / uuid.uuid4().hex
-    with contextlib.ExitStack() as files:
-        stream = data._Stream(folder, "uint32", files)
+    with store.TokenFiles(folder, "uint32") as stream:
         for i, length in enumerate(lengths):
             ids = list(range(position, position + length))
             stream.add(ids, trained[i] if trained else [], True)
             position += length
             stream.flush()
-    data._write_sums(folder)
+    store.write_sums(folder)
     facts = (position, position, len(lengths), 0, trained is not None, "")
-    store = data.Store(folder, "uint32", *facts)
-    return data.Corpus(((data._part(store, 0, position, seq_len),),), (), (), seq_len, seed)
+    tokens = data.Store(folder, "uint32", *facts)
+    return data.Corpus(((data._part(tokens, 0, position, seq_len),),), (), (), seq_len, seed)
 
 
 def targets(batch: data.Batch) -> list[list[int]]:
@@ -98,7 +97,7 @@ def test_segments_are_the_documents_of_a_row(tmp_path, lengths, seq_len):
     corpus = corpus_of(tmp_path, lengths, seq_len)
     document = np.repeat(np.arange(len(lengths)), lengths)
     for step in range(corpus.windows):
-        tokens, segments, mask = (x[0] for x in data.batch(corpus, step, 1))
+        tokens, segments, mask = (x[0] for x in data.batch(corpus, step, 1)[:3])
         real = segments > 0
         assert not real[np.argmin(real) :].any() or real.all()
         assert not mask[~real[1:]].any() and not tokens[~real].any()
@@ -146,9 +145,9 @@ def test_any_step_reads_its_own_rows_alone(tmp_path, monkeypatch):
 def test_processes_together_have_the_same_batch(tmp_path, step, weights):
     one, two = (corpus_of(tmp_path, [23] * 9, 8) for _ in range(2))
     corpus = dataclasses.replace(one, groups=one.groups + two.groups, weights=weights)
-    whole = data.batch(corpus, step, 8)
+    whole = data.batch(corpus, step, 8)[:3]
     for count in (2, 4):
-        parts = [data.batch(corpus, step, 8, i, count) for i in range(count)]
+        parts = [data.batch(corpus, step, 8, i, count)[:3] for i in range(count)]
         for joined, array in zip(map(np.concatenate, zip(*parts, strict=True)), whole, strict=True):
             np.testing.assert_array_equal(joined, array)
     with pytest.raises(UserError, match="does not divide over 3"):
@@ -168,16 +167,16 @@ def test_permutations_of_trillions_and_of_five():
     assert abs(np.corrcoef(np.arange(len(there)), there)[0, 1]) < 0.07
     # Over keys each of the 120 orders of five is as likely: chi squared has mean 119, deviation 15.
     orders = collections.Counter(
-        tuple(data.permute(np.arange(5), 5, f"{key}").tolist()) for key in range(6000)
+        tuple(data.permute(np.arange(5), 5, f"{key}").tolist()) for key in range(2400)
     )
-    assert len(orders) == 120 and sum((n - 50) ** 2 / 50 for n in orders.values()) < 200
+    assert len(orders) == 120 and sum((n - 20) ** 2 / 20 for n in orders.values()) < 200
 
 
 @unhurried
 @given(st.integers(0, 10**9), st.lists(st.floats(0.01, 10), min_size=1, max_size=4), st.integers())
 def test_mixtures_are_dealt_in_exact_shares(first, weights, seed):
     rows = np.arange(first, first + 400)
-    source, before = data._deal(rows, weights, seed)
+    source, before = data.assign_sources(rows, weights, seed)
     for i, weight in enumerate(weights):
         # Places within a source follow each other, and count the rows it had, from the first on.
         places = before[source == i]
@@ -227,7 +226,7 @@ def opened(tokenizer, tmp_path, *sources, seq_len=16, vocab=EOS + 1, **options) 
 
 def documents(batches) -> collections.Counter:
     """The documents of windows in order, put together again, as text."""
-    words, rows = [], [row for batch in batches for row in zip(*batch, strict=True)]
+    words, rows = [], [row for batch in batches for row in zip(*batch[:3], strict=True)]
     for tokens, segments, _ in rows:
         real = tokens[segments > 0]
         words += real.tolist() if not words else real[1:].tolist()
@@ -284,10 +283,8 @@ def test_a_last_window_of_a_few_tokens_is_not_all_that_is_held_out(tokenizer, tm
     "weights", [(1.0, float("nan")), (float("inf"), 1.0), (1.0,), (0.0, 1.0), (-1.0, 1.0)]
 )
 def test_weights_that_make_no_mixture(weights):
-    with pytest.raises(ValueError, match="--data.weights"):
+    with pytest.raises(UserError, match="--data.weights"):
         data.Config(source=("a", "b"), weights=weights)
-    with pytest.raises(ValueError, match="--data.weights: expected"):
-        data.Config(weights=weights)
 
 
 def test_one_document_gives_its_last_windows(tokenizer, tmp_path, stories):
@@ -371,7 +368,7 @@ def test_damaged_tokens_are_never_read_and_built_again(tokenizer, tmp_path, stor
 def test_a_whole_store_is_not_built_again(tokenizer, tmp_path, stories, monkeypatch):
     corpus = opened(tokenizer, tmp_path, stories)
     os.utime(corpus.held_out[0].store.folder / "tokens", (1, 1))  # as a copy would have it
-    monkeypatch.setattr(data, "_build", None)
+    monkeypatch.setattr(store, "build", None)
     assert opened(tokenizer, tmp_path, stories) == corpus
 
 
@@ -385,14 +382,14 @@ print(data.open_corpus(config, sys.argv[3], seq_len=16, seed=0, vocab=1000).dige
 def test_builds_at_once_agree_and_leave_one_store(tokenizer, tmp_path):
     path, cache = tmp_path / "many.txt", tmp_path / "cache"
     path.write_text("\n".join(story(i % 500) for i in range(20000)))
-    stale = cache / "0.1.partial"
+    stale = cache / ".0.partial"
     stale.mkdir(parents=True)
     command = [sys.executable, "-c", OPEN, str(path), str(cache), str(tokenizer)]
     home = Path(data.__file__).parent
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=home) for _ in range(3)]
     digests = {run.communicate(timeout=60)[0] for run in runs}
     assert len(digests) == 1 and [run.returncode for run in runs] == [0, 0, 0]
-    assert len(list(cache.iterdir())) == 1
+    assert len([path for path in cache.iterdir() if path.name != ".lock"]) == 1
 
 
 def test_a_full_disk_leaves_a_message_alone(tokenizer, tmp_path, stories):
@@ -403,7 +400,7 @@ def test_a_full_disk_leaves_a_message_alone(tokenizer, tmp_path, stories):
             opened(tokenizer, tmp_path, stories)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_no_permission_to_write(tokenizer, tmp_path, stories, monkeypatch):
@@ -412,7 +409,7 @@ def test_no_permission_to_write(tokenizer, tmp_path, stories, monkeypatch):
 
     with monkeypatch.context() as patch:  # root may write anywhere
         patch.setattr(os, "mkdir", refuse)
-        with pytest.raises(UserError, match=r"cannot keep .* \(Permission denied\)"):
+        with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
             opened(tokenizer, tmp_path, stories)
     with pytest.raises(UserError, match="choose another folder"):
         opened(tokenizer, tmp_path, stories, cache=str(stories / "below-a-file"))
@@ -423,7 +420,7 @@ def test_documents_longer_than_a_piece_are_one_document(tokenizer, tmp_path):
     path = tmp_path / "long.txt"
     path.write_text(words + "\n")
     corpus = opened(tokenizer, tmp_path, path, documents="file", held_out=1.0, seq_len=1000)
-    assert len(words) > 10 * data.text.PIECE
+    assert len(words) > 10 * records.PIECE
     assert corpus.held_out[0].store.documents == 1
     assert documents(data.evaluation(corpus, 4)) == {words: 1}
 
@@ -438,7 +435,7 @@ def test_mistakes_in_the_config(tokenizer, tmp_path, stories):
         {"weights": (0.0,)},
         {"source": ("a",), "weights": (1.0, 2.0)},
     ):
-        with pytest.raises(ValueError, match="--data"):
+        with pytest.raises(UserError, match="--data"):
             data.Config(**wrong)
 
 
@@ -468,41 +465,25 @@ def test_an_exception_surfaces_where_the_batch_would():
     assert "load" in [entry.name for entry in caught.traceback]
 
 
-def prefetching():
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
 def test_closing_ends_the_thread():
     """What is being loaded then is waited for: no thread is left to the end of the process."""
-    ended = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
+    loaded = []
 
     def load(step):
         if step:
-            time.sleep(0.3)
+            begun.set()
+            time.sleep(0.1)
             ended.set()
+        loaded.append(step)
         return step
 
-    steps = data.prefetch(load, 0, 1000)
+    steps = data.prefetch(load, 0, 1000, ahead=5)
     assert next(steps) == 0
+    begun.wait()
     steps.close()
-    assert ended.is_set() and not prefetching()
-
-
-def test_closing_does_not_wait_for_what_is_stuck():
-    release = threading.Event()
-
-    def load(step):
-        if step:
-            release.wait()
-        return step
-
-    steps = data.prefetch(load, 0, 1000, patience=0.1)
-    assert next(steps) == 0
-    steps.close()
-    (thread,) = prefetching()
-    release.set()
-    thread.join(timeout=20)
-    assert not thread.is_alive()
+    assert ended.is_set() and len(loaded) < 4  # what waits for its turn is not loaded
+    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
 def test_nothing_heavy_at_import():

@@ -149,7 +149,7 @@ def test_a_few_steps_of_distillation_bring_a_cut_near_its_teacher(tmp_path):
     corpus = data.open_corpus(source, DEMO / "teacher", seq_len=64, seed=0, vocab=make.VOCABULARY)
     held_out = list(islice(data.evaluation(corpus, 32), 2))
     teacher = models.load(DEMO / "teacher", dtype="float32")
-    cut = student.cut(teacher, (0, 4, 5, 7))
+    cut = student.cut(teacher, {"layers": (0, 4, 5, 7)})
     before = eval.evaluate(cut, teacher, held_out)["kl"]
     optimizer = optim.make(optim.Config(lr=5e-4), steps=40)
     state = distill.init_state(cut, optimizer)

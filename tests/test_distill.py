@@ -24,7 +24,7 @@ import models
 import optim
 import sharding
 from models.llama import Config, Llama
-from runtime import checkpoint, errors, figures, report, results
+from runtime import checkpoint, errors, figures, results
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -693,7 +693,10 @@ def test_figures_do_not_depend_on_batches(config, teacher, text):
     corpus = data.open_corpus(
         dataclasses.replace(config.data, held_out=1.0), teacher, seq_len=32, seed=0, vocab=2048
     )
-    model, other = models.load(teacher), distill.students.cut(models.load(teacher), (0, 2))
+    model, other = (
+        models.load(teacher),
+        distill.students.cut(models.load(teacher), {"layers": (0, 2)}),
+    )
     found = [
         eval.evaluate(other, model, data.evaluation(corpus, rows), chunk=chunk)
         for rows, chunk in ((8, 512), (5, 64))

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import data
 import losses
 import sharding
-from losses import DIVERGENCES, Config, Objective
+from losses import DIVERGENCES, Config, Objective, TeacherStates
+from losses.divergences import terms
 from runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -27,7 +29,7 @@ BATCH, SEQ, VOCAB, EMBED, TEACHER_EMBED = 3, 10, 40, 8, 12
 
 
 def problem(seed=0, batch=BATCH, seq=SEQ, vocab=VOCAB, padding=(0, 0), dtype=jnp.float32):
-    """student hidden, head, teacher hidden, head, labels, mask; `padding` rows on the two heads."""
+    """student hidden, head, teacher states, labels, mask; `padding` rows on the two heads."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape, scale=1.0):
@@ -36,8 +38,10 @@ def problem(seed=0, batch=BATCH, seq=SEQ, vocab=VOCAB, padding=(0, 0), dtype=jnp
     return (
         normal(batch, seq, EMBED),
         normal(vocab + padding[0], EMBED, scale=0.5),
-        normal(batch, seq, TEACHER_EMBED),
-        normal(vocab + padding[1], TEACHER_EMBED, scale=0.5),
+        TeacherStates(
+            normal(batch, seq, TEACHER_EMBED),
+            normal(vocab + padding[1], TEACHER_EMBED, scale=0.5),
+        ),
         jnp.asarray(rng.integers(0, vocab, (batch, seq)), jnp.int32),
         jnp.asarray(rng.random((batch, seq)) < 0.7),
     )
@@ -69,10 +73,10 @@ def naive(config, p, q):
             return -(p**a * q**b - mixed).sum(-1) / (a * b)
 
 
-def dense(config, hidden, head, teacher_hidden, teacher_head, labels, mask, alpha, t):
+def dense(config, hidden, head, teacher, labels, mask, alpha, t):
     """Loss, (divergence, ce) and the gradients on hidden and head, all at once and in float64."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        wide = (hidden, head, teacher_hidden, teacher_head)
+        wide = (hidden, head, teacher.hidden, teacher.head)
         hidden, head, teacher_hidden, teacher_head = (np.asarray(x, np.float64) for x in wide)
         width = min(len(head), len(teacher_head))
         z_teacher = teacher_hidden @ teacher_head[:width].T
@@ -91,15 +95,18 @@ def dense(config, hidden, head, teacher_hidden, teacher_head, labels, mask, alph
         return [np.asarray(x) for x in (total, *parts, *gradients)]
 
 
-def chunked(config, *arrays, step=0, steps=1, scale=1.0):
-    objective = Objective(config, steps)
-
+@partial(jax.jit, static_argnums=0)
+def value_and_grads(objective, scale, step, arrays):
     def f(hidden, head, *rest):
         total, sums = losses.distill_loss(hidden, head, *rest, objective=objective, step=step)
         return scale * total, (total, sums)
 
-    (_, (total, sums)), gradients = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(*arrays)
-    return [total, sums["divergence"], sums["ce"], *gradients]
+    (_, (total, sums)), grads = jax.value_and_grad(f, (0, 1), has_aux=True)(*arrays)
+    return [total, sums["divergence"], sums["ce"], *grads]
+
+
+def chunked(config, *arrays, step=0, steps=1, scale=1.0):
+    return value_and_grads(Objective(config, steps), jnp.float32(scale), step, arrays)
 
 
 def relative(found, wanted):
@@ -181,9 +188,9 @@ def test_float32_master_head_with_half_precision_states():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(name):
-    hidden, head, _, _, labels, mask = problem()
-    config = Config(name, temperature=3.0, chunk=8)
-    total, divergence, ce, *gradients = chunked(config, hidden, head, hidden, head, labels, mask)
+    hidden, head, _, labels, mask = problem()
+    config, teacher = Config(name, temperature=3.0, chunk=8), TeacherStates(hidden, head)
+    total, divergence, ce, *gradients = chunked(config, hidden, head, teacher, labels, mask)
     assert abs(total) < 1e-4 and abs(divergence) < 1e-5 and ce > 1
     assert all(jnp.abs(g).max() < 1e-5 for g in gradients)
 
@@ -203,18 +210,17 @@ def test_chunks_padding_and_microbatches_change_nothing():
     for chunk in (1, 5, 20):
         assert_close(chunked(replace(config, chunk=chunk), *arrays), whole, 1e-6)
 
-    halves = [
-        chunked(config, *(x[i : i + 2] if k not in (1, 3) else x for k, x in enumerate(arrays)))
-        for i in (0, 2)
-    ]
+    def of_rows(change):
+        hidden, head, teacher, labels, mask = arrays
+        teacher = replace(teacher, hidden=change(teacher.hidden))
+        return change(hidden), head, teacher, change(labels), change(mask)
+
+    halves = [chunked(config, *of_rows(lambda x, i=i: x[i : i + 2])) for i in (0, 2)]
     sums = [a + b for a, b in zip(*halves, strict=True)]
     sums[3] = jnp.concatenate([half[3] for half in halves])
     assert_close(sums, whole, 1e-6)
 
-    longer = [
-        x if k in (1, 3) else jnp.pad(x, [(0, 0), (0, 5), (0, 0)][: x.ndim])
-        for k, x in enumerate(arrays)
-    ]
+    longer = of_rows(lambda x: jnp.pad(x, [(0, 0), (0, 5), (0, 0)][: x.ndim]))
     found = chunked(config, *longer)
     found[3] = found[3][:, :12]
     assert_close(found, whole, 1e-6)
@@ -241,20 +247,20 @@ def test_the_gradient_follows_what_is_made_of_the_loss():
 
 
 def test_the_teacher_is_not_differentiated():
-    student_hidden, student_head, *teacher, labels, mask = problem()
+    student_hidden, student_head, teacher, labels, mask = problem()
     objective = Objective(Config(alpha=0.5))
 
     def f(teacher):
-        arrays = (student_hidden, student_head, *teacher, labels, mask)
+        arrays = (student_hidden, student_head, teacher, labels, mask)
         return losses.distill_loss(*arrays, objective=objective, step=0)[0]
 
-    assert all(not g.any() for g in jax.grad(f)(teacher))
+    assert all(not g.any() for g in jax.tree.leaves(jax.grad(f)(teacher)))
 
 
 def test_without_a_teacher_the_loss_is_the_cross_entropy():
-    hidden, head, _, _, labels, mask = arrays = problem()
+    hidden, head, _, labels, mask = arrays = problem()
     config = Config(chunk=8)
-    total, divergence, ce, *gradients = chunked(config, hidden, head, None, None, labels, mask)
+    total, divergence, ce, *gradients = chunked(config, hidden, head, None, labels, mask)
     wanted = dense(config, *arrays, 0.0, 1.0)
     assert total == ce and divergence == 0
     assert_close([total, ce, *gradients], [wanted[0], *wanted[2:]], 1e-5)
@@ -277,11 +283,12 @@ def test_only_what_is_asked_for_is_computed():
     hidden = jnp.asarray(rng.standard_normal((1, 96, 64)), jnp.float32)
     head = jnp.asarray(rng.standard_normal((4096, 64)), jnp.float32)
     labels, mask = jnp.zeros((1, 96), jnp.int32), jnp.ones((1, 96), bool)
-    arrays, product = (hidden, head, hidden, head, labels, mask), 2 * 96 * 64 * 4096
+    arrays = hidden, head, TeacherStates(hidden, head), labels, mask
+    product = 2 * 96 * 64 * 4096
     config = Config(chunk=96)
     full, value = flops(config, *arrays), flops(config, *arrays, differentiate=False)
     assert 2 <= value / product < 3 and 4 <= full / product < 5
-    alone = flops(config, hidden, head, None, None, labels, mask)
+    alone = flops(config, hidden, head, None, labels, mask)
     assert 3 <= alone / product < 4
     mixed = flops(replace(config, alpha=0.5), *arrays)
     assert full < mixed  # at alpha 1 the cross entropy is only reported
@@ -296,9 +303,9 @@ def test_g_is_the_derivative_of_f(name):
         log_p, log_q = jnp.asarray(np.random.default_rng(0).uniform(-20, 0, (2, 50)))
         exponents = [(0.2, 0.7), (1.3, -0.4), (-0.3, 0.8), (0.5, 0.001), (0.0, 0.6)]
         for a, b in exponents if name == "alpha_beta" else exponents[:1]:
-            terms = partial(DIVERGENCES[name], Config(name, ab_alpha=a, ab_beta=b))
-            wanted = (terms(log_p, log_q + 1e-6)[0] - terms(log_p, log_q - 1e-6)[0]) / 2e-6
-            assert_close([terms(log_p, log_q)[1]], [wanted], 1e-6)
+            of = partial(terms, Config(name, ab_alpha=a, ab_beta=b))
+            wanted = (of(log_p, log_q + 1e-6)[0] - of(log_p, log_q - 1e-6)[0]) / 2e-6
+            assert_close([of(log_p, log_q)[1]], [wanted], 1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -307,25 +314,25 @@ def test_terms_are_finite_where_probability_is_not(name, share):
     ends = np.float32([-np.inf, -1e30, -1e4, -90, -1e-7, 0])
     log_p, log_q = (jnp.asarray(x.ravel()) for x in np.meshgrid(ends, ends))
     config = Config(name, beta=share or 0.5, skew=share, ab_alpha=share, ab_beta=0.5)
-    f, g = DIVERGENCES[name](config, log_p, log_q)
+    f, g = terms(config, log_p, log_q)
     assert jnp.isfinite(f).all() and jnp.isfinite(g).all() and (f > -1e-6).all()
     same = log_p == log_q
     assert jnp.abs(f[same]).max() < 1e-6 and jnp.abs(g[same]).max() < 1e-6
     # an entry that neither can take, an empty tail say, adds nothing
     empty = jnp.float32([-jnp.inf])
-    assert DIVERGENCES[name](config, empty, empty) == (0.0, 0.0)
+    assert terms(config, empty, empty) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_extreme_logits_give_no_nan(name):
-    hidden, head, teacher_hidden, teacher_head, *rest = problem()
-    arrays = (hidden * 1e4, head, teacher_hidden * -1e4, teacher_head, *rest)
+    hidden, head, teacher, *rest = problem()
+    arrays = (hidden * 1e4, head, replace(teacher, hidden=teacher.hidden * -1e4), *rest)
     for found in chunked(Config(name, 0.5, temperature=0.1, chunk=8), *arrays):
         assert jnp.isfinite(found).all()
 
 
 def value(config, log_p, log_q):
-    return DIVERGENCES[config.divergence](config, log_p, log_q)[0].sum(-1)
+    return terms(config, log_p, log_q)[0].sum(-1)
 
 
 def distributions(seed=0, entries=200, scale=3.0):
@@ -448,7 +455,7 @@ def test_flags_that_make_no_sense_are_refused(flags, words):
 
 
 def test_every_divergence_has_its_flag_value():
-    assert set(get_args(losses.Divergence)) == set(DIVERGENCES)
+    assert get_args(losses.Divergence) == tuple(DIVERGENCES)
 
 
 # Evaluation
@@ -456,10 +463,10 @@ def test_every_divergence_has_its_flag_value():
 
 @pytest.mark.parametrize("chunk, padding", [(4, (0, 3)), (1000, (2, 0))])
 def test_measure(chunk, padding):
-    hidden, head, teacher_hidden, teacher_head, labels, mask = arrays = problem(padding=padding)
+    hidden, head, teacher, labels, mask = arrays = problem(padding=padding)
     found = jax.jit(partial(losses.measure, chunk=chunk))(*arrays)
-    z, z_teacher = hidden @ head[:VOCAB].T, teacher_hidden @ teacher_head[:VOCAB].T
-    swapped = (teacher_hidden, teacher_head, hidden, head, labels, mask)
+    z, z_teacher = hidden @ head[:VOCAB].T, teacher.hidden @ teacher.head[:VOCAB].T
+    swapped = (teacher.hidden, teacher.head, TeacherStates(hidden, head), labels, mask)
     same = np.asarray(z.argmax(-1) == z_teacher.argmax(-1))
     wanted = {
         "tokens": mask.sum(),
@@ -471,14 +478,14 @@ def test_measure(chunk, padding):
     }
     assert found.keys() == wanted.keys()
     assert_close([found[name] for name in wanted], wanted.values(), 1e-5)
-    alone = losses.measure(hidden, head[:VOCAB], None, None, labels, mask, chunk=chunk)
+    alone = losses.measure(hidden, head[:VOCAB], None, labels, mask, chunk=chunk)
     assert alone.keys() == {"tokens", "ce"}
     assert_close([alone["ce"]], [wanted["ce"]], 1e-5)
 
 
 def test_measure_agrees_with_itself():
-    hidden, head, _, _, labels, mask = problem()
-    found = losses.measure(hidden, head, hidden, head, labels, mask, chunk=8)
+    hidden, head, _, labels, mask = problem()
+    found = losses.measure(hidden, head, TeacherStates(hidden, head), labels, mask, chunk=8)
     assert float(found["agreement"]) == float(found["tokens"]) == int(mask.sum())
     assert found["ce"] == found["teacher_ce"] and abs(found["kl"]) < 1e-6
 
@@ -493,14 +500,18 @@ def gradient(objective):
     return jax.value_and_grad(f, (0, 1), has_aux=True)
 
 
+def zeros(seq, vocab, embed, dtype):
+    hidden, head = jnp.zeros((1, seq, embed), dtype), jnp.zeros((vocab, embed), dtype)
+    labels, mask = jnp.zeros((1, seq), jnp.int32), jnp.zeros((1, seq), bool)
+    return hidden, head, TeacherStates(hidden, head), labels, mask
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_temporaries_do_not_grow_with_the_sequence(dtype):
     vocab, embed = 32768, 64
 
     def temporaries(seq):
-        shapes = [(1, seq, embed), (vocab, embed)] * 2
-        arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-        arrays += [jax.ShapeDtypeStruct((1, seq), kind) for kind in (jnp.int32, jnp.bool)]
+        arrays = jax.eval_shape(lambda: zeros(seq, vocab, embed, dtype))
         step = gradient(Objective(Config("jsd", 0.5, temperature=2.0, chunk=512)))
         compiled = sharding.compiled(jax.jit(step).lower(*arrays))
         return compiled.memory_analysis().temp_size_in_bytes
@@ -511,11 +522,12 @@ def test_temporaries_do_not_grow_with_the_sequence(dtype):
 
 
 def placed(mesh, arrays):
-    batch, vocab = P(("data", "fsdp")), P(("fsdp", "tensor"))
-    specs = (batch, vocab, batch, vocab, batch, batch)
-    return [
-        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
-    ]
+    batch, vocab = (NamedSharding(mesh, P(axes)) for axes in (("data", "fsdp"), ("fsdp", "tensor")))
+    places = jax.tree.map(lambda _: batch, arrays[2])
+    if isinstance(arrays[2], TeacherStates):
+        places = sharding.specs(arrays[2], mesh)
+        assert places.hidden.is_equivalent_to(batch, 3) and places.head.is_equivalent_to(vocab, 2)
+    return jax.device_put(arrays, (batch, vocab, places, batch, batch))
 
 
 def assert_gathered_is_smaller(program, size):
@@ -567,38 +579,31 @@ def test_a_mesh_with_padding_rows_and_an_odd_batch():
     assert_close([found, *found_gradients], [wanted, *gradients], 1e-5)
 
 
-# TeacherTargets targets
+# Targets
 
 
-def kept_of(arrays, count, t, chunk=8):
-    return losses.top_k(arrays[2], arrays[3], count=count, temperature=t, chunk=chunk)
+def top_k_of(teacher, count, t, chunk=8):
+    return losses.top_k(teacher, count=count, temperature=t, chunk=chunk)
 
 
-def draws_of(arrays, key, count, t=1.0, chunk=8):
-    windows = jnp.arange(len(arrays[2]))
+def sample_of(teacher, key, count, t=1.0, chunk=8):
+    windows = jnp.arange(len(teacher.hidden))
     settings = {"count": count, "temperature": t, "chunk": chunk}
-    return losses.draw(arrays[2], arrays[3], windows, key, **settings)
+    return losses.sample_targets(teacher, windows, key, **settings)
 
 
-@partial(jax.jit, static_argnums=0)
-def from_kept(config, arrays, kept):
-    def f(hidden, head, labels, mask):
-        arrays = (hidden, head, None, None, labels, mask)
-        total, sums = losses.distill_loss(*arrays, objective=Objective(config), step=0, kept=kept)
-        return total, (total, sums)
-
-    step = jax.value_and_grad(f, (0, 1), has_aux=True)
-    (_, (total, sums)), gradients = step(*arrays[:2], *arrays[4:])
-    return [total, sums["divergence"], sums["ce"], *gradients]
+def from_targets(config, arrays, targets):
+    hidden, head, _, labels, mask = arrays
+    return chunked(config, hidden, head, targets, labels, mask)
 
 
-def coarse(config, arrays, kept, t):
-    """As `dense`, with teacher and student summed up over all that is not kept."""
-    hidden, head, teacher_hidden, teacher_head, labels, mask = arrays
+def coarse(config, arrays, targets, t):
+    """As `dense`, with teacher and student summed up over all but the entries."""
+    hidden, head, teacher, labels, mask = arrays
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        wide = (hidden, head, teacher_hidden, teacher_head)
+        wide = (hidden, head, teacher.hidden, teacher.head)
         hidden, head, teacher_hidden, teacher_head = (np.asarray(x, np.float64) for x in wide)
-        labels, mask, ids = np.asarray(labels), np.asarray(mask), np.asarray(kept.ids)
+        labels, mask, ids = np.asarray(labels), np.asarray(mask), np.asarray(targets.ids)
         inside = np.zeros((*ids.shape[:2], len(head)))
         np.put_along_axis(inside, ids, 1.0, -1)
 
@@ -625,77 +630,79 @@ def coarse(config, arrays, kept, t):
     "name, alpha, t, count, chunk",
     [(name, 0.3, 2.5, 9, 7) for name in NAMES] + [("forward_kl", 1.0, 1.0, 1, 64)],
 )
-def test_kept_targets_are_entries_and_one_bucket(name, alpha, t, count, chunk):
+def test_top_k_targets_are_entries_and_one_bucket(name, alpha, t, count, chunk):
     arrays = problem()
-    config, kept = Config(name, alpha, temperature=t, chunk=chunk), kept_of(arrays, count, t)
-    assert_close(from_kept(config, arrays, kept), coarse(config, arrays, kept, t), 1e-5)
+    config, targets = Config(name, alpha, temperature=t, chunk=chunk), top_k_of(arrays[2], count, t)
+    assert_close(from_targets(config, arrays, targets), coarse(config, arrays, targets, t), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "tvd"])
-def test_with_all_kept_nothing_is_lost(name):
-    arrays = problem(padding=(3, 0))
-    config, kept = Config(name, 0.4, temperature=1.7, chunk=8), kept_of(arrays, VOCAB, 1.7)
-    arrays = (arrays[0], arrays[1][:VOCAB], *arrays[2:])
-    assert jnp.isneginf(kept.rest).all()
-    assert_close(from_kept(config, arrays, kept), chunked(config, *arrays), 1e-5)
+def test_with_all_entries_nothing_is_lost(name):
+    hidden, head, teacher, *rest = problem(padding=(3, 0))
+    config, targets = Config(name, 0.4, temperature=1.7, chunk=8), top_k_of(teacher, VOCAB, 1.7)
+    arrays = (hidden, head[:VOCAB], teacher, *rest)
+    assert jnp.isneginf(targets.rest).all()
+    assert_close(from_targets(config, arrays, targets), chunked(config, *arrays), 1e-5)
 
 
-def test_the_likeliest_are_kept_with_the_mass_of_the_rest():
-    _, _, hidden, head, *_ = arrays = problem(padding=(0, 5))
-    hidden = arrays[2].at[0, 0].set(0)  # all are as likely
+def test_the_likeliest_and_the_mass_of_the_rest():
+    teacher = problem(padding=(0, 5))[2]
+    hidden, head = teacher.hidden.at[0, 0].set(0), teacher.head  # all are as likely there
     for scale in (1.0, 40.0):
-        kept = kept_of((None, None, scale * hidden, head), 6, 2.0)
+        targets = top_k_of(TeacherStates(scale * hidden, head), 6, 2.0)
         with jax.enable_x64(True):
             z = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T * scale / 2
             log_p = np.asarray(jax.nn.log_softmax(z))
         order = np.argsort(-log_p, axis=-1, kind="stable")
-        np.testing.assert_array_equal(kept.ids, order[..., :6])
+        np.testing.assert_array_equal(targets.ids, order[..., :6])
         tops, others = (np.take_along_axis(log_p, i, -1) for i in (order[..., :6], order[..., 6:]))
-        np.testing.assert_allclose(kept.log_probs, tops, atol=1e-5 * scale)
+        np.testing.assert_allclose(targets.log_probs, tops, atol=1e-5 * scale)
         rest = np.logaddexp.reduce(others, -1)
-        np.testing.assert_allclose(kept.rest, rest, atol=1e-5 * scale)
-    assert kept.rest.min() < -30  # the least is told as exactly as the largest
+        np.testing.assert_allclose(targets.rest, rest, atol=1e-5 * scale)
+    assert targets.rest.min() < -30  # the least is as exact as the largest
 
 
-def test_a_student_sure_of_what_is_kept_has_an_exact_tail():
-    hidden, head, *rest = arrays = problem()
-    kept = kept_of(arrays, 4, 1.0)
-    best = head[kept.ids[..., 0]]
-    arrays = (best * (40 / (best**2).sum(-1, keepdims=True)), head, *rest)  # sure of these
+def test_a_student_sure_of_the_entries_has_an_exact_tail():
+    hidden, head, teacher, *rest = problem()
+    targets = top_k_of(teacher, 4, 1.0)
+    best = head[targets.ids[..., 0]]
+    arrays = (best * (40 / (best**2).sum(-1, keepdims=True)), head, teacher, *rest)  # sure of these
     for name in ("forward_kl", "reverse_kl", "jsd"):
         config = Config(name, chunk=8)
-        assert_close(from_kept(config, arrays, kept), coarse(config, arrays, kept, 1.0), 1e-5)
+        wanted = coarse(config, arrays, targets, 1.0)
+        assert_close(from_targets(config, arrays, targets), wanted, 1e-5)
 
 
-def test_kept_targets_measure_less_than_all():
+def test_targets_measure_less_than_all():
     arrays = problem()
-    config = Config(chunk=8)
-    found = [from_kept(config, arrays, kept_of(arrays, k, 1.0))[1] for k in (1, 4, 16, VOCAB)]
-    assert found == sorted(found) and found[0] < found[2] < found[3]
+    config, counts = Config(chunk=8), (1, 4, 16, VOCAB)
+    kl = [from_targets(config, arrays, top_k_of(arrays[2], k, 1.0))[1] for k in counts]
+    assert kl == sorted(kl) and kl[0] < kl[2] < kl[3]
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "skew_reverse_kl", "alpha_beta"])
-def test_kept_targets_give_no_nan(name):
-    hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
-    arrays = (hidden * 1e4, head, teacher_hidden * -1e4, teacher_head, labels, mask)
+def test_targets_give_no_nan(name):
+    hidden, head, teacher, labels, mask = problem()
+    teacher = replace(teacher, hidden=teacher.hidden * -1e4)
+    arrays = (hidden * 1e4, head, teacher, labels, mask)
     config = Config(name, 0.5, temperature=0.1, chunk=8)
     for count in (3, VOCAB):
-        kept = kept_of(arrays, count, 0.1)
-        assert all(jnp.isfinite(found).all() for found in from_kept(config, arrays, kept))
-        nothing = from_kept(config, (*arrays[:-1], jnp.zeros_like(mask)), kept)
-        assert not any(jnp.any(found) for found in nothing)
+        targets = top_k_of(teacher, count, 0.1)
+        assert all(jnp.isfinite(x).all() for x in from_targets(config, arrays, targets))
+        nothing = from_targets(config, (*arrays[:-1], jnp.zeros_like(mask)), targets)
+        assert not any(jnp.any(x) for x in nothing)
 
 
 def test_draws_are_unbiased_and_converge_as_they_should():
     """The error of a mean over n samples falls as 1/sqrt(n), down to that of all of them."""
-    hidden, head, teacher_hidden, teacher_head, labels, mask = problem(batch=2, seq=5)
-    arrays = (hidden, head, teacher_hidden * 0.7, teacher_head, labels, jnp.ones_like(mask))
+    hidden, head, teacher, labels, mask = problem(batch=2, seq=5)
+    teacher = replace(teacher, hidden=teacher.hidden * 0.7)
+    arrays = (hidden, head, teacher, labels, jnp.ones_like(mask))
     config, total = Config(temperature=1.5, chunk=16), 4096
     wanted = dense(config, *arrays, 1.0, 1.5)
 
     def once(key):
-        kept = draws_of(arrays, key, 8, 1.5, chunk=16)
-        return from_kept(config, arrays, kept)
+        return from_targets(config, arrays, sample_of(teacher, key, 8, 1.5, chunk=16))
 
     keys = jax.random.split(jax.random.key(0), total)
     samples = jax.jit(lambda keys: jax.lax.map(once, keys, batch_size=256))(keys)
@@ -712,53 +719,71 @@ def test_draws_are_unbiased_and_converge_as_they_should():
 
 
 def test_draws_are_distinct_and_depend_on_their_window_alone():
-    arrays = problem(batch=4, seq=12)
+    teacher = problem(batch=4, seq=12)[2]
     key = jax.random.key(5)
-    kept = draws_of(arrays, key, 10)
-    ids = np.sort(kept.ids, -1)
-    assert (np.diff(ids, axis=-1) > 0).all()
+    ids = sample_of(teacher, key, 10).ids
+    assert (np.diff(np.sort(ids, -1), axis=-1) > 0).all()
     for chunk in (1, 1000):
-        again = draws_of(arrays, key, 10, chunk=chunk)
-        np.testing.assert_array_equal(again.ids, kept.ids)
-    one = losses.draw(
-        arrays[2][2:3], arrays[3], jnp.array([2]), key, count=10, temperature=1.0, chunk=5
-    )
-    np.testing.assert_array_equal(one.ids[0], kept.ids[2])
-    other = losses.draw(
-        arrays[2][2:3], arrays[3], jnp.array([3]), key, count=10, temperature=1.0, chunk=5
-    )
-    assert (one.ids != other.ids).any()
+        np.testing.assert_array_equal(sample_of(teacher, key, 10, chunk=chunk).ids, ids)
+
+    def row_as(window):
+        row, settings = teacher.hidden[2:3], {"count": 10, "temperature": 1.0, "chunk": 5}
+        states = replace(teacher, hidden=row)
+        return losses.sample_targets(states, jnp.array([window]), key, **settings).ids[0]
+
+    np.testing.assert_array_equal(row_as(2), ids[2])
+    assert (row_as(3) != ids[2]).any()
 
 
-def test_a_mesh_changes_no_kept_targets_and_gathers_no_vocabulary():
+def test_a_mesh_changes_no_targets_and_gathers_no_vocabulary():
     vocab, batch, seq, chunk = 4096, 8, 12, 32
-    arrays = problem(batch=batch, seq=seq, vocab=vocab)
+    hidden, head, teacher, *rest = problem(batch=batch, seq=seq, vocab=vocab)
     key = jax.random.key(0)
     makes = [
-        lambda hidden, head: kept_of((None, None, hidden, head), 7, 1.3, chunk),
-        lambda hidden, head: draws_of((None, None, hidden, head), key, 9, 1.3, chunk),
+        lambda teacher: top_k_of(teacher, 7, 1.3, chunk),
+        lambda teacher: sample_of(teacher, key, 9, 1.3, chunk),
     ]
-    step = jax.value_and_grad(
-        lambda hidden, head, labels, mask, kept: losses.distill_loss(
-            hidden, head, None, None, labels, mask, kept=kept, step=0,
-            objective=Objective(Config(alpha=0.5, temperature=1.3, chunk=chunk)),
-        ),
-        (0, 1),
-        has_aux=True,
-    )  # fmt: skip
+    step = gradient(Objective(Config(alpha=0.5, temperature=1.3, chunk=chunk)))
     mesh = sharding.make_mesh(2, 2, 2)
     for make in makes:
-        kept = jax.jit(make)(*arrays[2:4])
-        (wanted, _), gradients = jax.jit(step)(*arrays[:2], *arrays[4:], kept)
+        targets = jax.jit(make)(teacher)
+        arrays = (hidden, head, targets, *rest)
+        (wanted, _), gradients = jax.jit(step)(*arrays)
         with jax.set_mesh(mesh):
-            there = placed(mesh, arrays)
-            making = jax.jit(make).lower(*there[2:4]).compile()
-            split = making(*there[2:4])
-            training = jax.jit(step).lower(*there[:2], *there[4:], split).compile()
-            (found, _), found_gradients = training(*there[:2], *there[4:], split)
-        np.testing.assert_array_equal(split.ids, kept.ids)
-        assert_close(split[1:], kept[1:], 1e-5)
+            there = placed(mesh, (hidden, head, teacher, *rest))
+            making = jax.jit(make).lower(there[2]).compile()
+            split = making(there[2])
+            arrays = placed(mesh, (hidden, head, split, *rest))
+            training = jax.jit(step).lower(*arrays).compile()
+            (found, _), found_gradients = training(*arrays)
+        assert type(split) is type(targets)
+        np.testing.assert_array_equal(split.ids, targets.ids)
+        assert_close(split[1:], targets[1:], 1e-5)
         assert split.ids.sharding.shard_shape(split.ids.shape)[0] == batch // 4
         assert_close([found, *found_gradients], [wanted, *gradients], 1e-5)
         for program in (making, training):
             assert_gathered_is_smaller(program, vocab // 4)
+
+
+# Signals
+
+
+def test_what_of_a_batch_has_rows():
+    teacher, labels, mask = problem()[2:]
+    batch = data.Batch(labels, labels, mask, teacher)
+    rows, rest = losses.partition_rows(batch)
+    assert rows.signal.head is None and all(len(x) == BATCH for x in jax.tree.leaves(rows))
+    assert [x is teacher.head for x in jax.tree.leaves(rest)] == [True]
+    assert eqx.tree_equal(eqx.combine(rows, rest), batch)
+    for signal in (None, top_k_of(teacher, 3, 1.0)):
+        rows, rest = losses.partition_rows(batch._replace(signal=signal))
+        assert not jax.tree.leaves(rest) and eqx.tree_equal(rows.signal, signal)
+
+
+def test_shapes_of_targets():
+    teacher, key = problem()[2], jax.random.key(0)
+    for kind, make in (
+        (losses.TopK, lambda: top_k_of(teacher, 4, 1.0)),
+        (losses.SampledTargets, lambda: sample_of(teacher, key, 4)),
+    ):
+        assert jax.eval_shape(make) == kind.abstract(BATCH, SEQ, 4)

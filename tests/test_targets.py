@@ -1,4 +1,4 @@
-"""TeacherTargets targets: their bits, the folder they lie in, how it is made, and what is refused."""
+"""Targets on disk: their bits, the folder they lie in, how it is made, and what is refused."""
 
 import dataclasses
 import errno
@@ -237,7 +237,7 @@ def test_a_run_learns_from_them_without_a_teacher(config, teacher, tmp_path, mon
     """As beside the teacher, and when it is continued."""
     whole = made(config, tmp_path / "targets", values="float32", top_k=VOCAB, steps=4)
     start = tmp_path / "start"
-    models.save(student.cut(models.load(teacher), (1,)), start, tokenizer=teacher)
+    models.save(student.cut(models.load(teacher), {"layers": (1,)}), start, tokenizer=teacher)
     run = distill.Config(
         teacher=str(teacher), student=str(start), seq_len=SEQ, batch_size=8, steps=4,
         eval_every=4, eval_windows=8, save_every=2, log_every=1, data=config.data, quiet=True,
@@ -321,7 +321,7 @@ def test_on_a_mesh_and_in_other_batches_they_are_the_same(config, kept, tmp_path
 
 def write(folder: target_store.Targets, index=0, count=1, stop=None) -> None:
     """What `make` does, without its device programs: records of a formula."""
-    todo = target_store.missing(folder, index, count)[:stop]
+    todo = target_store.unwritten(folder, index, count)[:stop]
     for i in range(0, len(todo), 3):
         places = todo[i : i + 3]
         target_store.append(folder, formula(folder, folder.windows[places]), places)
@@ -339,7 +339,7 @@ def small(folder: Path, **changes) -> target_store.Targets:
     windows = np.array([1, 2, 5, 6, 9, 13, 14, 20, 31, 40, 41])
     about = {"windows": windows, "seq_len": 5, "vocab": 300, "entries": 3, "shard": 4}
     about["index"] = zlib.crc32(windows.astype("<i8").tobytes())
-    return target_store.begin(like(folder, **about | changes))
+    return target_store.open_or_create(like(folder, **about | changes))
 
 
 @unhurried
@@ -360,7 +360,7 @@ def test_wherever_it_was_killed_it_goes_on(tmp_path_factory, draw):
                 file.write(draw.draw(st.binary(max_size=30)))
     write(small(folder))
     assert contents(folder) == wanted
-    assert len(target_store.missing(target_store.load(folder))) == 0
+    assert len(target_store.unwritten(target_store.load(folder))) == 0
 
 
 def test_processes_write_shards_of_their_own(tmp_path):

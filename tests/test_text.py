@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 import data
 import text
 from runtime.errors import UserError
+from text import files, records, store
 
 SPECIAL = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
 
@@ -153,8 +154,8 @@ def test_blocks_and_pieces_leave_no_trace(encoder, tmp_path, monkeypatch, conten
     lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     plain = tokenizer(encoder, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(text, "BLOCK", block)
-        patch.setattr(text, "PIECE", 4)
+        patch.setattr(files, "BLOCK", block)
+        patch.setattr(records, "PIECE", 4)
         assert texts(path, plain) == (["\n".join(lines)] if content.strip() else [])
         assert texts(path, plain, documents="line") == [line for line in lines if line.strip()]
 
@@ -163,7 +164,7 @@ def test_tokens_do_not_depend_on_the_pieces(encoder, tmp_path, monkeypatch):
     content = "the end of one, two.\nuno dos\n\n  the user\n" * 50
     (tmp_path / "x.txt").write_text(content)
     plain = tokenizer(encoder, tmp_path)
-    monkeypatch.setattr(text, "PIECE", 60)
+    monkeypatch.setattr(records, "PIECE", 60)
     pieces = list(text.pieces(text.find(str(tmp_path / "x.txt")), plain))
     ids = [token for encoding in plain.encode(pieces) for token in encoding.ids]
     assert len(pieces) > 10 and ids == encoder.encode(content).ids
@@ -195,6 +196,23 @@ def test_hub_data_sets_are_read_row_by_row(plain, tmp_path, monkeypatch, streami
     for name in ("owner/name:some-config", "owner/name:some-config:validation"):
         with pytest.raises(UserError, match=rf"{name}: cannot be read .*'test'"):
             list(text.pieces(text.find(name, streaming=streaming), plain))
+
+
+def test_a_source_has_one_spelling(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "blob").write_text("b")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.txt").symlink_to(tmp_path / "blob")
+    monkeypatch.chdir(tmp_path / "deep")
+    names = ["../a.txt", "~/a.txt", "./../a.txt", "../deep/../a.txt", str(tmp_path / "a.txt")]
+    assert {text.canonical(name) for name in names} == {str(tmp_path / "a.txt")}
+    assert (
+        text.canonical("b.txt") == text.canonical("../deep/b.txt") == str(Path("b.txt").absolute())
+    )
+    assert text.canonical("*.txt") == text.canonical("./*.txt") == str(Path("*.txt").absolute())
+    for name in ("owner/name", "owner/name:config:split", "missing.txt", "~nobody-of-this-name/x"):
+        assert text.canonical(name) == name
 
 
 # --- special tokens ---
@@ -238,9 +256,9 @@ def test_eos_of_a_model_config(encoder, tmp_path, name):
 
 def learned(tokenizer: text.Tokenizer, messages: list, mask: str = "assistant") -> list[str]:
     """The stretches of text whose tokens are learned."""
-    piece = tokenizer.conversation(messages, mask, "here")
+    piece = tokenizer.render_chat(messages, mask, "here")
     (encoding,) = tokenizer.encode([piece])
-    runs = data._runs(encoding.offsets, piece.spans)
+    runs = store._runs(encoding.offsets, piece.spans)
     pairs = zip(runs[::2], runs[1::2], strict=True)
     decode = tokenizer.encoder.decode
     return [decode(encoding.ids[a:b], skip_special_tokens=False) for a, b in pairs]
@@ -250,7 +268,7 @@ def test_all_assistant_turns_with_their_end_and_nothing_else(encoder, tmp_path):
     chatml = tokenizer(encoder, tmp_path, chat_template=CHATML)
     assert learned(chatml, TALK) == ["uno\n<|im_end|>", "dos ünd<|im_end|>"]
     assert learned(chatml, TALK[:2]) == []
-    assert chatml.conversation(TALK, "all", "here").spans is None
+    assert chatml.render_chat(TALK, "all", "here").spans is None
     named = [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}]
     listed = tokenizer(encoder, tmp_path, chat_template=named)
     assert learned(listed, TALK) == ["uno\n<|im_end|>", "dos ünd<|im_end|>"]
@@ -284,7 +302,7 @@ def test_turns_behind_tokens_that_are_not_special(encoder, tmp_path):
             ("user", "one\nline"), ("assistant", "uno"), ("user", "two"), ("assistant", "dos"),
         )
     ]  # fmt: skip
-    piece = thinks.conversation(talk, "assistant", "here")
+    piece = thinks.render_chat(talk, "assistant", "here")
     assert [piece.text[a:b] for a, b in piece.spans] == ["uno<eos>", "dos<eos>"]
 
 
@@ -292,7 +310,7 @@ def test_a_conversation_that_the_assistant_begins(encoder, tmp_path):
     """Templates may look at the first message without asking whether there is one."""
     looks = "{%- if messages[0].role == 'system' %}{%- endif %}" + CHATML
     begins = tokenizer(encoder, tmp_path, chat_template=looks)
-    piece = begins.conversation(TALK[2:], "assistant", "here")
+    piece = begins.render_chat(TALK[2:], "assistant", "here")
     learned = [piece.text[a:b] for a, b in piece.spans]
     assert learned == ["uno\n<|im_end|>", "dos ünd<|im_end|>"]
 
@@ -304,7 +322,7 @@ def test_a_token_that_does_not_occur_ends_no_turn(encoder, tmp_path):
     template = CHATML.replace("message['content']", other)
     varies = tokenizer(encoder, tmp_path, chat_template=template)
     talk = [{"role": "assistant", "content": "uno, due"}, *TALK[3:]]
-    piece = varies.conversation(talk, "assistant", "here")
+    piece = varies.render_chat(talk, "assistant", "here")
     assert piece.text[slice(*piece.spans[0])] == "uno, " * 60 + "<|im_end|>"
 
 
@@ -313,7 +331,7 @@ def test_a_token_that_does_not_occur_ends_no_turn(encoder, tmp_path):
 def test_of_an_answer_that_was_cut_off_no_end_is_learned(encoder, tmp_path, said, mask):
     chats = tokenizer(encoder, tmp_path, chat_template=CHATML)
     path, asked = tmp_path / "x.jsonl", TALK[:2]
-    question = chats.question(asked, "here").text
+    question = chats.render_prompt(asked, "here").text
     record = {
         "prompt": question, "completion": said, "finish_reason": "length", "n_tokens": 1,
         "messages": [*asked, {"role": "assistant", "content": said}],
@@ -404,7 +422,10 @@ def test_templates_may_do_what_published_ones_do(encoder, tmp_path):
     )
     made = tokenizer(encoder, tmp_path, chat_template=template)
     expected = '{"role": "user", "content": "<ü>"}%<bos>'
-    assert made.render([{"role": "user", "content": "<ü>"}, TALK[0]]) == expected
+    assert (
+        made.render_chat([{"role": "user", "content": "<ü>"}, TALK[0]], "all", "here").text
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -421,14 +442,40 @@ def test_templates_may_do_what_published_ones_do(encoder, tmp_path):
 def test_templates_that_fail(encoder, tmp_path, template, message):
     with pytest.raises(UserError, match=message):
         made = tokenizer(encoder, tmp_path, chat_template=template)
-        made.conversation(TALK, "all", "x.jsonl record 1")
+        made.render_chat(TALK, "all", "x.jsonl record 1")
+
+
+# As Mistral's: the system prompt goes into the last turn of the user.
+INSTRUCT = """\
+{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- set last = messages | selectattr('role', 'equalto', 'user') | list | last %}
+{{- bos_token }}
+{%- for message in messages if message.role != 'system' %}
+    {%- if message.role == 'user' %}
+        {{- '[INST] ' + (system + '\n\n' if message == last else '') + message.content + '[/INST]' }}
+    {%- else %}
+        {{- ' ' + message.content | trim + ending }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+
+@pytest.mark.parametrize("ending", ["eos_token", "''"])
+def test_a_system_prompt_in_the_last_user_turn_hides_no_turn(encoder, tmp_path, ending):
+    template = INSTRUCT.replace("ending", ending)
+    instruct = tokenizer(encoder, tmp_path, chat_template=template)
+    talk = [*TALK[:2], {"role": "assistant", "content": "one? [INST] uno"}, *TALK[3:]]
+    piece = instruct.render_chat(talk, "assistant", "here")
+    end = "<eos>" if ending == "eos_token" else ""
+    spans = [piece.text[a:b].strip() for a, b in piece.spans]
+    assert spans == ["one? [INST] uno" + end, "dos ünd" + end]
 
 
 def test_a_template_whose_turns_cannot_be_told_apart(encoder, tmp_path):
-    template = "{{ messages | length }}" + CHATML
+    template = "{{ messages | length }}" + CHATML.replace("message['content']", "'x'")
     made = tokenizer(encoder, tmp_path, chat_template=template)
     with pytest.raises(UserError, match="put {% generation %} around"):
-        made.conversation(TALK, "assistant", "x.jsonl record 1")
+        made.render_chat(TALK, "assistant", "x.jsonl record 1")
 
 
 # --- what is refused, in one line ---
@@ -499,7 +546,9 @@ def test_sources_that_are_not_there(monkeypatch, tmp_path):
             text.find(name)
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="nobody/nothing: .* check the name and the network") as it:
+    with pytest.raises(
+        UserError, match="nobody/nothing: no such file .* on the hub .*Couldn't reach"
+    ) as it:
         text.find("nobody/nothing")
     assert "\n" not in str(it.value)
 

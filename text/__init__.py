@@ -2,7 +2,7 @@
 
 from runtime.files import digest
 
-from .files import Source, find
+from .files import Source, canonical, find
 from .records import Piece, Prompt, pieces, prompts
 from .tokenizer import Tokenizer, load_tokenizer, same_tokenizer, stop_ids
 
@@ -11,6 +11,7 @@ __all__ = [
     "Prompt",
     "Source",
     "Tokenizer",
+    "canonical",
     "digest",
     "find",
     "load_tokenizer",

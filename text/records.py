@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.errors import UserError
-from runtime.files import _line
+from runtime.files import printable
 from text.files import (
     Choose,
     Progress,
     Source,
-    _check_length,
-    _decoded,
-    _file_records,
-    _hub_records,
-    _kind,
-    _lines,
+    check_length,
+    is_text,
+    parts,
+    records,
+    split_lines,
+    text_blocks,
 )
 
 if TYPE_CHECKING:
     from text.tokenizer import Tokenizer
 
-
 PIECE = 1 << 14  # characters: longer documents are tokenized in pieces of up to twice that
+GENERATED_COLUMNS = ["messages", "prompt", "completion", "finish_reason"]  # of generate.py
 
 
 class Piece(NamedTuple):
@@ -39,6 +39,13 @@ class Piece(NamedTuple):
     spans: tuple[tuple[int, int], ...] | None = None  # characters to learn; None: all of them
 
 
+class Prompt(NamedTuple):
+    """Something to be continued."""
+
+    piece: Piece
+    messages: tuple[Mapping[str, Any], ...] | None  # that a chat template rendered, if one did
+
+
 def pieces(
     source: Source,
     tokenizer: "Tokenizer",
@@ -49,33 +56,19 @@ def pieces(
     progress: Progress = lambda amount: None,
 ) -> Iterator[Piece]:
     """The documents of a source in order, blank ones left out; in memory a few at a time."""
-    choose = partial(_document_fields, text_field)
-    for file in source.files:
-        if _kind(file) == ".txt":
-            if mask == "assistant":
-                raise UserError(
-                    f"{file}: plain text has no assistant turns; mask all of it, or give records"
-                    " with messages or prompt and completion"
-                )
-            if documents == "file":
-                yield from _document(_decoded(file, progress), file)
-            else:
-                lines = _lines(_decoded(file, progress), "\n", file)
-                for text in lines if documents == "line" else _paragraphs(lines, file):
-                    yield from _document([text], file)
+    choose = partial(_document_columns, text_field)
+    for part in parts(source):
+        if not is_text(part):
+            for place, record in records(part, choose, progress):
+                yield from _record_pieces(record, tokenizer, choose, mask, place)
+            continue
+        _check_mask(mask, part)
+        if documents == "file":
+            yield from _document_pieces(text_blocks(part, progress), part)
         else:
-            for place, record in _file_records(file, choose, progress):
-                yield from _record(record, tokenizer, choose, mask, place)
-    if source.hub is not None:
-        for place, record in _hub_records(source, choose, progress):
-            yield from _record(record, tokenizer, choose, mask, place)
-
-
-class Prompt(NamedTuple):
-    """Something to be continued."""
-
-    piece: Piece
-    messages: tuple[Mapping[str, Any], ...] | None  # what a chat template made it of, if one did
+            lines = split_lines(text_blocks(part, progress), "\n", part)
+            for text in lines if documents == "line" else _paragraphs(lines, part):
+                yield from _document_pieces([text], part)
 
 
 def prompts(source: Source, tokenizer: "Tokenizer", column: str | None = None) -> Iterator[Prompt]:
@@ -85,17 +78,26 @@ def prompts(source: Source, tokenizer: "Tokenizer", column: str | None = None) -
     column, it is `messages`, `prompt` (for a model that chats the words of its user) or `text`,
     the first of these that a record has.
     """
-    choose = partial(_prompt_fields, column)
-    for file in source.files:
-        if _kind(file) == ".txt":
-            lines = _lines(_decoded(file, lambda amount: None), "\n", file)
+    choose = partial(_prompt_columns, column)
+    for part in parts(source):
+        if is_text(part):
+            lines = split_lines(text_blocks(part, lambda amount: None), "\n", part)
             yield from (Prompt(Piece(line), None) for line in lines if line.strip())
         else:
-            for place, record in _file_records(file, choose, lambda amount: None):
-                yield from _prompt(record, tokenizer, choose, place)
-    if source.hub is not None:
-        for place, record in _hub_records(source, choose, lambda amount: None):
-            yield from _prompt(record, tokenizer, choose, place)
+            for place, record in records(part, choose, lambda amount: None):
+                if prompt := _prompt(record, tokenizer, choose, place):
+                    yield prompt
+
+
+# ---- plain text ----------------------------------------------------------------------------------
+
+
+def _check_mask(mask: str, where: Any) -> None:
+    if mask == "assistant":
+        raise UserError(
+            f"{where}: plain text has no assistant turns; mask all of it, or give records with"
+            " messages or prompt and completion"
+        )
 
 
 def _paragraphs(lines: Iterable[str], file: Path) -> Iterator[str]:
@@ -105,7 +107,7 @@ def _paragraphs(lines: Iterable[str], file: Path) -> Iterator[str]:
             for line in group:
                 paragraph.append(line)
                 size += len(line) + 64  # what a line takes beside its characters
-                _check_length("a paragraph", size, file)
+                check_length("a paragraph", size, file)
             yield "\n".join(paragraph)
 
 
@@ -115,94 +117,82 @@ def _paragraphs(lines: Iterable[str], file: Path) -> Iterator[str]:
 SEAMS = (re.compile(r"(?<=\S\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 
 
-def _document(blocks: Iterable[str], where: Any) -> Iterator[Piece]:
+def _document_pieces(blocks: Iterable[str], where: Any) -> Iterator[Piece]:
     """One document of plain text, given in any blocks, in pieces of bounded length."""
     rest, starts = "", True
     for block in blocks:
         rest += block
         at = 0
         while len(rest) - at > 2 * PIECE and (not starts or rest.strip()):
-            found = (seam.search(rest, at + PIECE, at + 2 * PIECE) for seam in SEAMS)
-            cut = next((match.start() for match in found if match), at + 2 * PIECE)
+            seams = (seam.search(rest, at + PIECE, at + 2 * PIECE) for seam in SEAMS)
+            cut = next((match.start() for match in seams if match), at + 2 * PIECE)
             yield Piece(rest[at:cut], starts, ends=False)
             at, starts = cut, False
         rest = rest[at:]
-        _check_length("a stretch of blanks", len(rest), where)
+        check_length("a stretch of blanks", len(rest), where)
     if not starts or rest.strip():
         yield Piece(rest, starts)
 
 
-WRITTEN = ["messages", "prompt", "completion", "finish_reason"]  # by generate.py
+# ---- records -------------------------------------------------------------------------------------
 
 
-def _document_fields(text_field: str, names: Iterable[str], where: Any) -> list[str]:
-    """The fields of a record that hold its document; one that is asked for comes first."""
-    names = list(names)
-    choices = [WRITTEN, ["messages"], ["prompt", "completion"], [text_field]]
+def _document_columns(text_field: str, names: Iterable[str], where: Any) -> list[str]:
+    """The columns that hold a record's document; one that is asked for comes first."""
+    choices = [GENERATED_COLUMNS, ["messages"], ["prompt", "completion"], [text_field]]
     if text_field != "text":
         choices.reverse()
+    names = list(names)
     for choice in choices:
         if all(name in names for name in choice):
             return choice
-    raise UserError(
-        f"{where}: no field {text_field!r}, nor messages, nor prompt and completion; it has"
-        f" {_line(', '.join(map(str, names)) or 'none')}: choose one with --data.text-field"
-    )
+    expected = f"field {text_field!r}, nor messages, nor prompt and completion"
+    raise _no_column(expected, names, where, "--data.text-field")
 
 
-def _prompt_fields(column: str | None, names: Iterable[str], where: Any) -> list[str]:
-    names = list(names)
-    choices = ["messages", "prompt", "text"] if column is None else [column]
-    if found := [choice for choice in choices if choice in names]:
-        return found
-    raise UserError(
-        f"{where}: no column {' or '.join(choices)}; it has"
-        f" {_line(', '.join(map(str, names)) or 'none')}: choose one with --column"
-    )
+def _prompt_columns(column: str | None, names: Iterable[str], where: Any) -> list[str]:
+    choices, names = ["messages", "prompt", "text"] if column is None else [column], list(names)
+    if columns := [choice for choice in choices if choice in names]:
+        return columns
+    raise _no_column(f"column {' or '.join(choices)}", names, where, "--column")
 
 
-def _record(
+def _no_column(expected: str, names: list, where: Any, flag: str) -> UserError:
+    present = printable(", ".join(map(str, names)) or "none")
+    return UserError(f"{where}: no {expected}; it has {present}: choose one with {flag}")
+
+
+def _record_pieces(
     record: Mapping[str, Any], tokenizer: "Tokenizer", choose: Choose, mask: str, place: str
 ) -> Iterator[Piece]:
-    fields = choose(record, place)
-    values = [record[field] for field in fields]
-    if values == [None]:
-        return
-    if fields == WRITTEN:
-        yield _answer(record, tokenizer, mask, place)
-        return
-    if len(values) == 1 and isinstance(values[0], str):
-        if mask == "assistant":
-            raise UserError(
-                f"{place}: its {fields[0]!r} is plain text and has no assistant turns; mask all,"
-                " or give records with messages or prompt and completion"
-            )
-        yield from _document(values, place)
-        return
-    roles = ("user", "assistant")
-    turns = [
-        [{"role": role, "content": value}] if isinstance(value, str) else value
-        for role, value in zip(roles, values, strict=False)
-    ]
-    if not all(isinstance(turn, list) for turn in turns):
-        raise UserError(f"{place}: expected text or messages in {' and '.join(fields)}")
-    messages = _messages([message for turn in turns for message in turn], fields[0], place)
-    if messages:
-        yield tokenizer.conversation(messages, mask, place)
+    columns = choose(record, place)
+    values = [record[column] for column in columns]
+    if columns == GENERATED_COLUMNS:
+        yield _generated(record, tokenizer, mask, place)
+    elif len(values) == 1 and isinstance(values[0], str):
+        _check_mask(mask, f"{place}, {columns[0]!r}")
+        yield from _document_pieces(values, place)
+    elif values != [None]:
+        turns = [
+            [{"role": role, "content": value}] if isinstance(value, str) else value
+            for role, value in zip(("user", "assistant"), values, strict=False)
+        ]
+        if not all(isinstance(turn, list) for turn in turns):
+            raise UserError(f"{place}: expected text or messages in {' and '.join(columns)}")
+        if messages := _messages(list(itertools.chain(*turns)), columns[0], place):
+            yield tokenizer.render_chat(messages, mask, place)
 
 
-def _messages(found: list, field: str, place: str) -> list[dict[str, Any]]:
+def _messages(values: list, column: str, place: str) -> list[dict[str, Any]]:
     """Messages as they were before a columnar file filled in every key that some message has."""
-    if not all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) for message in found
-    ):
-        raise UserError(f"{place}: expected messages with role and content in {field!r}")
-    return [{k: v for k, v in message.items() if v is not None} for message in found]
+    if not all(isinstance(value, dict) and isinstance(value.get("role"), str) for value in values):
+        raise UserError(f"{place}: expected messages with role and content in {column!r}")
+    return [{k: v for k, v in message.items() if v is not None} for message in values]
 
 
-def _answer(record: Mapping[str, Any], tokenizer: "Tokenizer", mask: str, place: str) -> Piece:
+def _generated(record: Mapping[str, Any], tokenizer: "Tokenizer", mask: str, place: str) -> Piece:
     """What a model wrote; where it was cut off there is no end to learn."""
-    messages, prompt, completion, reason = (record[field] for field in WRITTEN)
+    messages, prompt, completion, reason = (record[column] for column in GENERATED_COLUMNS)
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise UserError(f"{place}: expected text in prompt and completion")
     if messages is None:
@@ -211,36 +201,35 @@ def _answer(record: Mapping[str, Any], tokenizer: "Tokenizer", mask: str, place:
         spans = None if mask == "all" else ((len(start), len(text)),)
         return Piece(text, rendered=True, spans=spans)
     messages = _messages(messages, "messages", place)
-    piece = tokenizer.conversation(messages, mask, place)
+    piece = tokenizer.render_chat(messages, mask, place)
     if reason != "length":
         return piece
-    asked, body = tokenizer.question(messages[:-1], place).text, completion.strip()
-    # Behind the question: as few letters as an answer may have could be those of its end token.
+    asked, body = tokenizer.render_prompt(messages[:-1], place).text, completion.strip()
+    # Behind the prompt: as few letters as an answer may have could be those of its end token.
     start = len(os.path.commonprefix([asked, piece.text]))
-    found = piece.text.find(body, start) if body else start
-    stop = start if found < 0 else found + len(body)  # a template may have made it another text
+    at = piece.text.find(body, start)
+    stop = start if at < 0 else at + len(body)  # a template may have made it another text
     spans = piece.spans and tuple((a, min(b, stop)) for a, b in piece.spans if a < stop)
     return piece._replace(text=piece.text[:stop], spans=spans)
 
 
 def _prompt(
     record: Mapping[str, Any], tokenizer: "Tokenizer", choose: Choose, place: str
-) -> Iterator[Prompt]:
-    fields = choose(record, place)
-    field = next((field for field in fields if record[field] is not None), fields[0])
-    value = record[field]
-    if isinstance(value, str) and not value.strip():
-        return
-    if isinstance(value, str) and field == "prompt" and tokenizer.template is not None:
-        value = [{"role": "user", "content": value}]
+) -> Prompt | None:
+    columns = choose(record, place)
+    column = next((column for column in columns if record[column] is not None), columns[0])
+    value = record[column]
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, str) and (column != "prompt" or tokenizer.template is None):
+        return Prompt(Piece(value), None)
     if isinstance(value, str):
-        yield Prompt(Piece(value), None)
-    elif isinstance(value, list):
-        messages = _messages(value, field, place)
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if not messages:
-            raise UserError(f"{place}: expected a turn of the user in {field!r}, found none")
-        yield Prompt(tokenizer.question(messages, place), tuple(messages))
-    elif value is not None:
-        raise UserError(f"{place}: expected text or messages in {field!r}")
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list):
+        raise UserError(f"{place}: expected text or messages in {column!r}")
+    messages = _messages(value, column, place)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise UserError(f"{place}: expected a turn of the user in {column!r}, found none")
+    return Prompt(tokenizer.render_prompt(messages, place), tuple(messages))

@@ -2,14 +2,10 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
-import json
 import os
 import shutil
-import time
-import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,20 +16,34 @@ import numpy as np
 
 from runtime import report
 from runtime.errors import UserError
-from runtime.files import digest
+from runtime.files import (
+    atomic_folder,
+    digest,
+    disk_errors,
+    file_digest,
+    lock,
+    read_json,
+    write_json,
+)
 from text import files, records
 from text.tokenizer import Tokenizer
 
 VERSION = 2
-
-
 CHUNK = 1 << 21  # characters tokenized at once
-
-
 BLOCK = 1 << 12  # bytes of the token file that share a checksum: about what a window reads
-
-
 FILES = ("tokens", "documents", "trained")
+REMEDY = ": make room, give permission, or choose another folder with --data.cache"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a source becomes tokens."""
+
+    text_field: str
+    documents: str
+    mask: str
+    held_out: float
+    """Share of the documents that are not to train on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +62,68 @@ class Store:
     """Of all the above but the folder, and of the files."""
 
 
-class _Stream:
+def open_store(
+    name: str,
+    tokenizer: Tokenizer,
+    options: Options,
+    *,
+    cache: str | None = None,
+    streaming: bool = False,
+) -> Store:
+    """The store of a source in the cache; it is built if there is none that is whole."""
+    source = files.find(name, streaming=streaming)
+    facts = [source.fingerprint, tokenizer.fingerprint, list(dataclasses.astuple(options))]
+    path = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "compact-distill")
+    try:
+        folder = Path(path).expanduser() / digest([VERSION, *facts])
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}{REMEDY}") from None
+    with disk_errors(folder.parent, REMEDY):
+        if store := load(folder):
+            return store
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock(folder.parent / ".lock", wait=True):  # each builder takes all cores
+            if store := load(folder):  # another process has built it meanwhile
+                return store
+            for stale in folder.parent.glob("*.partial"):
+                shutil.rmtree(stale, ignore_errors=True)
+            with atomic_folder(folder, REMEDY) as partial:
+                build(partial, source, tokenizer, options)
+    return load(folder)
+
+
+def load(folder: Path) -> Store | None:
+    """The store in a folder, or None where there is no whole one.
+
+    The tokens themselves, most of it, are checked when they are read.
+    """
+    try:
+        manifest = read_json(folder / "store.json")
+        checksum = manifest.pop("digest")
+        if checksum != digest(manifest) or manifest.pop("version") != VERSION:
+            return None
+        hashes = manifest.pop("files")
+        store = Store(folder, **manifest, digest=checksum)
+        if any(file_digest(folder / name) != hashes[name] for name in (*FILES[1:], "sums")):
+            return None
+        size = (folder / "tokens").stat().st_size
+        return store if size == store.tokens * np.dtype(store.dtype).itemsize else None
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+class TokenFiles(contextlib.ExitStack):
     """Growing files of token ids, of where documents end and of where trained tokens start, stop.
 
     A file of positions is sorted, so that a search tells the document of any token, or whether it
     lies between a start and a stop.
     """
 
-    def __init__(self, folder: Path, dtype: str, files: contextlib.ExitStack):
-        folder.mkdir()
+    def __init__(self, folder: Path, dtype: str):
+        super().__init__()
+        folder.mkdir(exist_ok=True)
         self.folder, self.dtypes = folder, (dtype, "int64", "int64")
-        self.files = [files.enter_context(open(folder / name, "wb")) for name in FILES]
+        self.files = [self.enter_context(open(folder / name, "wb")) for name in FILES]
         self.hashes = [hashlib.blake2b(digest_size=16) for _ in FILES]
         self.tokens = self.documents = self.ended = 0
         self.pending: tuple[list[int], list[int], list[int]] = ([], [], [])
@@ -86,8 +147,8 @@ class _Stream:
         self.files[i].write(values)
         self.hashes[i].update(values)
 
-    def extend(self, other: "_Stream") -> None:
-        """Append the whole of another stream."""
+    def extend(self, other: "TokenFiles") -> None:
+        """Appends the whole of other files, which are closed."""
         for i, name in enumerate(FILES):
             with open(other.folder / name, "rb") as file:
                 while block := file.read(1 << 22):
@@ -96,114 +157,87 @@ class _Stream:
         self.tokens += other.tokens
         self.documents += other.documents
 
-    def sync(self) -> None:
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
 
-
-def _build(
-    folder: Path, source: files.Source, tokenizer: Tokenizer, config: Any, held_out: float
-) -> None:
-    """Tokenize a source into a new folder; its manifest is written last."""
+def build(folder: Path, source: files.Source, tokenizer: Tokenizer, options: Options) -> None:
+    """Tokenizes a source into an empty folder."""
     dtype = "uint16" if tokenizer.size <= 1 << 16 else "uint32"
-    with contextlib.ExitStack() as files:
-        stream, held = (_Stream(path, dtype, files) for path in (folder, folder / "held"))
-        size = _tokenize(source, tokenizer, config, held_out, stream, held)
-        training = stream.tokens
-        held.sync()
-        stream.extend(held)
-        stream.sync()
-    shutil.rmtree(held.folder)
-    sums = _write_sums(folder)
-    if not stream.documents:
+    with TokenFiles(folder, dtype) as training:
+        with TokenFiles(folder / "held", dtype) as held_out:
+            size = _tokenize(source, tokenizer, options, training, held_out)
+        count = training.tokens
+        training.extend(held_out)
+    shutil.rmtree(held_out.folder)
+    if not training.documents:
         raise UserError(f"{source.name}: no documents in it: all it holds is empty or blank")
-    if config.mask == "assistant" and not (folder / "trained").stat().st_size:
+    masked = options.mask == "assistant"
+    if masked and not (folder / "trained").stat().st_size:
         raise UserError(f"{source.name}: no assistant turns in it to learn from")
-    hashes = {name: hash.hexdigest() for name, hash in zip(FILES, stream.hashes, strict=True)}
+    hashes = {name: hash.hexdigest() for name, hash in zip(FILES, training.hashes, strict=True)}
     manifest = {
         "version": VERSION,
         "dtype": dtype,
-        "tokens": stream.tokens,
-        "training": training,
-        "documents": stream.documents,
+        "tokens": training.tokens,
+        "training": count,
+        "documents": training.documents,
         "bytes": size,
-        "masked": config.mask == "assistant",
-        "files": hashes | {"sums": sums},
+        "masked": masked,
+        "files": hashes | {"sums": write_sums(folder)},
     }
-    with open(folder / "store.json", "w") as file:
-        json.dump(manifest | {"digest": digest(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(folder / "store.json", manifest | {"digest": digest(manifest)})
 
 
-def _write_sums(folder: Path) -> str:
+def write_sums(folder: Path) -> str:
     """Checksums of the blocks of the token file, in a file beside it; returns the hash of that."""
-    hash = hashlib.blake2b(digest_size=16)
     with open(folder / "tokens", "rb") as tokens, open(folder / "sums", "wb") as file:
         while block := tokens.read(BLOCK):
-            entry = zlib.crc32(block).to_bytes(4, "little")
-            file.write(entry)
-            hash.update(entry)
-        file.flush()
-        os.fsync(file.fileno())
-    return hash.hexdigest()
+            file.write(zlib.crc32(block).to_bytes(4, "little"))
+    return file_digest(folder / "sums")
 
 
 def _tokenize(
     source: files.Source,
     tokenizer: Tokenizer,
-    config: Any,
-    held_out: float,
-    training: _Stream,
-    held: _Stream,
+    options: Options,
+    training: TokenFiles,
+    held_out: TokenFiles,
 ) -> int:
-    """Write the tokens of a source to two streams; returns the bytes of the text to learn."""
+    """Writes the tokens of a source; returns the bytes of the text to learn."""
     bos, size, out = [] if tokenizer.bos is None else [tokenizer.bos], 0, training
-
-    def write(pieces: Sequence[records.Piece], encodings: Sequence[Any]) -> None:
-        nonlocal size, out
-        for piece, encoding in zip(pieces, encodings, strict=True):
-            content, ids, runs = piece.text.encode(), encoding.ids, []
-            if piece.starts:
-                out = held if _hash(content) < held_out * 2**64 else training
-            if piece.spans is not None:
-                content = "".join(piece.text[slice(*span)] for span in piece.spans).encode()
-                runs = _runs(encoding.offsets, piece.spans)
-            size += len(content)
-            if not piece.rendered:
-                ids = (bos if piece.starts else []) + ids
-                ids += [tokenizer.eos] if piece.ends else []
-            out.add(ids, runs, piece.ends)
-        training.flush()
-        held.flush()
-
-    start, position = time.monotonic(), 0
+    position = 0
 
     def read(amount: int) -> None:
         nonlocal position
         position += amount
 
-    phase = report.progress(f"tokenizing {source.name}", source.size)
-    with phase as advance, ThreadPoolExecutor(1) as pool:
-        pieces = records.pieces(
-            source,
-            tokenizer,
-            text_field=config.text_field,
-            documents=config.documents,
-            mask=config.mask,
-            progress=read,
-        )
-        # While a chunk is tokenized the next is read and the one before is written.
-        before = None
-        for chunk in itertools.chain(_chunks(pieces), [None]):
-            now = chunk and (chunk, pool.submit(tokenizer.encode, chunk), position)
-            if before:
-                write(before[0], before[1].result())
-                tokens = training.tokens + held.tokens
-                speed = report.count(tokens / max(time.monotonic() - start, 1e-3))
-                advance(before[2], remark=f"{report.count(tokens)} tokens  {speed} tok/s")
-            before = now
+    pieces = records.pieces(
+        source,
+        tokenizer,
+        text_field=options.text_field,
+        documents=options.documents,
+        mask=options.mask,
+        progress=read,
+    )
+    with (
+        report.progress(f"tokenizing {source.name}", source.size) as advance,
+        contextlib.closing(_encoded(tokenizer, _chunks(pieces))) as chunks,
+    ):
+        for chunk in chunks:
+            for piece, encoding in chunk:
+                content, ids, runs = piece.text.encode(), encoding.ids, []
+                if piece.starts:
+                    is_held_out = hash_bytes(content) < options.held_out * 2**64
+                    out = held_out if is_held_out else training
+                if piece.spans is not None:
+                    content = "".join(piece.text[slice(*span)] for span in piece.spans).encode()
+                    runs = _runs(encoding.offsets, piece.spans)
+                size += len(content)
+                if not piece.rendered:
+                    ids = (bos if piece.starts else []) + ids
+                    ids += [tokenizer.eos] if piece.ends else []
+                out.add(ids, runs, piece.ends)
+            training.flush()
+            held_out.flush()
+            advance(position, remark=f"{report.count(training.tokens + held_out.tokens)} tokens")
     return size
 
 
@@ -219,6 +253,19 @@ def _chunks(pieces: Iterable[records.Piece]) -> Iterator[list[records.Piece]]:
         yield chunk
 
 
+def _encoded(
+    tokenizer: Tokenizer, chunks: Iterable[list[records.Piece]]
+) -> Iterator[Iterable[tuple[records.Piece, Any]]]:
+    """While a chunk is tokenized the next is read and the one before is written."""
+    with ThreadPoolExecutor(1) as pool:
+        previous = None
+        for chunk in itertools.chain(chunks, [None]):
+            current = chunk and (chunk, pool.submit(tokenizer.encode, chunk))
+            if previous:
+                yield zip(previous[0], previous[1].result(), strict=True)
+            previous = current
+
+
 def _runs(offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
     """Where runs of tokens that share a character with the spans start and stop."""
     starts, stops = np.array(offsets, int).reshape(-1, 2).T
@@ -228,82 +275,5 @@ def _runs(offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> l
     return np.flatnonzero(np.diff(inside)).tolist()
 
 
-def _hash(content: bytes) -> int:
+def hash_bytes(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-def _load(folder: Path) -> Store | None:
-    """The store in a folder, or None where there is no whole one.
-
-    The tokens themselves, most of it, are checked when they are read.
-    """
-    try:
-        manifest = json.loads((folder / "store.json").read_bytes())
-        checksum = manifest.pop("digest")
-        if checksum != digest(manifest) or manifest.pop("version") != VERSION:
-            return None
-        hashes = manifest.pop("files")
-        store = Store(folder, **manifest, digest=checksum)
-        size = store.tokens * np.dtype(store.dtype).itemsize
-        if (folder / "tokens").stat().st_size != size:
-            return None
-        if any(_hash_of(folder / name) != hashes[name] for name in (*FILES[1:], "sums")):
-            return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return store
-
-
-def _hash_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _store(name: str, tokenizer: Tokenizer, config: Any, held_out: float) -> Store:
-    """The store of a source in the cache, built if there is none that is whole."""
-    source = files.find(name, streaming=config.streaming)
-    options = [config.text_field, config.documents, config.mask, held_out]
-    key = digest([VERSION, source.fingerprint, tokenizer.fingerprint, options])
-    cache = Path(
-        config.cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "compact-distill")
-    )
-    try:
-        cache = cache.expanduser()
-        folder = cache / key
-        if store := _load(folder):
-            return store
-        cache.mkdir(parents=True, exist_ok=True)
-        with _alone(cache):
-            if store := _load(folder):  # another process has built it meanwhile
-                return store
-            partial = cache / f"{key}.{uuid.uuid4().hex}.partial"
-            try:
-                _build(partial, source, tokenizer, config, held_out)
-                shutil.rmtree(folder, ignore_errors=True)  # what a damaged one left
-                os.rename(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{cache}: cannot keep tokenized text there ({reason}): make room,"
-            " give permission, or choose another folder with --data.cache"
-        ) from error
-    return _load(folder)
-
-
-@contextlib.contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """One builder at a time (each takes all cores); what interrupted ones left is removed."""
-    lock = os.open(cache, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # no locks on this file system: builds have names of their own
-            pass
-        else:
-            for partial in cache.glob("*.partial"):
-                shutil.rmtree(partial, ignore_errors=True)
-        yield
-    finally:
-        os.close(lock)

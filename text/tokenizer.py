@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.files import _line, digest
-from text.chat import Template, _encodable, _unmarked
+from runtime.files import digest, printable, read_json
+from text.chat import compile_template, is_encodable, split_marks
 from text.records import Piece
+
+Messages = Sequence[Mapping[str, Any]]
+Span = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,96 +49,99 @@ class Tokenizer:
         with _refusing("tokenizer.json fails on a text"):
             return encode([piece.text for piece in pieces], add_special_tokens=False)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
-        """What the chat template writes, with marks around what it says is generated."""
-        return self.template.render(
-            messages=messages,
-            add_generation_prompt=prompt,
-            tools=None,
-            documents=None,
-            **self.special,
-        )
-
-    def conversation(self, messages: Sequence[Mapping[str, Any]], mask: str, place: str) -> Piece:
+    def render_chat(self, messages: Messages, mask: str, place: str) -> Piece:
         """Messages as the chat template writes them, with the spans of the assistant's turns."""
-        with self._rendering(place):
-            text, spans = _unmarked(self.render(messages))
-            if mask == "all":
-                spans = None
-            elif not self.marks:
-                spans = self._turns(messages, text)
+        text, spans = self._render(messages, place)
+        if mask == "all":
+            spans = None
+        elif not self.marks:
+            turns = (i for i, message in enumerate(messages) if message["role"] == "assistant")
+            spans = tuple(self._turn(messages, i, text, place) for i in turns)
         return Piece(text, rendered=True, spans=spans)
 
-    def question(self, messages: Sequence[Mapping[str, Any]], place: str) -> Piece:
+    def render_prompt(self, messages: Messages, place: str) -> Piece:
         """Messages as the chat template writes them, up to where the assistant goes on."""
-        with self._rendering(place):
-            return Piece(self._written(messages, prompt=True), rendered=True)
+        return Piece(self._render(messages, place, prompt=True)[0], rendered=True)
 
-    @contextlib.contextmanager
-    def _rendering(self, place: str) -> Iterator[None]:
-        """Whatever goes wrong with the template is told with the place of the messages."""
+    def _render(
+        self, messages: Messages, place: str, prompt: bool = False
+    ) -> tuple[str, tuple[Span, ...]]:
+        """What the chat template writes, and the spans that it says are generated."""
         if self.template is None:
             raise UserError(
                 f"{place}: a conversation, but the tokenizer has no chat template: put a"
                 " chat_template.jinja beside tokenizer.json, or give plain text"
             )
         try:
-            yield
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from error
+            text = self.template.render(
+                messages=messages,
+                add_generation_prompt=prompt,
+                tools=None,
+                documents=None,
+                **self.special,
+            )
         except Exception as error:  # a template is a program: it may fail in any way
-            raise UserError(f"{place}: the chat template refuses it ({_line(error)})") from error
+            problem = printable(error)
+            raise UserError(f"{place}: the chat template refuses it ({problem})") from error
+        if not is_encodable(text):
+            raise UserError(f"{place}: the chat template writes what is not text")
+        return split_marks(text)
 
-    def _turns(self, messages: list, text: str) -> tuple[tuple[int, int], ...]:
-        """The assistant's turns in `text`, found by rendering the conversation up to each."""
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            start = self._begin(messages, i, text)
-            through = self._written(messages[: i + 1])
-            stop = len(through)
-            if not text.startswith(through):
-                rest = text[start:]
-                ends = [rest.find(token) + len(token) for token in self.closing if token in rest]
-                stop = start + min(ends, default=len(rest))
-            body = text[start:stop].rstrip()
-            spans.append((start, start + len(body) if body.endswith(self.closing) else stop))
-        return tuple(spans)
-
-    def _begin(self, messages: list, i: int, text: str) -> int:
-        """Where in `text` the assistant's words of message `i` begin: behind what opens a turn."""
+    def _turn(self, messages: Messages, i: int, text: str, place: str) -> Span:
+        """Where in `text` the assistant's turn `i` is, by rendering the messages up to it."""
+        before = self._render(messages[:i], place)[0] if i else ""
+        if not text.startswith(before):
+            return self._content(messages, i, text, place)
         if i:
-            before = self._written(messages[:i])
-            if not text.startswith(before):
-                raise UserError(
-                    "the chat template writes a turn differently when others follow, so that the"
-                    " assistant's cannot be found: put {% generation %} around them in it"
-                )
+            opening = self._render(messages[:i], place, prompt=True)[0][len(before) :]
             start = len(before)
-            opening = self._written(messages[:i], prompt=True)[start:]
         else:  # a template may refuse to write nothing: what opens a turn opens this one too
-            opening = self._written(messages, prompt=True)[len(text) :]
+            opening = self._render(messages, place, prompt=True)[0][len(text) :]
             start = max(text.find(opening), 0)
-        shared = os.path.commonprefix([opening, text[start:]])
-        if shared != opening:
-            # It opens a thought that the turn lacks, though both may begin with some letters.
-            heads = [end for end in ("\n", *self.added) if end in shared]
-            shared = shared[: max((shared.rfind(end) + len(end) for end in heads), default=0)]
-        return start + len(shared)
+        start += self._opening_length(opening, text[start:])
+        through = self._render(messages[: i + 1], place)[0]
+        if text.startswith(through):
+            stop = len(through)
+        else:
+            ends = [text.index(x, start) + len(x) for x in self.closing if x in text[start:]]
+            stop = min(ends, default=len(text))
+        body = text[start:stop].rstrip()
+        return start, start + len(body) if body.endswith(self.closing) else stop
 
-    def _written(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
-        return _unmarked(self.render(messages, prompt))[0]
+    def _opening_length(self, opening: str, turn: str) -> int:
+        """How much of what opens a turn, in a prompt, does so in `turn`."""
+        shared = os.path.commonprefix([opening, turn])
+        if shared == opening:
+            return len(opening)
+        # It opens a thought that the turn lacks, though both may begin with some letters.
+        heads = [end for end in ("\n", *self.added) if end in shared]
+        return max((shared.rfind(end) + len(end) for end in heads), default=0)
+
+    def _content(self, messages: Messages, i: int, text: str, place: str) -> Span:
+        """Where in `text` the content of message `i` is, what changes when it does, and its end.
+
+        A template may write the turns before it differently when others follow, for example the
+        system prompt into the last turn of the user.
+        """
+        one, two = (
+            self._render(
+                [*messages[:i], {**messages[i], "content": mark}, *messages[i + 1 :]], place
+            )
+            for mark in ("1", "2")
+        )
+        start = len(os.path.commonprefix([one[0], two[0]]))
+        after = len(os.path.commonprefix([one[0][::-1], two[0][::-1]]))
+        stop, tail = len(text) - after, one[0][len(one[0]) - after :]
+        if one == two or not start <= stop or text[:start] + text[stop:] != one[0][:start] + tail:
+            raise UserError(
+                f"{place}: the chat template writes a turn differently when others follow, so that"
+                " the assistant's cannot be found: put {% generation %} around them in it"
+            )
+        end = next((token for token in self.closing if text.startswith(token, stop)), "")
+        return start, stop + len(end)
 
 
-def _encoder(path: Path) -> Any:
-    import tokenizers
-
-    with _refusing(f"{path}: not a tokenizer"), _muted():
-        encoder = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-        encoder.no_truncation()  # either may have been saved with it
-        encoder.no_padding()
-        return encoder
+# ---- from a folder -------------------------------------------------------------------------------
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
@@ -155,40 +160,44 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         if key.endswith("_token") and isinstance(value, str | dict)
     }
     for key, value in special.items():
-        if not isinstance(value, str) or not _encodable(value):
-            raise UserError(f"{folder / 'tokenizer_config.json'}: {_line(key)} is not text")
-    models = [_config(folder / name) for name in ("generation_config.json", "config.json")]
-    bos, eos = (_token(name, encoder, special, models) for name in ("bos", "eos"))
+        if not isinstance(value, str) or not is_encodable(value):
+            raise UserError(f"{folder / 'tokenizer_config.json'}: {printable(key)} is not text")
+    bos, eos = (_special_id(name, encoder, special, folder) for name in ("bos", "eos"))
     if eos is None:
         raise UserError(f"{folder}: no eos_token in tokenizer_config.json to end documents with")
     for name, token in (("bos_token", bos), ("eos_token", eos)):
         if token is not None:
             special.setdefault(name, encoder.id_to_token(token))
-    added = config.get("add_bos_token")
-    if added is None:  # then the tokenizer's own post-processor says so
-        added = bos is not None and sample[:1] == [bos]
-    source = _template(folder, config)
-    own = encoder.get_added_tokens_decoder().values()
-    closing = {token.content for token in own if token.special}
-    facts = [
-        hashlib.blake2b(path.read_bytes()).hexdigest(),
-        eos,
-        bos if added else None,
-        source,
-        special,
-    ]
+    adds_bos = config.get("add_bos_token")
+    if adds_bos is None:  # then the tokenizer's own post-processor says so
+        adds_bos = sample[:1] == [bos]
+    bos = bos if adds_bos else None
+    template = _template(folder, config)
+    facts = [hashlib.blake2b(path.read_bytes()).hexdigest(), eos, bos, template, special]
+    added = encoder.get_added_tokens_decoder().values()
+    closing = {token.content for token in added if token.special} | {special["eos_token"]}
     return Tokenizer(
         encoder,
         size=max(encoder.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
-        bos=bos if added else None,
+        bos=bos,
         eos=eos,
         special=special,
-        closing=tuple(sorted(closing | {special["eos_token"]})),
-        added=tuple(token.content for token in own),
-        template=source and Template(source, folder),
-        marks=bool(source and re.search(r"\{%-?\s*generation\s*-?%\}", source)),
+        closing=tuple(sorted(closing)),
+        added=tuple(token.content for token in added),
+        template=template and compile_template(template, folder),
+        marks=bool(template and re.search(r"\{%-?\s*generation\s*-?%\}", template)),
         fingerprint=digest(facts),
     )
+
+
+def _encoder(path: Path) -> Any:
+    import tokenizers
+
+    with _refusing(f"{path}: not a tokenizer"), _muted():
+        encoder = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        encoder.no_truncation()  # either may have been saved with it
+        encoder.no_padding()
+        return encoder
 
 
 @contextlib.contextmanager
@@ -200,65 +209,61 @@ def _refusing(what: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise UserError(f"{what} ({_line(error)})") from error
+        raise UserError(f"{what} ({printable(error)})") from error
 
 
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
     """Without what a panic prints of itself."""
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(null)
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON that can be read ({_line(error)})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return config
+    return read_json(path, ": save it again") if path.exists() else {}
 
 
-def _token(name: str, encoder: Any, special: Mapping, models: Sequence[Mapping]) -> int | None:
+def _special_id(name: str, encoder: Any, special: Mapping, folder: Path) -> int | None:
     if f"{name}_token" in special:
         token = encoder.token_to_id(special[f"{name}_token"])
         if token is None:
-            found = _line(special[f"{name}_token"])
-            raise UserError(f"{name}_token {found!r} is not in tokenizer.json")
+            word = printable(special[f"{name}_token"])
+            raise UserError(f"{name}_token {word!r} is not in tokenizer.json")
         return token
-    ids = [config.get(f"{name}_token_id") for config in models]
-    ids = [found[0] if isinstance(found, list) and found else found for found in ids]
-    ids = [found for found in ids if isinstance(found, int) and 0 <= found < 1 << 32]
-    return next(filter(encoder.id_to_token, ids), None)
+    ids = _model_ids(folder, f"{name}_token_id")
+    return next((i for i in ids if 0 <= i < 1 << 32 and encoder.id_to_token(i)), None)
+
+
+def _model_ids(folder: Path, key: str) -> list[int]:
+    """The token ids of a role, by the configs of a model: one of them may name several."""
+    ids = []
+    for name in ("generation_config.json", "config.json"):
+        value = _config(folder / name).get(key)
+        ids += value if isinstance(value, list) else [value]
+    return [i for i in ids if isinstance(i, int)]
 
 
 def stop_ids(folder: Path) -> tuple[int, ...]:
     """The tokens after which the model of a folder has ended."""
-    found = {load_tokenizer(folder).eos}
-    for name in ("generation_config.json", "config.json"):
-        ids = _config(folder / name).get("eos_token_id")
-        found |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
-    return tuple(sorted(found))
+    return tuple(sorted({load_tokenizer(folder).eos, *_model_ids(folder, "eos_token_id")}))
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     try:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        template = config.get("chat_template")
+        template = path.read_text("utf-8") if path.is_file() else config.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
     except (OSError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: its chat template cannot be read ({_line(error)})") from error
-    if template is not None and not (isinstance(template, str) and _encodable(template)):
+        problem = printable(error)
+        raise UserError(f"{folder}: its chat template cannot be read ({problem})") from error
+    if template is not None and not (isinstance(template, str) and is_encodable(template)):
         raise UserError(f"{folder}: its chat template is not text")
     return template
 

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import data
 import text
+from text import store
 
 # Templates in the styles of well-known families; <G> and </G> stand where some of them have marks.
 CHATML = """\
@@ -115,10 +115,10 @@ def pair(request, tmp_path_factory):
 
 
 def tokens_and_mask(tokenizer: text.Tokenizer, messages) -> tuple[list[int], list[int]]:
-    piece = tokenizer.conversation(messages, "assistant", "here")
+    piece = tokenizer.render_chat(messages, "assistant", "here")
     (encoding,) = tokenizer.encode([piece])
     mask = [0] * len(encoding.ids)
-    runs = data._runs(encoding.offsets, piece.spans)
+    runs = store._runs(encoding.offsets, piece.spans)
     for start, stop in zip(runs[::2], runs[1::2], strict=True):
         mask[start:stop] = [1] * (stop - start)
     return encoding.ids, mask
@@ -149,6 +149,8 @@ def test_a_mask_made_by_hand(pair):
     messages = conversation(("be", [("a", "first"), ("b", "second")], True))
     ids, mask = tokens_and_mask(bare, messages)
     kept = [token for token, learned in zip(ids, mask, strict=True) if learned]
-    end = "<|eot_id|>" if "<|eot_id|>" in bare.render(messages) else "<|im_end|>"
+    end = (
+        "<|eot_id|>" if "<|eot_id|>" in bare.render_prompt(messages, "here").text else "<|im_end|>"
+    )
     decoded = bare.encoder.decode(kept, skip_special_tokens=False)
     assert decoded == f"first{end}second{end}"
