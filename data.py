@@ -58,10 +58,8 @@ class Config:
     def __post_init__(self):
         check(self, "--data.")
         if self.weights and len(self.weights) != len(self.source):
-            raise UserError(
-                f"--data.weights: expected one for each --data.source, of which there are"
-                f" {len(self.source)}, found {len(self.weights)}"
-            )
+            counts = f"{len(self.weights)} of {len(self.source)}"
+            raise UserError(f"--data.weights: expected one for each --data.source, found {counts}")
 
 
 class Batch(NamedTuple):
@@ -101,9 +99,14 @@ class Corpus:
         return sum(part.stop - part.start for group in self.groups for part in group)
 
     @property
+    def sizes(self) -> list[int]:
+        """How many windows to train on each group has."""
+        return [sum(part.windows for part in group) for group in self.groups]
+
+    @property
     def windows(self) -> int:
         """Windows to train on."""
-        return sum(part.windows for group in self.groups for part in group)
+        return sum(self.sizes)
 
     @property
     def bytes(self) -> int:
@@ -167,8 +170,7 @@ def batch(
     corpus: Corpus, step: int, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Batch:
     """The rows of one process in the batch of a step; all processes' rows are the whole batch."""
-    sizes = [sum(part.windows for part in parts) for parts in corpus.groups]
-    if sum(sizes) < batch_size or min(sizes) == 0:
+    if corpus.windows < batch_size or min(corpus.sizes) == 0:
         held_out = sum(part.stop - part.start for part in corpus.held_out)
         raise UserError(
             f"too little text: a batch of {batch_size} x {corpus.seq_len} needs at least"
@@ -183,11 +185,10 @@ def windows(
     corpus: Corpus, step: int, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Int[np.ndarray, " rows"]:
     """Which windows, numbered through all sources, are the rows of one process at a step."""
-    sizes = [sum(part.windows for part in parts) for parts in corpus.groups]
     rows = _rows(step, batch_size, process_index, process_count)
     groups, windows = assign_sources(rows, corpus.weights, corpus.seed)
     first = 0
-    for group, size in enumerate(sizes):
+    for group, size in enumerate(corpus.sizes):
         here = groups == group
         epochs, places = np.divmod(windows[here], size)
         for epoch in np.unique(epochs):

@@ -528,14 +528,14 @@ def run(config: Config) -> None:
     if config.push is not None:
         answers.reserve(config.push)
     if out.exists() and config.resume and not answers.journal_path(out).exists():
-        answers.agree(out, answers.settings_of(out), settings)
+        answers.check_settings(out, answers.settings_of(out), settings)
         print(f"{out} is finished", file=sys.stderr)
     else:
         with answers.Journal(out, settings, resume=config.resume) as journal:
             if missing := [job for job in jobs if job[:2] not in journal]:
                 write(config, missing, decoding, folder, tokenizer, journal)
             answers.save(out, records(prompts, journal), columns, settings)
-            journal.path.unlink()
+            journal.remove()
         print(f"{len(jobs)} answers  {out}")
     if config.push is not None:
         print(f"data set  {answers.upload(config.push, out, settings)}")

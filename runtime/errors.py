@@ -81,30 +81,10 @@ def check(config: object, prefix: str = "--") -> None:
             raise UserError(f"{flag} is {value}: it must be {constraint.words}")
 
 
-def check_counts(config: object, *names: str, least: int = 1, prefix: str = "--") -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < least:
-            flag = prefix + name.replace("_", "-")
-            raise UserError(f"{flag} is {value}: it must be {least} or more")
-
-
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed is {seed}: it must be from 0 to 2^63 - 1")
-
-
-def cli(
-    Config: type[T],
-    args: Sequence[str] | None = None,
-    *,
-    prog: str | None = None,
-    description: str | None = None,
-) -> T:
+def cli(Config: type[T], args: Sequence[str] | None = None, **options: Any) -> T:
     """A `Config`, a dataclass whose every field is a flag, from `args` or the command line.
 
-    Whatever tyro refuses is a `UserError`, and so is a `ValueError` that a `__post_init__` raises.
-    A flag may be given once: tyro alone would silently keep the last.
+    Whatever is wrong with them is a `UserError`. `prog` and `description` are tyro's `options`.
     """
     import tyro
 
@@ -115,7 +95,7 @@ def cli(
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), registry:
-            config = tyro.cli(Config, args=args, prog=prog, description=description)
+            config = tyro.cli(Config, args=args, **options)
     except SystemExit as refusal:
         if not refusal.code:  # --help
             raise
@@ -138,16 +118,17 @@ def _with_constraints(info: Any) -> Any:
         constraint, text = constraint_of(field.type), field.helptext
         if constraint is None:
             return field
-        text = (text() if callable(text) else text) or ""
-        return dataclasses.replace(field, helptext=f"{text} Must be {constraint.words}.".strip())
+        text = f"{(text() if callable(text) else text) or ''} Must be {constraint.words}."
+        return dataclasses.replace(field, helptext=text.strip())
 
     return dataclasses.replace(spec, fields=tuple(map(helped, spec.fields)))
 
 
 def _refuse_repeated(args: Sequence[str]) -> None:
-    flags = [arg for arg in itertools.takewhile(lambda arg: arg != "--", args) if arg[:2] == "--"]
+    """tyro alone would silently keep the last."""
     given: dict[str, str] = {}
-    for flag in (flag.partition("=")[0] for flag in flags):
+    before = itertools.takewhile(lambda arg: arg != "--", args)
+    for flag in (arg.partition("=")[0] for arg in before if arg.startswith("--")):
         name = re.sub(r"^--(.*\.)?no-", r"--\1", flag.replace("_", "-"))  # `--no-x` sets `--x` too
         if first := given.get(name):
             raise UserError(f"{name} is given twice ({first} and {flag}): keep one of the two")

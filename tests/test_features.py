@@ -50,6 +50,11 @@ def outputs(model, tokens, segments) -> list:
     return found
 
 
+def taps(states):
+    """Outputs of blocks as a signal holds them, the rows first."""
+    return jnp.moveaxis(states, 0, 1)
+
+
 def dense(kind, pairs, ours, theirs, mask, weights=None):
     """By definition, of lists of the outputs of all blocks."""
     total = 0.0
@@ -114,12 +119,12 @@ def test_they_are_kept_once(remat):
 def test_the_loss_and_its_gradient(kind, wide, pairs):
     mask = jnp.array(np.random.default_rng(0).random((4, 6)) < 0.6)
     ours, theirs = random(3, 4, 6, 8), random(4, 4, 6, 12 if wide else 8, seed=1)
-    left, right = (jnp.array(side) for side in features.ends(pairs))
+    left, right = (jnp.array(layers) for layers in features.tapped_layers(pairs))
     projection = features.projection(len(pairs), 8, theirs.shape[-1], jax.random.key(2))
     assert (projection is not None) == wide
 
     def found(ours, projection):
-        return features.loss(kind, pairs, ours[left], theirs[right], mask, projection)
+        return features.loss(kind, pairs, ours[left], taps(theirs[right]), mask, projection)
 
     def expected(ours, projection):
         weights = None if projection is None else projection.weight
@@ -140,7 +145,7 @@ def test_what_is_masked_and_what_is_the_teachers(kind):
     ours, theirs = random(2, 4, 6, 8), random(2, 4, 6, 8, seed=1)
 
     def loss(ours, theirs):
-        return features.loss(kind, pairs, ours, theirs, mask)
+        return features.loss(kind, pairs, ours, taps(theirs), mask)
 
     whole = loss(ours, theirs)
     broken = jnp.where(mask[..., None], ours, jnp.nan), jnp.where(mask[..., None], theirs, jnp.inf)
@@ -155,11 +160,11 @@ def test_vectors_without_a_direction():
     some, none = random(1, 2, 3, 4), jnp.zeros((1, 2, 3, 4))
     for ours, theirs in ((none, some), (some, none), (none, none), (1e-30 * some, some)):
         value, gradient = jax.value_and_grad(
-            lambda x, theirs=theirs: features.loss("cosine", pairs, x, theirs, mask)
+            lambda x, theirs=theirs: features.loss("cosine", pairs, x, taps(theirs), mask)
         )(ours)
         assert value == 6 and jnp.all(gradient == 0)
     small, large = 1e-4 * some, 1e15 * some
-    assert abs(features.loss("cosine", pairs, small, large, mask)) < 1e-5
+    assert abs(features.loss("cosine", pairs, small, taps(large), mask)) < 1e-5
 
 
 @pytest.mark.parametrize(("kind", "parts"), [("cosine", 1), ("mse", 2)])

@@ -481,7 +481,7 @@ def test_a_full_disk_loses_nothing(base, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
-        with pytest.raises(UserError, match="last.*: cannot be written"):
+        with pytest.raises(UserError, match="last.settings.json: cannot be written"):
             ran(**base | {"out": tmp_path / "last.jsonl"}, samples=3)
     assert not list(tmp_path.glob("*.partial"))
     calls.clear()
@@ -515,7 +515,7 @@ def test_only_the_same_run_is_continued(base, tmp_path, monkeypatch):
     assert read(base["out"]) == first
     ran("--no-resume", **base, seed=3)
     assert [row["prompt"] for row in read(base["out"])] == ["something else"]
-    with pytest.raises(UserError, match="another run is writing"), answers.Journal(base["out"], {}):
+    with pytest.raises(UserError, match="in use by another run"), answers.Journal(base["out"], {}):
         ran("--no-resume", **base)
 
 
@@ -692,12 +692,12 @@ def test_push(base, hub):
 
 
 @pytest.mark.parametrize(
-    ("status", "message"), [(401, "log in with `hf auth login`"), (418, "answered 418")]
+    ("status", "message"), [(401, "log in with `hf auth login`"), (418, "418")]
 )
 def test_a_hub_that_refuses_does_so_before_the_work(base, hub, status, message):
     hub.status = status
     with pytest.raises(UserError, match=f"--push me/set: .*{message}"):
         ran(**base, push="me/set")
     assert not answers.journal_path(base["out"]).exists()
-    with pytest.raises(UserError, match="no hub id"):
+    with pytest.raises(UserError, match="--push not/an/id: "):
         ran(**base, push="not/an/id")

@@ -59,20 +59,20 @@ def bound(log_p):
 
 def test_a_packed_value_is_within_its_bound():
     log_p = np.append(-np.geomspace(1e-9, 32, 5001), 0).astype(np.float32)
-    off = np.abs(target_store.decode(target_store.encode(log_p)) - log_p)
+    off = np.abs(target_store.DECODED[target_store.encode(log_p)] - log_p)
     assert (off <= bound(log_p)).all() and off.max() > 0.1
     for u in np.float32([[0], [0.3], [0.999999]]):
-        off = np.abs(target_store.decode(target_store.encode(log_p, u)) - log_p)
+        off = np.abs(target_store.DECODED[target_store.encode(log_p, u)] - log_p)
         assert (off <= 2 * bound(log_p)).all()
     ends = np.float32([-np.inf, -1e9, -40, 1e-7])
     for u in (None, np.float32([0.5])):
-        assert target_store.decode(target_store.encode(ends, u)).tolist() == [-np.inf, -32, -32, 0]
+        assert target_store.DECODED[target_store.encode(ends, u)].tolist() == [-np.inf, -32, -32, 0]
 
 
 def test_drawn_values_are_rounded_without_bias_and_in_order():
     log_p = -np.sort(np.random.default_rng(0).uniform(0, 31, 500)).astype(np.float32)
     u = ((np.arange(20_000) + 0.5) / 20_000).astype(np.float32)[:, None]
-    found = target_store.decode(target_store.encode(log_p, u))
+    found = target_store.DECODED[target_store.encode(log_p, u)]
     means = np.exp(found.astype(np.float64)).mean(0)
     np.testing.assert_allclose(means, np.exp(log_p.astype(np.float64)), rtol=1e-4)
     assert (np.diff(found, axis=1) <= 0).all()  # so the larger of two stays the larger
@@ -129,10 +129,10 @@ def corpus_of(config) -> data.Corpus:
     )
 
 
-def computed(config, windows, dtype="float32", **changes) -> losses.TeacherTargets:
-    about = {"kind": "top-k", "entries": 6, "seed": 0, "temperature": 1.0, "chunk": 64} | changes
+def computed(config, windows, **changes) -> losses.Targets:
     batch, model = data.read(corpus_of(config), windows), models.load(config.teacher)
-    return jax.device_get(targets.targets_of(model, batch, windows, **about, dtype=dtype))
+    about = like(Path(), **{"entries": 6} | changes)
+    return jax.device_get(targets.targets_of(model, batch, windows, about, chunk=64))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -179,7 +179,7 @@ def test_packed_draws_have_the_mean_of_exact_ones(tmp_path):
     for seed in range(3000):
         folder = dataclasses.replace(blank, seed=seed)
         (record,) = target_store.records(folder, draws, np.array([7]))
-        values = target_store.decode(record[folder.id_bytes : -4])
+        values = target_store.DECODED[record[folder.id_bytes : -4]]
         found.append(np.exp(np.maximum(values[:-1], values[-1]).astype(np.float64)))
     wanted = np.exp(np.maximum(log_probs, rest).astype(np.float64))
     spread = np.std(found, axis=0) / 3000**0.5

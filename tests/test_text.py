@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -254,34 +255,6 @@ def test_eos_of_a_model_config(encoder, tmp_path, name):
 # --- conversations ---
 
 
-def learned(tokenizer: text.Tokenizer, messages: list, mask: str = "assistant") -> list[str]:
-    """The stretches of text whose tokens are learned."""
-    piece = tokenizer.render_chat(messages, mask, "here")
-    (encoding,) = tokenizer.encode([piece])
-    runs = store._runs(encoding.offsets, piece.spans)
-    pairs = zip(runs[::2], runs[1::2], strict=True)
-    decode = tokenizer.encoder.decode
-    return [decode(encoding.ids[a:b], skip_special_tokens=False) for a, b in pairs]
-
-
-def test_all_assistant_turns_with_their_end_and_nothing_else(encoder, tmp_path):
-    chatml = tokenizer(encoder, tmp_path, chat_template=CHATML)
-    assert learned(chatml, TALK) == ["uno\n<|im_end|>", "dos ünd<|im_end|>"]
-    assert learned(chatml, TALK[:2]) == []
-    assert chatml.render_chat(TALK, "all", "here").spans is None
-    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}]
-    listed = tokenizer(encoder, tmp_path, chat_template=named)
-    assert learned(listed, TALK) == ["uno\n<|im_end|>", "dos ünd<|im_end|>"]
-
-
-def test_a_template_that_thinks(encoder, tmp_path):
-    thinking = tokenizer(encoder, tmp_path, chat_template=THINKING)
-    turns = ["uno\n<|im_end|>", "\n</think>\n\ndos ünd<|im_end|>"]  # the prompt has its start
-    assert learned(thinking, TALK) == turns
-    told = [*TALK[:2], {"role": "assistant", "content": "<think>hm</think><the end>"}, *TALK[3:]]
-    assert learned(thinking, told)[0] == "<the end><|im_end|>"
-
-
 REASONING = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -292,38 +265,84 @@ REASONING = """\
 """
 
 
-def test_turns_behind_tokens_that_are_not_special(encoder, tmp_path):
+# As Mistral's: the system prompt goes into the last turn of the user.
+INSTRUCT = """\
+{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- set last = messages | selectattr('role', 'equalto', 'user') | list | last %}
+{{- bos_token }}
+{%- for message in messages if message.role != 'system' %}
+    {%- if message.role == 'user' %}
+        {{- '[INST]' + (system if message == last else '') + message.content + '[/INST]' }}
+    {%- else %}
+        {{- ' ' + message.content | trim + ENDING }}
+    {%- endif %}
+{%- endfor %}
+"""
+FIRST = "{%- if messages[0].role == 'system' %}{%- endif %}"  # without asking whether there is one
+VARIES = "('uno, ' * 60 if message.role == 'assistant' and not loop.last else message.content)"
+
+
+def said(content: str) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+ENDED = ["uno\n<|im_end|>", "dos ünd<|im_end|>"]
+TURNS = {
+    "each with its end": (CHATML, TALK, ENDED),
+    "none": (CHATML, TALK[:2], []),
+    "the first": (FIRST + CHATML, TALK[2:], ENDED),
+    "a template by name": (
+        [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}], TALK, ENDED,
+    ),
+    # the prompt has the start of the thought
+    "a thought in the last": (THINKING, TALK, [ENDED[0], "\n</think>\n\n" + ENDED[1]]),
+    "a thought that is left out": (
+        THINKING, [*TALK[:2], said("<think>hm</think><the end>"), *TALK[3:]],
+        ["<the end><|im_end|>", "\n</think>\n\n" + ENDED[1]],
+    ),
+    "tokens that are not special": (
+        REASONING, [{"role": "user", "content": "one\nline"}, said("uno"), *TALK[3:]],
+        ["uno<eos>", "dos ünd<eos>"],
+    ),
+    "marks": (MARKED, TALK, ["<|im_start|>uno\n<eos>", "<|im_start|>dos ünd<eos>"]),
+    "marks without turns": (MARKED, TALK[:2], []),
+    "a system prompt in the last turn of the user": (
+        INSTRUCT.replace("ENDING", "eos_token"), [*TALK[:2], said("one? [INST] uno"), *TALK[3:]],
+        ["one? [INST] uno<eos>", "dos ünd<eos>"],
+    ),
+    "such a prompt, without ends": (
+        INSTRUCT.replace("ENDING", "''"), TALK, ["uno", "dos ünd"],
+    ),
+    "other words": (
+        CHATML.replace("message['content']", VARIES), [said("uno, due"), *TALK[3:]],
+        ["uno, " * 60 + "<|im_end|>", ENDED[1]],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TURNS)
+def test_the_turns_of_the_assistant_are_learned_and_nothing_else(encoder, tmp_path, case):
+    template, messages, expected = TURNS[case]
     encoder = Tokenizer.from_str(encoder.to_str())
     encoder.add_tokens([AddedToken(name, special=False) for name in ("<|Asks|>", "<|Answers|>")])
-    thinks = tokenizer(encoder, tmp_path, chat_template=REASONING)
-    talk = [
-        {"role": role, "content": content}
-        for role, content in (
-            ("user", "one\nline"), ("assistant", "uno"), ("user", "two"), ("assistant", "dos"),
-        )
-    ]  # fmt: skip
-    piece = thinks.render_chat(talk, "assistant", "here")
-    assert [piece.text[a:b] for a, b in piece.spans] == ["uno<eos>", "dos<eos>"]
+    encoder.add_special_tokens(["<|" + "reserved" * 20 + "|>"])  # one that occurs nowhere
+    chats = tokenizer(encoder, tmp_path, chat_template=template)
+    piece = chats.render_chat(messages, "assistant", "here")
+    assert [piece.text[a:b].removeprefix(" ") for a, b in piece.spans] == expected
+    (encoding,) = chats.encode([piece])
+    runs = store._runs(encoding.offsets, piece.spans)
+    pairs = zip(runs[::2], runs[1::2], strict=True)
+    decode = partial(encoder.decode, skip_special_tokens=False)
+    assert [decode(encoding.ids[a:b]).removeprefix(" ") for a, b in pairs] == expected
+    whole = chats.render_chat(messages, "all", "here")
+    assert whole.spans is None and whole.text == piece.text
 
 
-def test_a_conversation_that_the_assistant_begins(encoder, tmp_path):
-    """Templates may look at the first message without asking whether there is one."""
-    looks = "{%- if messages[0].role == 'system' %}{%- endif %}" + CHATML
-    begins = tokenizer(encoder, tmp_path, chat_template=looks)
-    piece = begins.render_chat(TALK[2:], "assistant", "here")
-    learned = [piece.text[a:b] for a, b in piece.spans]
-    assert learned == ["uno\n<|im_end|>", "dos ünd<|im_end|>"]
-
-
-def test_a_token_that_does_not_occur_ends_no_turn(encoder, tmp_path):
-    encoder = Tokenizer.from_str(encoder.to_str())
-    encoder.add_special_tokens(["<|" + "reserved" * 20 + "|>"])
-    other = "('uno, ' * 60 if message.role == 'assistant' and not loop.last else message.content)"
-    template = CHATML.replace("message['content']", other)
-    varies = tokenizer(encoder, tmp_path, chat_template=template)
-    talk = [{"role": "assistant", "content": "uno, due"}, *TALK[3:]]
-    piece = varies.render_chat(talk, "assistant", "here")
-    assert piece.text[slice(*piece.spans[0])] == "uno, " * 60 + "<|im_end|>"
+def test_a_template_beside_the_tokenizer_overrules_its_config(encoder, tmp_path):
+    folder = saved(encoder, tmp_path / "tokenizer", chat_template="overruled")
+    (folder / "chat_template.jinja").write_text("the file")
+    piece = text.load_tokenizer(folder).render_chat(TALK, "all", "here")
+    assert piece.text == "the file"
 
 
 @pytest.mark.parametrize("said", ["t", "", " of", "end", "what was cut off"])
@@ -349,30 +368,6 @@ def test_a_prompt_is_the_first_column_that_a_record_has(plain, tmp_path):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     found = [prompt.piece.text for prompt in text.prompts(text.find(str(path)), plain)]
     assert found == ["one", "two"]
-
-
-@pytest.mark.parametrize("name", ["~nobody-of-this-name/x.txt", "x" * 300])
-def test_paths_that_the_system_refuses(name):
-    with pytest.raises(UserError, match="cannot be read") as caught:
-        text.find(name)
-    assert "\n" not in str(caught.value)
-
-
-def test_tokenizers_that_cannot_be_compared(encoder, tmp_path):
-    good, bad = saved(encoder, tmp_path / "good"), tmp_path / "bad"
-    bad.mkdir()
-    text.same_tokenizer(good, bad)  # none is there to differ
-    (bad / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="not a tokenizer"):
-        text.same_tokenizer(good, bad)
-
-
-def test_a_template_that_marks_what_it_generates(encoder, tmp_path):
-    folder = saved(encoder, tmp_path / "tokenizer", chat_template="overruled by the file beside")
-    (folder / "chat_template.jinja").write_text(MARKED)
-    marked = text.load_tokenizer(folder)
-    assert learned(marked, TALK) == ["<|im_start|>uno\n<eos>", "<|im_start|>dos ünd<eos>"]
-    assert learned(marked, TALK[:2]) == []
 
 
 def test_records_become_conversations(encoder, tmp_path):
@@ -432,7 +427,6 @@ def test_templates_may_do_what_published_ones_do(encoder, tmp_path):
     "template, message",
     [
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[9].content.x }}", "refuses it"),
         (None, "no chat template: put a chat_template.jinja beside"),
@@ -443,32 +437,6 @@ def test_templates_that_fail(encoder, tmp_path, template, message):
     with pytest.raises(UserError, match=message):
         made = tokenizer(encoder, tmp_path, chat_template=template)
         made.render_chat(TALK, "all", "x.jsonl record 1")
-
-
-# As Mistral's: the system prompt goes into the last turn of the user.
-INSTRUCT = """\
-{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
-{%- set last = messages | selectattr('role', 'equalto', 'user') | list | last %}
-{{- bos_token }}
-{%- for message in messages if message.role != 'system' %}
-    {%- if message.role == 'user' %}
-        {{- '[INST] ' + (system + '\n\n' if message == last else '') + message.content + '[/INST]' }}
-    {%- else %}
-        {{- ' ' + message.content | trim + ending }}
-    {%- endif %}
-{%- endfor %}
-"""
-
-
-@pytest.mark.parametrize("ending", ["eos_token", "''"])
-def test_a_system_prompt_in_the_last_user_turn_hides_no_turn(encoder, tmp_path, ending):
-    template = INSTRUCT.replace("ending", ending)
-    instruct = tokenizer(encoder, tmp_path, chat_template=template)
-    talk = [*TALK[:2], {"role": "assistant", "content": "one? [INST] uno"}, *TALK[3:]]
-    piece = instruct.render_chat(talk, "assistant", "here")
-    end = "<eos>" if ending == "eos_token" else ""
-    spans = [piece.text[a:b].strip() for a, b in piece.spans]
-    assert spans == ["one? [INST] uno" + end, "dos ünd" + end]
 
 
 def test_a_template_whose_turns_cannot_be_told_apart(encoder, tmp_path):
@@ -541,9 +509,11 @@ def test_sources_that_are_not_there(monkeypatch, tmp_path):
     import datasets
     import huggingface_hub
 
-    for name in ("missing.txt", "./missing/folder", "missing", str(tmp_path / "*.txt")):
-        with pytest.raises(UserError, match=r"no such file|no file to read"):
+    names = ["missing.txt", "./missing/folder", "missing", str(tmp_path / "*.txt")]
+    for name in [*names, "~nobody-of-this-name/x.txt", "x" * 300]:
+        with pytest.raises(UserError, match="no such file|no file to read|cannot be read") as it:
             text.find(name)
+        assert "\n" not in str(it.value)
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     with pytest.raises(
@@ -561,7 +531,13 @@ def test_bad_tokenizers(encoder, tmp_path):
         text.load_tokenizer(tmp_path)
     with pytest.raises(UserError, match=r"eos_token '<none>' is not in tokenizer.json"):
         tokenizer(encoder, tmp_path, eos_token="<none>")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    text.same_tokenizer(saved(encoder, tmp_path), bad)  # none is there to differ
+    (bad / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not a tokenizer"):
+        text.same_tokenizer(tmp_path, bad)
     folder = saved(encoder, tmp_path)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         text.load_tokenizer(folder)

@@ -17,8 +17,8 @@ def compile_template(source: str, folder: Path) -> Any:
     try:
         return _environment().from_string(source)
     except Exception as error:  # of jinja, or of Python where it nests too deeply
-        problem = printable(error)
-        raise UserError(f"{folder}: its chat template is malformed ({problem})") from error
+        reason = printable(error)
+        raise UserError(f"{folder}: its chat template is malformed ({reason})") from error
 
 
 def split_marks(rendered: str) -> tuple[str, tuple[tuple[int, int], ...]]:
@@ -29,15 +29,6 @@ def split_marks(rendered: str) -> tuple[str, tuple[tuple[int, int], ...]]:
             spans.append((len(text), len(text) + len(part)))
         text += part
     return text, tuple(spans)
-
-
-def is_encodable(text: str) -> bool:
-    """Whether it is text that can be stored: JSON can hold half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _environment() -> Any:

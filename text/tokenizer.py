@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from runtime.errors import UserError
 from runtime.files import digest, printable, read_json
-from text.chat import compile_template, is_encodable, split_marks
+from text.chat import compile_template, split_marks
 from text.records import Piece
 
 Messages = Sequence[Mapping[str, Any]]
@@ -46,7 +47,7 @@ class Tokenizer:
         # Offsets into the text cost a third of the speed and serve only to find the spans.
         spans = any(piece.spans is not None for piece in pieces)
         encode = self.encoder.encode_batch if spans else self.encoder.encode_batch_fast
-        with _refusing("tokenizer.json fails on a text"):
+        with _library_errors("tokenizer.json fails on a text"):
             return encode([piece.text for piece in pieces], add_special_tokens=False)
 
     def render_chat(self, messages: Messages, mask: str, place: str) -> Piece:
@@ -72,50 +73,36 @@ class Tokenizer:
                 f"{place}: a conversation, but the tokenizer has no chat template: put a"
                 " chat_template.jinja beside tokenizer.json, or give plain text"
             )
+        options = {"add_generation_prompt": prompt, "tools": None, "documents": None}
         try:
-            text = self.template.render(
-                messages=messages,
-                add_generation_prompt=prompt,
-                tools=None,
-                documents=None,
-                **self.special,
-            )
+            text = self.template.render(messages=messages, **options, **self.special)
+            text.encode()  # fails for half a surrogate pair
         except Exception as error:  # a template is a program: it may fail in any way
-            problem = printable(error)
-            raise UserError(f"{place}: the chat template refuses it ({problem})") from error
-        if not is_encodable(text):
-            raise UserError(f"{place}: the chat template writes what is not text")
+            reason = printable(error)
+            raise UserError(f"{place}: the chat template refuses it ({reason})") from error
         return split_marks(text)
 
     def _turn(self, messages: Messages, i: int, text: str, place: str) -> Span:
         """Where in `text` the assistant's turn `i` is, by rendering the messages up to it."""
-        before = self._render(messages[:i], place)[0] if i else ""
-        if not text.startswith(before):
+        asked = messages[:i] or messages  # a template may refuse to write nothing
+        before = self._render(asked, place)[0]
+        opening = self._render(asked, place, prompt=True)[0][len(before) :]
+        if i and not text.startswith(before):
             return self._content(messages, i, text, place)
-        if i:
-            opening = self._render(messages[:i], place, prompt=True)[0][len(before) :]
-            start = len(before)
-        else:  # a template may refuse to write nothing: what opens a turn opens this one too
-            opening = self._render(messages, place, prompt=True)[0][len(text) :]
-            start = max(text.find(opening), 0)
+        start = len(before) if i else max(text.find(opening), 0)
         start += self._opening_length(opening, text[start:])
         through = self._render(messages[: i + 1], place)[0]
-        if text.startswith(through):
-            stop = len(through)
-        else:
-            ends = [text.index(x, start) + len(x) for x in self.closing if x in text[start:]]
-            stop = min(ends, default=len(text))
+        ends = [text.index(x, start) + len(x) for x in self.closing if x in text[start:]]
+        stop = len(through) if text.startswith(through) else min(ends, default=len(text))
         body = text[start:stop].rstrip()
         return start, start + len(body) if body.endswith(self.closing) else stop
 
     def _opening_length(self, opening: str, turn: str) -> int:
         """How much of what opens a turn, in a prompt, does so in `turn`."""
         shared = os.path.commonprefix([opening, turn])
-        if shared == opening:
-            return len(opening)
-        # It opens a thought that the turn lacks, though both may begin with some letters.
-        heads = [end for end in ("\n", *self.added) if end in shared]
-        return max((shared.rfind(end) + len(end) for end in heads), default=0)
+        # It may open a thought that the turn lacks, though both may begin with some letters.
+        heads = [shared.rfind(end) + len(end) for end in ("\n", *self.added) if end in shared]
+        return len(opening) if shared == opening else max(heads, default=0)
 
     def _content(self, messages: Messages, i: int, text: str, place: str) -> Span:
         """Where in `text` the content of message `i` is, what changes when it does, and its end.
@@ -151,17 +138,13 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"{folder}: no tokenizer.json in it; save the model's fast tokenizer there")
     encoder = _encoder(path)
-    with _refusing(f"{path}: not a tokenizer"), _muted():
-        sample = encoder.encode("a").ids
     config = _config(folder / "tokenizer_config.json")
     special = {
         key: value.get("content") if isinstance(value, dict) else value
         for key, value in config.items()
-        if key.endswith("_token") and isinstance(value, str | dict)
+        if key.endswith("_token")
     }
-    for key, value in special.items():
-        if not isinstance(value, str) or not is_encodable(value):
-            raise UserError(f"{folder / 'tokenizer_config.json'}: {printable(key)} is not text")
+    special = {key: token for key, token in special.items() if isinstance(token, str)}
     bos, eos = (_special_id(name, encoder, special, folder) for name in ("bos", "eos"))
     if eos is None:
         raise UserError(f"{folder}: no eos_token in tokenizer_config.json to end documents with")
@@ -170,7 +153,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             special.setdefault(name, encoder.id_to_token(token))
     adds_bos = config.get("add_bos_token")
     if adds_bos is None:  # then the tokenizer's own post-processor says so
-        adds_bos = sample[:1] == [bos]
+        adds_bos = encoder.encode("a").ids[:1] == [bos]
     bos = bos if adds_bos else None
     template = _template(folder, config)
     facts = [hashlib.blake2b(path.read_bytes()).hexdigest(), eos, bos, template, special]
@@ -193,51 +176,48 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 def _encoder(path: Path) -> Any:
     import tokenizers
 
-    with _refusing(f"{path}: not a tokenizer"), _muted():
-        encoder = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-        encoder.no_truncation()  # either may have been saved with it
-        encoder.no_padding()
-        return encoder
-
-
-@contextlib.contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Whatever the tokenizer's library raises: nothing precise, and panics, which are no
-    `Exception`."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise UserError(f"{what} ({printable(error)})") from error
-
-
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """Without what a panic prints of itself."""
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
+    os.dup2(null, 2)  # a panic prints lines of its own
     try:
-        yield
+        with _library_errors(f"{path}: not a tokenizer"):
+            encoder = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+            encoder.no_truncation()  # either may have been saved with it
+            encoder.no_padding()
+            encoder.encode("a")
+            return encoder
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(null)
 
 
+@contextlib.contextmanager
+def _library_errors(problem: str) -> Iterator[None]:
+    """The tokenizer's library raises nothing precise, and panics that are no `Exception`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{problem} ({printable(error)})") from error
+
+
 def _config(path: Path) -> dict[str, Any]:
-    return read_json(path, ": save it again") if path.exists() else {}
+    config = read_json(path, ": save it again") if path.exists() else {}
+    try:
+        json.dumps(config, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: it holds what is not text ({printable(error)})") from error
+    return config
 
 
 def _special_id(name: str, encoder: Any, special: Mapping, folder: Path) -> int | None:
-    if f"{name}_token" in special:
-        token = encoder.token_to_id(special[f"{name}_token"])
-        if token is None:
-            word = printable(special[f"{name}_token"])
-            raise UserError(f"{name}_token {word!r} is not in tokenizer.json")
-        return token
-    ids = _model_ids(folder, f"{name}_token_id")
-    return next((i for i in ids if 0 <= i < 1 << 32 and encoder.id_to_token(i)), None)
+    if (word := special.get(f"{name}_token")) is None:
+        ids = _model_ids(folder, f"{name}_token_id")
+        return next((i for i in ids if 0 <= i < 1 << 32 and encoder.id_to_token(i)), None)
+    if (token := encoder.token_to_id(word)) is None:
+        raise UserError(f"{name}_token {printable(word)!r} is not in tokenizer.json")
+    return token
 
 
 def _model_ids(folder: Path, key: str) -> list[int]:
@@ -255,17 +235,18 @@ def stop_ids(folder: Path) -> tuple[int, ...]:
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
+    path, template = folder / "chat_template.jinja", config.get("chat_template")
     try:
-        template = path.read_text("utf-8") if path.is_file() else config.get("chat_template")
-        if isinstance(template, list):  # several, by name
+        if path.is_file():
+            template = path.read_text(encoding="utf-8")
+        elif isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if template is None or isinstance(template, str):
+            return template
+        raise TypeError("it is not text")
     except (OSError, UnicodeDecodeError, TypeError, KeyError) as error:
-        problem = printable(error)
-        raise UserError(f"{folder}: its chat template cannot be read ({problem})") from error
-    if template is not None and not (isinstance(template, str) and is_encodable(template)):
-        raise UserError(f"{folder}: its chat template is not text")
-    return template
+        reason = printable(error)
+        raise UserError(f"{folder}: its chat template cannot be read ({reason})") from error
 
 
 def same_tokenizer(one: Path, other: Path) -> None:
@@ -273,13 +254,11 @@ def same_tokenizer(one: Path, other: Path) -> None:
     files = [folder / "tokenizer.json" for folder in (one, other)]
     if not all(file.exists() for file in files) or files[0].read_bytes() == files[1].read_bytes():
         return
-    first, second = (
-        {index: token for token, index in _encoder(file).get_vocab().items()} for file in files
-    )
-    for index in sorted(first.keys() | second.keys()):
-        if first.get(index) != second.get(index):
+    first, second = ({i: token for token, i in _encoder(x).get_vocab().items()} for x in files)
+    for i in sorted(first.keys() | second.keys()):
+        if first.get(i) != second.get(i):
             raise UserError(
-                f"teacher and student have different tokenizers: id {index} is"
-                f" {first.get(index)!r} in {one} and {second.get(index)!r} in {other}; train on the"
-                " teacher's own text instead, with --loss.alpha 0"
+                f"teacher and student have different tokenizers: id {i} is {first.get(i)!r} in"
+                f" {one} and {second.get(i)!r} in {other}; train on the teacher's own text instead,"
+                " with --loss.alpha 0"
             )
