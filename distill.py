@@ -211,9 +211,9 @@ def abstract_arguments(
     """What a step of this run is given, as shapes in their places."""
     optimizer, _ = prepare.optimizer_and_objective(config)
     mesh, layout, _ = placement
-
-    key = jax.random.key(0)
-    student, projection = eqx.filter_eval_shape(prepare.fresh_learner, config, key, layers)
+    student, projection = eqx.filter_eval_shape(
+        lambda: prepare.fresh_learner(config, jax.random.key(0), layers)
+    )
     # First, so that what does not divide is named as a leaf of the student, not as its moment.
     sharding.specs(student, mesh, layout.params)
     state = eqx.filter_eval_shape(init_state, student, optimizer, projection)
