@@ -305,24 +305,15 @@ def needs_teacher(config: Config) -> bool:
     return config.eval_teacher or (uses_teacher_loss(config.loss) and config.targets is None)
 
 
-def describe_loss(loss: losses.Config, text: OnPolicy | None = None) -> str:
-    """A loss, and whose `text` it is of, in words."""
+def describe_loss(loss: losses.Config, on_policy: OnPolicy) -> str:
+    """A loss and the text that it is of: the divergence, and all that is not as usual."""
     if not uses_teacher_loss(loss):
         return "cross entropy alone"
-
-    def course(start: float, end: float | None, schedule: str) -> str:
-        return f"{start:g}" if end is None else f"{start:g} to {end:g} ({schedule})"
-
-    share = course(loss.alpha, loss.alpha_end, loss.alpha_schedule)
-    temperature = course(loss.temperature, loss.temperature_end, loss.temperature_schedule)
-    settings = {"jsd": f", beta {loss.beta:g}"}
-    settings |= dict.fromkeys(("skew_kl", "skew_reverse_kl"), f", skew {loss.skew:g}")
-    settings["alpha_beta"] = f", a {loss.ab_alpha:g}, b {loss.ab_beta:g}"
-    told = f"{loss.divergence} at temperature {temperature}{settings.get(loss.divergence, '')}"
-    told = told if share == "1" else f"{share} x {told}, the rest cross entropy"
-    if loss.features != "off":
-        ends = loss.feature_weight, loss.feature_weight_end, loss.feature_weight_schedule
-        told += f"; {course(*ends)} x {loss.features} between hidden states"
-    if text is not None and text.fraction:
-        told += f"; at {text.fraction:.0%} of the steps on text that the {text.writer} writes"
-    return told
+    settings = [
+        f"{field.name.replace('_', ' ')} {getattr(loss, field.name)}"
+        for field in dataclasses.fields(loss)
+        if getattr(loss, field.name) != field.default and field.name not in ("divergence", "chunk")
+    ]
+    if on_policy.fraction:
+        settings.append(f"{on_policy.fraction:.0%} of the steps on the {on_policy.writer}'s text")
+    return ", ".join([loss.divergence, *settings])

@@ -212,13 +212,11 @@ def abstract_arguments(
     optimizer, _ = prepare.optimizer_and_objective(config)
     mesh, layout, _ = placement
 
-    def make(key: Array) -> State:
-        student, projection = prepare.fresh_learner(config, key, layers)
-        return init_state(student, optimizer, projection)
-
-    state = eqx.filter_eval_shape(make, jax.random.key(0))
+    key = jax.random.key(0)
+    student, projection = eqx.filter_eval_shape(prepare.fresh_learner, config, key, layers)
     # First, so that what does not divide is named as a leaf of the student, not as its moment.
-    sharding.specs(state.student, mesh, layout.params)
+    sharding.specs(student, mesh, layout.params)
+    state = eqx.filter_eval_shape(init_state, student, optimizer, projection)
     state = plan.with_shardings(state, plan.state_shardings(state, mesh, layout))
     return plan.abstract_frozen(config, placement), state
 
@@ -261,7 +259,10 @@ def train(config: Config) -> Path:
     begun = time.monotonic()
     config = with_defaults(config)
     placement, out = prepare.placement(config), Path(config.out)
-    with sharding.use_mesh(placement.mesh, placement.layout):
+    with (
+        sharding.use_mesh(placement.mesh, placement.layout),
+        report.quietly(config.quiet or jax.process_index() > 0),
+    ):
         if config.plan:
             print_plan(config, placement)
             return out
@@ -270,7 +271,7 @@ def train(config: Config) -> Path:
             last = prepare.last_step(config, folder)
             if last is not None and last >= config.steps and (out / "student").exists():
                 line = f"this run is finished: the student is in {out / 'student'}"
-                processes.say(config.quiet, line)
+                report.say(line)
                 return out / "student"
             if not config.force:
                 optimizer, _ = prepare.optimizer_and_objective(config)
@@ -305,7 +306,7 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
                 f"{other}: put the old text back, begin anew with --no-resume, or add"
                 " --resume-anyway"
             )
-        processes.say(config.quiet, f"continued anyway: {other}")
+        report.say(f"continued anyway: {other}")
     prepare.write_config(run_folder(config))  # only now: what is refused leaves the run as it was
     return run, eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
 
@@ -370,9 +371,9 @@ def compile_step(run: Run, state: State) -> Any:
     with report.progress("compiling"):
         program = sharding.compiled(step.lower(*arguments, run.optimizer, run.objective))
     took = report.duration(time.monotonic() - begun)
-    processes.say(run.config.quiet, f"compiled  in {took}, {plan.memory(program)}")
+    report.say(f"compiled  in {took}, {plan.memory(program)}")
     if start:
-        processes.say(run.config.quiet, f"goes on   from step {start}")
+        report.say(f"goes on   from step {start}")
     return program
 
 
@@ -391,7 +392,7 @@ def compile_writer(run: Run, state: State) -> Callable[[State, data.Batch], data
             stop=text.stop_ids(run.tokenizer), dtype=run.objective.dtype,
         )  # fmt: skip
     took = report.duration(time.monotonic() - begun)
-    processes.say(config.quiet, f"writer    the {config.on_policy.writer}, compiled in {took}")
+    report.say(f"writer    the {config.on_policy.writer}, compiled in {took}")
     return lambda state, batch: continue_rows(writer(state), batch, state.step)
 
 

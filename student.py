@@ -163,7 +163,8 @@ def ablate(
     apply = block_fn(teacher, calibration)
     rest = jax.lax.fori_loop(i + 1, count, lambda j, x: apply(order[j], x), x)
     head, mask, labels = teacher.unembedding, calibration.mask, calibration.tokens
-    sums = losses.measure(teacher.final_norm(rest), head, target, head, labels, mask)
+    signal = losses.TeacherStates(target, head)
+    sums = losses.measure(teacher.final_norm(rest), head, signal, labels, mask)
     return sums["kl"] / jnp.maximum(sums["tokens"], 1), apply(order[i], x)
 
 

@@ -85,20 +85,15 @@ def targets_of(
     teacher: LanguageModel,
     batch: data.Batch,
     windows: Int[Array, " rows"],
-    *,
-    kind: str,
-    entries: int,
-    seed: int,
-    temperature: float,
+    targets: Targets,
     chunk: int | None = None,
-    dtype: str | None = None,
 ) -> losses.Targets:
-    """What a teacher says of a batch, reduced to its entries."""
-    states = losses.teacher_states(teacher, batch, dtype=dtype)
-    settings = {"count": entries, "temperature": temperature, "chunk": chunk}
-    if kind == "top-k":
+    """What a teacher says of a batch, as far as `targets` keep it."""
+    states = losses.teacher_states(teacher, batch, dtype=targets.dtype)
+    settings = {"count": targets.entries, "temperature": targets.temperature, "chunk": chunk}
+    if targets.kind == "top-k":
         return losses.top_k(states, **settings)
-    return losses.sample_targets(states, windows, jax.random.key(seed), **settings)
+    return losses.sample_targets(states, windows, jax.random.key(targets.seed), **settings)
 
 
 def make(config: Config) -> Targets:
@@ -182,10 +177,6 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
     if jax.process_index() == 0 and not config.quiet:
         print(f"{left.sum()} of {len(targets.windows)} windows to compute", file=sys.stderr)
     teacher = models.load(config.teacher, mesh=mesh)
-    settings = {
-        "kind": targets.kind, "entries": targets.entries, "seed": targets.seed,
-        "temperature": targets.temperature, "chunk": config.chunk, "dtype": targets.dtype,
-    }  # fmt: skip
 
     def batch(step: int) -> tuple[data.Batch, Int[Array, " rows"]]:
         windows = np.zeros(rows, np.int64)  # what fills up the last batch is thrown away
@@ -193,7 +184,7 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
         windows[: len(positions)] = targets.windows[positions]
         return sharding.from_host((data.read(corpus, windows), windows.astype(np.int32)), mesh)
 
-    program = sharding.compiled(targets_of.lower(teacher, *batch(0), **settings))
+    program = sharding.compiled(targets_of.lower(teacher, *batch(0), targets, config.chunk))
     start = time.monotonic()
 
     def save(step: int, signal: losses.Targets) -> None:
@@ -211,10 +202,8 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
     ):
         computed = None  # on the device, while the records of the batch before are written
         for step, arrays in enumerate(batches):
-            previous, computed = (
-                computed,
-                processes.block_on_cpu(program(teacher, *arrays, **settings)),
-            )
+            previous, computed = computed, program(teacher, *arrays, targets, config.chunk)
+            processes.block_on_cpu(computed)
             if previous is not None:
                 save(step - 1, previous)
         save(step, computed)

@@ -21,21 +21,17 @@ def pairs(
 ) -> Pairs:
     """The blocks of `given` (3:7 is the student's 3 and the teacher's 7). Without any: every block
     with the one it was cut from, or else with the one at the same share of the depth."""
-    if given:
-        return tuple(_pair(text, layers, teacher_layers) for text in given)
-    if cut_from is None:
-        cut_from = [-(-(i + 1) * teacher_layers // layers) - 1 for i in range(layers)]
-    return tuple(enumerate(cut_from))
-
-
-def _pair(text: str, layers: int, teacher_layers: int) -> tuple[int, int]:
-    student, teacher = map(int, text.split(":"))
-    if student >= layers or teacher >= teacher_layers:
-        raise UserError(
-            f"--loss.feature-pairs {text}: the student has blocks 0 to {layers - 1}, the teacher"
-            f" 0 to {teacher_layers - 1}"
-        )
-    return student, teacher
+    if not given:
+        share = (-(-(i + 1) * teacher_layers // layers) - 1 for i in range(layers))
+        return tuple(enumerate(share if cut_from is None else cut_from))
+    pairs = [tuple(map(int, pair.split(":"))) for pair in given]
+    for student, teacher in pairs:
+        if student >= layers or teacher >= teacher_layers:
+            raise UserError(
+                f"--loss.feature-pairs {student}:{teacher}: the student has blocks 0 to"
+                f" {layers - 1}, the teacher 0 to {teacher_layers - 1}"
+            )
+    return tuple(pairs)
 
 
 def tapped_layers(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -49,17 +45,16 @@ class Projection(eqx.Module):
 
     weight: Float[Array, "teacher_embed embed"]
 
-    def __init__(self, embed: int, teacher_embed: int, key: PRNGKeyArray):
-        # States keep their size on the way.
-        self.weight = jax.random.normal(key, (teacher_embed, embed)) * embed**-0.5
-
 
 def projection(count: int, embed: int, teacher_embed: int, key: PRNGKeyArray) -> Projection | None:
     """A fresh map for each of `count` pairs; none where the widths are the same."""
     if not count or embed == teacher_embed:
         return None
-    keys = jax.random.split(key, count)
-    return eqx.filter_vmap(lambda key: Projection(embed, teacher_embed, key))(keys)
+
+    def fresh(key):  # states keep their size on the way
+        return Projection(jax.random.normal(key, (teacher_embed, embed)) * embed**-0.5)
+
+    return eqx.filter_vmap(fresh)(jax.random.split(key, count))
 
 
 Vectors, Scalars = Float32[Array, "*rows width"], Float32[Array, "*rows"]
@@ -90,8 +85,7 @@ def loss(
 ) -> Float32[Array, ""]:
     """The distance of the mapped states, a mean over pairs, summed over the tokens of `mask`.
 
-    The states are outputs of the blocks of `tapped_layers(pairs)`, the teacher's as the taps of a
-    signal; nothing flows into them.
+    The states are outputs of the blocks of `tapped_layers(pairs)`; the teacher's are constants.
     """
     student_layers, teacher_layers = tapped_layers(pairs)
     order = [student_layers.index(student) for student, _ in pairs]
@@ -104,10 +98,9 @@ def loss(
     @partial(jax.checkpoint, prevent_cse=False)
     def pair_loss(x, tap, projection):
         y = jax.lax.dynamic_index_in_dim(teacher_states, tap, axis=1, keepdims=False)
+        y = jax.lax.stop_gradient(y)
         # Not a product with the mask: what is masked may not be finite.
-        x, y = (
-            jnp.where(mask[..., None], z, jnp.zeros_like(z)) for z in (x, jax.lax.stop_gradient(y))
-        )
+        x, y = (jnp.where(mask[..., None], z, jnp.zeros_like(z)) for z in (x, y))
         if projection is not None:
             x = einsum_f32("bse,te->bst", x, projection.weight.astype(x.dtype))
         distance = DISTANCES[kind](x.astype(jnp.float32), y.astype(jnp.float32))

@@ -1,13 +1,11 @@
 """What a model wrote, on disk: a journal while it writes, then a data set, then perhaps the hub."""
 
 import contextlib
-import fcntl
 import io
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +13,47 @@ from runtime import files
 from runtime.errors import UserError
 
 Settings = Mapping[str, Any]
+MAY_CHANGE = frozenset({"model", "prompts"})  # other names of the same files
+REMEDY = (
+    "; answers that are finished are kept: make room or give permission, and give the same command"
+    " again"
+)
 
 
-def agree(out: Path, before: Settings | None, now: Settings) -> None:
+def check_settings(out: Path, before: Settings | None, now: Settings) -> None:
     """Refuses to go on with, or to take for finished, what was written by other settings."""
     if before is None:
         raise UserError(f"{out} is there, and not from here: give another --out, or --no-resume")
-    changed = [
-        f"{name} was {before.get(name)}, is {value}"
-        for name, value in now.items()
-        if before.get(name) != value and name not in ("model", "prompts")  # other names, same files
-    ]
-    if changed:
+    if changed := files.changes(before, now, MAY_CHANGE):
         raise UserError(
             f"{out} was begun with other settings ({'; '.join(changed)}): give the same, another"
             " --out, or --no-resume"
         )
 
 
-REMEDY = (
-    "; answers that are finished are kept: make room or give permission, and give the same command"
-    " again"
-)
-_writing = partial(files.disk_errors, remedy=REMEDY)
-
-
-# ---- while it writes -----------------------------------------------------------------------------
-
-
-class Journal:
+class Journal(contextlib.ExitStack):
     """The answers that are finished, a line each, after a line of settings.
 
     A line that a crash cut off is taken out; its answer is to be written again.
     """
 
     def __init__(self, out: Path, settings: Settings, *, resume: bool = True):
-        self.path = journal_path(out)
-        self.places: dict[tuple[int, int], int] = {}
-        with _writing(self.path):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a+b", buffering=0)  # else closing writes again
+        super().__init__()
+        self.path, self.lock = journal_path(out), out.with_name(f".{out.name}.lock")
+        self.offsets: dict[tuple[int, int], int] = {}
         try:
-            self._lock(out)
+            with files.disk_errors(self.path, REMEDY):
+                self.enter_context(files.lock(self.lock, out))
+                # Without a buffer, which closing would write again.
+                self.file = self.enter_context(self.path.open("a+b", buffering=0))
             end = self._read(out, settings) if resume else 0
-            with _writing(self.path):
+            with files.disk_errors(self.path, REMEDY):
                 self.file.truncate(end)
                 if not end:
                     self._append(settings)
         except BaseException:
-            self.file.close()
+            self.close()
             raise
-
-    def _lock(self, out: Path) -> None:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another run is writing it; let that finish") from None
-        except OSError:  # no locks on this file system
-            pass
 
     def _read(self, out: Path, settings: Settings) -> int:
         """Notes where the answers are; returns where the last whole one ends."""
@@ -84,56 +65,50 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break
                 if end:
-                    self.places[record["prompt"], record["sample"]] = end
+                    self.offsets[record["prompt"], record["sample"]] = end
             except (ValueError, KeyError, TypeError):
                 break
             if not end:
-                agree(out, record if isinstance(record, dict) else None, settings)
+                check_settings(out, record if isinstance(record, dict) else None, settings)
             end += len(line)
         return end
 
-    def _append(self, *records: Mapping[str, Any]) -> None:
-        left = memoryview(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+    def _append(self, record: Mapping[str, Any]) -> None:
+        left = memoryview(json.dumps(record).encode() + b"\n")
         while left:
             left = left[self.file.write(left) :]
 
     def __contains__(self, answer: tuple[int, int]) -> bool:
-        return answer in self.places
+        return answer in self.offsets
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
-        with _writing(self.path):
+        with files.disk_errors(self.path, REMEDY):
             for record in records:
-                self.places[record["prompt"], record["sample"]] = self.file.seek(0, os.SEEK_END)
+                self.offsets[record["prompt"], record["sample"]] = self.file.seek(0, os.SEEK_END)
                 self._append(record)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The answers by prompt and sample."""
-        for _, place in sorted(self.places.items()):
-            self.file.seek(place)
+        for _, offset in sorted(self.offsets.items()):
+            self.file.seek(offset)
             yield json.loads(self.file.readline())
 
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        with _writing(self.path):
-            self.file.close()
+    def remove(self) -> None:
+        """Once its answers are in the data set."""
+        self.path.unlink()
+        self.lock.unlink()
 
 
 def journal_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.journal")
 
 
-# ---- the data set --------------------------------------------------------------------------------
-
-
 def schema(conversations: Sequence[Any]) -> Any:
     """The columns of a parquet file; their messages have every key that one of these has."""
     import pyarrow.parquet
 
-    said = [[{"role": "", "content": ""}], *conversations]
     try:
-        column = pyarrow.array(said)
+        column = pyarrow.array([[{"role": "", "content": ""}], *conversations])
         # Not all that fits into a column fits into a file.
         pyarrow.parquet.write_table(pyarrow.table({"messages": column}), io.BytesIO())
     except (pyarrow.ArrowException, OverflowError) as error:
@@ -152,17 +127,16 @@ def save(out: Path, rows: Iterable[dict[str, Any]], columns: Any, settings: Sett
     """
     import pyarrow.parquet
 
-    with files.atomic_write(out, REMEDY) as half:
+    with files.atomic_write(out, REMEDY) as partial:
         if out.suffix == ".jsonl":
-            with half.open("w", encoding="utf-8") as file:
+            with partial.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            with files.atomic_write(sidecar(out), REMEDY) as beside:
-                beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            files.write_json(sidecar(out), settings, REMEDY)
             return
         columns, rows = columns.with_metadata({"generation": json.dumps(settings)}), iter(rows)
-        with pyarrow.parquet.ParquetWriter(half, columns) as file:
-            while some := list(itertools.islice(rows, 1024)):
-                file.write(pyarrow.Table.from_pylist(some, columns))
+        with pyarrow.parquet.ParquetWriter(partial, columns) as file:
+            while batch := list(itertools.islice(rows, 1024)):
+                file.write(pyarrow.Table.from_pylist(batch, columns))
 
 
 def sidecar(out: Path) -> Path:
@@ -182,8 +156,6 @@ def settings_of(out: Path) -> dict[str, Any] | None:
         return None
 
 
-# ---- the hub -------------------------------------------------------------------------------------
-
 CARD = """\
 ---
 configs:
@@ -201,22 +173,16 @@ Written by {model} for the prompts of {prompts}.
 
 @contextlib.contextmanager
 def _hub(name: str) -> Iterator[Any]:
-    """The hub, whose refusals are told in a line."""
+    """The hub, whose refusals become one line."""
     from huggingface_hub import HfApi, errors
 
     try:
         yield HfApi()
-    except errors.HFValidationError:
-        raise UserError(f"--push {name}: no hub id (owner/name)") from None
     except (errors.HfHubHTTPError, errors.HTTPError, OSError, ValueError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        cause = f"the hub cannot be reached ({' '.join(str(error).split())[:200]}): try again"
-        if status in (401, 403):
-            cause = "the hub refuses: log in with `hf auth login` or HF_TOKEN, with the right to"
-            cause += " write there"
-        elif status is not None:
-            cause = f"the hub answered {status}: try again later"
-        raise UserError(f"--push {name}: {cause}") from error
+        hint = ": log in with `hf auth login` or HF_TOKEN, with the right to write there"
+        cause = files.printable(str(error).strip().partition("\n")[0] or error)
+        raise UserError(f"--push {name}: {cause}{hint if status in (401, 403) else ''}") from error
 
 
 def reserve(name: str) -> None:

@@ -22,9 +22,6 @@ from runtime.errors import UserError
 RESUME = ": make room or give permission; the same command goes on from what was saved"
 
 
-# ---- writing -------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def disk_errors(path: Path, remedy: str = RESUME) -> Iterator[None]:
     """An `OSError` in the body, such as a full disk, becomes a `UserError` that names `path`."""
@@ -82,14 +79,13 @@ def _sync(path: Path) -> None:
         os.close(file)
 
 
-def write_json(path: Path, content: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+def write_json(
+    path: Path, content: Mapping[str, Any], remedy: str = RESUME, *, sort_keys: bool = False
+) -> None:
     """Writes a file that is there whole or not at all."""
-    with atomic_write(path) as partial:
+    with atomic_write(path, remedy) as partial:
         text = json.dumps(content, indent=2, sort_keys=sort_keys)
         partial.write_text(f"{text}\n", encoding="utf-8")
-
-
-# ---- reading -------------------------------------------------------------------------------------
 
 
 def read_json(
@@ -146,14 +142,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-# ---- one writer at a time ------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
-def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+def lock(path: Path, guarded: Path | None = None, *, wait: bool = False) -> Iterator[None]:
     """Holds the lock file `path`, which the system releases however the process ends.
 
-    Where another process holds it, this waits or raises a `UserError`.
+    Where another process holds it, this waits, or raises a `UserError` that names what is
+    `guarded`, by default the folder.
     """
     import filelock
 
@@ -163,7 +157,8 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         held.acquire()
     except filelock.Timeout:
         raise UserError(
-            f"{path.parent} is in use by another run: wait for its end, or choose another folder"
+            f"{guarded or path.parent} is in use by another run: wait for its end, or choose"
+            " another name"
         ) from None
     except OSError as error:  # filelock itself knows file systems without flock
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
@@ -172,9 +167,6 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         held.release()
-
-
-# ---- a folder that knows what made it ------------------------------------------------------------
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -244,6 +236,3 @@ class RunFolder:
         free = next(path for path in names if not path.exists())
         self.path.rename(free)
         return free
-
-
-_line = printable

@@ -153,7 +153,7 @@ def make_folder(config: Config) -> files.RunFolder:
                     aside = folder.set_aside()
                 folder.path.mkdir()
                 line = f"the run that was in {folder.path} is in {aside} now"
-                processes.say(config.quiet, line)
+                report.say(line)
     processes.sync("folder")
     return folder
 
@@ -172,11 +172,11 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
             "give the same, another --out, --no-resume, or --resume-anyway to go on with these"
         )
     if changed:
-        processes.say(config.quiet, f"continued anyway: {'; '.join(changed)}")
+        report.say(f"continued anyway: {'; '.join(changed)}")
     steps = (folder.previous() or {}).get("steps")
     if steps not in (None, config.steps):
         line = f"--steps was {steps}: schedules now end at {config.steps}"
-        processes.say(config.quiet, line)
+        report.say(line)
     return last
 
 
@@ -297,9 +297,7 @@ def choose_or_restore_layers(
             files.write_json(path, choice)
     kl, blocks = choice.get("kl"), " ".join(map(str, choice["kept"]))
     cost = "" if kl is None else f", which leaves a KL of {kl:.3f}"
-    processes.say(
-        config.quiet, f"student   blocks {blocks}{cost} (chosen in {choice.get('seconds')}s)"
-    )
+    report.say(f"student   blocks {blocks}{cost} (chosen in {choice.get('seconds')}s)")
     return choice["kept"]
 
 
@@ -333,14 +331,12 @@ def print_summary(run: Run, student: LanguageModel) -> None:
             apart = name == "teacher" and run.placement.teacher_mesh is not None
             where = " on devices of its own" if apart else ""
             line = f"{name}   {model.config.layers} blocks, {count} parameters, {size}{where}"
-            processes.say(config.quiet, line)
-    processes.say(
-        config.quiet,
+            report.say(line)
+    report.say(
         f"data      {report.count(corpus.tokens)} tokens, {report.count(corpus.windows)} windows of"
         f" {config.seq_len}; {config.steps} steps of {config.batch_size} windows",
     )
     mesh = " x ".join(f"{name} {size}" for name, size in run.placement.mesh.shape.items())
-    processes.say(
-        config.quiet,
+    report.say(
         f"device    {jax.device_count()} x {device.device_kind} ({mesh}), {config.compute_dtype}",
     )

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,12 +152,6 @@ def block_on_cpu(result: Any) -> Any:
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(result)
     return result
-
-
-def say(quiet: bool, text: str) -> None:
-    """Prints a line for people, once, unless a run is to be quiet."""
-    if not quiet and jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
 
 
 def sync(name: str) -> None:

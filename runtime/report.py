@@ -18,6 +18,7 @@ from runtime.files import atomic_write, disk_errors
 
 Metrics = Mapping[str, Any]
 T = TypeVar("T")
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 def count(number: float | int) -> str:
@@ -62,21 +63,18 @@ class Log:
     `divergence` is what the lines call the divergence. Without a path it writes and says nothing.
     """
 
-    def __init__(
-        self, path: Path | None, *, steps: int, start: int = 0, quiet: bool = False,
-        divergence: str = "KL",
-    ):  # fmt: skip
+    def __init__(self, path: Path | None, *, steps: int, start: int = 0, divergence: str = "KL"):
         from tqdm import tqdm
 
         self.steps, self.divergence, self.bar = steps, divergence, None
-        self.path, self.file, self.quiet = path, None, quiet or path is None
+        self.path, self.file, self.quiet = path, None, path is None or _quiet.get()
         if path is None:
             return
         earlier = [line for line in read_metrics(path) if line["step"] <= start] if start else []
         with atomic_write(path) as half:
             half.write_text("".join(map(_encode, earlier)), encoding="utf-8")
         self.file = path.open("ab", buffering=0)
-        if sys.stderr.isatty() and not quiet:
+        if sys.stderr.isatty() and not self.quiet:
             shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}  {desc}"
             self.bar = tqdm(total=steps, initial=start, bar_format=shape, dynamic_ncols=True)
 
@@ -164,17 +162,21 @@ class Stopwatch:
 # Seconds until a phase is shown, and between two times.
 ON_TERMINAL, ELSEWHERE = (0.5, 0.2), (5.0, 10.0)
 
-_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
-
 
 @contextmanager
 def quietly(quiet: bool = True) -> Iterator[None]:
-    """Within it no phase shows its progress, if `quiet`."""
+    """Within it nothing is printed but warnings and results, if `quiet`."""
     token = _quiet.set(_quiet.get() or quiet)
     try:
         yield
     finally:
         _quiet.reset(token)
+
+
+def say(text: str) -> None:
+    """Prints a line for people."""
+    if not _quiet.get():
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -28,10 +28,9 @@ class NotFinite(UserError):
 def open_log(run: Run, start: int) -> report.Log:
     config, path = run.config, run.out / "metrics.jsonl"
     divergence = config.loss.divergence
-    return report.Log(
-        path if jax.process_index() == 0 else None, steps=config.steps, start=start,
-        quiet=config.quiet, divergence="KL" if divergence == "forward_kl" else divergence,
-    )  # fmt: skip
+    path = path if jax.process_index() == 0 else None
+    divergence = "KL" if divergence == "forward_kl" else divergence
+    return report.Log(path, steps=config.steps, start=start, divergence=divergence)
 
 
 def step_logger(
@@ -61,14 +60,12 @@ def step_logger(
         if number % config.log_every and number != config.steps:
             return
         seconds, steps = watch.lap(number)
-        line = {"step": number} | {k: float(metrics[k]) for k in ("loss", "divergence", "ce")}
+        names = ("loss", "divergence", "ce", "features", "grad_norm", "lr")
+        line = {"step": number} | {name: metrics[name] for name in names if name in metrics}
         if not uses_teacher_loss(config.loss):
             line["divergence"] = None
-        if "features" in metrics:
-            line["features"] = float(metrics["features"])
         if config.on_policy.fraction:
             line["on_policy"] = int(written[number - 1 - start])
-        line |= {"grad_norm": float(metrics["grad_norm"]), "lr": float(metrics["lr"])}
         rate = run.step_tokens * steps / seconds
         line |= {"tokens": number * run.step_tokens, "tokens_per_second": round(rate, 1)}
         line |= {name: value for name, value in metrics.items() if "/" in name}
@@ -90,26 +87,19 @@ def score(run: Run, student: LanguageModel) -> dict[str, int | float]:
 
 def evaluate(run: Run, student: LanguageModel, number: int, log: report.Log) -> None:
     """Scores the student on held-out windows, and keeps the best one if that is asked for."""
-    keeps = run.config.keep_best
     entry = {"step": number} | score(run, student)
-    metrics = report.read_metrics(run.out / "metrics.jsonl") if keeps else []
-    if keeps and is_best(metrics, entry):
-        best = run.out / "student-best"
-        export(run, student, number, best, [*metrics, entry])
+    if run.config.keep_best:
+        metrics = report.read_metrics(run.out / "metrics.jsonl")
+        if is_best([line for line in metrics if line["step"] < number], entry):
+            export(run, student, number, run.out / "student-best", [*metrics, entry])
     log.evaluation(entry)
 
 
 def is_best(metrics: list[dict[str, Any]], entry: dict[str, Any]) -> bool:
-    """Whether no evaluation before `entry` has a lower KL (cross entropy without a teacher)."""
-    name = measure_of(entry)
-    earlier = [line for line in metrics if line["step"] < entry["step"]]
-    values = [line[name] for line in earlier if line.get(name) is not None]
-    return entry[name] <= min(values, default=float("inf"))
-
-
-def measure_of(entry: dict[str, Any]) -> str:
-    """What students are compared by."""
-    return "eval/kl" if "eval/kl" in entry else "eval/ce"
+    """Whether no other evaluation has a lower KL (cross entropy without a teacher)."""
+    name = "eval/kl" if "eval/kl" in entry else "eval/ce"
+    others = [line[name] for line in metrics if line.get(name) is not None]
+    return entry[name] is not None and all(entry[name] <= x for x in [*others, float("inf")])
 
 
 def export(
@@ -143,12 +133,12 @@ def export(
 
 def finish(run: Run, student: LanguageModel, step: int) -> Path:
     """Curves, the exported student, samples and the table."""
-    config, folder, path = run.config, run.out / "student", run.out / "metrics.jsonl"
+    folder, path = run.out / "student", run.out / "metrics.jsonl"
     first = jax.process_index() == 0
     metrics = report.read_metrics(path) if first else []
     known = any(line["step"] == step and "eval/ce" in line for line in metrics)
     if processes.allgather(first and not known).any():  # where --steps moved to an earlier save
-        with report.Log(path if first else None, steps=step, start=step, quiet=config.quiet) as log:
+        with report.Log(path if first else None, steps=step, start=step) as log:
             log.evaluation({"step": step} | score(run, student))
         metrics = report.read_metrics(path) if first else []
     if first:
@@ -156,17 +146,13 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
     # Last of all files: a run that has its student is finished.
     export(run, student, step, folder, metrics)
     for line in samples(run, student):
-        processes.say(config.quiet, line)
+        report.say(line)
     if first:
-        print(figures.table(figures.rows(metrics)))
-        print(f"student  {folder}")
-        best = run.out / "student-best"
-        if config.keep_best and best.exists():
+        print(figures.table(figures.rows(metrics)), f"student  {folder}", sep="\n")
+        if (best := run.out / "student-best").exists():
             evaluations = [line for line in metrics if "eval/ce" in line]
-            name = measure_of(evaluations[-1])
-            lines = [line for line in evaluations if line.get(name) is not None]
-            at = min(reversed(lines), key=lambda line: line[name])["step"]
-            print(f"best     {best} (step {at})")
+            step = next(e["step"] for e in reversed(evaluations) if is_best(evaluations, e))
+            print(f"best     {best} (step {step})")
         print(f"curves   {run.out / 'curves.png'}")
     processes.sync("finished")
     return folder

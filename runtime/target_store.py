@@ -79,10 +79,6 @@ def encode(
     return np.where(log_p == -np.inf, 255, code).astype(np.uint8)
 
 
-def decode(codes: UInt8[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
-    return DECODED[codes]
-
-
 # ---- a folder of targets -------------------------------------------------------------------------
 
 
@@ -170,21 +166,9 @@ def windows_digest(corpus: data.Corpus) -> str:
     return text.digest([[part.store.digest, part.start, part.stop] for part in parts])
 
 
-def load(folder: Path | str) -> Targets:
-    """Targets that are whole, as far as the sizes of their files tell."""
-    targets = _load(Path(folder))
-    for shard in range(targets.shards):
-        path, expected = targets.path(shard), targets.size(shard)
-        size = path.stat().st_size if path.exists() else 0
-        if size != expected:
-            raise UserError(
-                f"{path}: a shard of {expected} bytes was expected, found {size or 'none'}: the"
-                " same command of targets.py that began these targets finishes them"
-            )
-    return targets
-
-
-def _load(folder: Path) -> Targets:
+def load(folder: Path | str, *, unfinished: bool = False) -> Targets:
+    """Targets that are whole, unless `unfinished`, as far as the sizes of their files tell."""
+    folder = Path(folder)
     path, index = folder / MANIFEST, folder / INDEX
     if not path.is_file():
         raise UserError(f"{folder}: no {MANIFEST} in it, so these are no targets of targets.py")
@@ -202,6 +186,14 @@ def _load(folder: Path) -> Targets:
             f"{path}: it or {INDEX} beside it was altered, or another version wrote it: restore"
             " them, or make anew"
         )
+    for shard in range(0 if unfinished else targets.shards):
+        path, expected = targets.path(shard), targets.size(shard)
+        size = path.stat().st_size if path.exists() else 0
+        if size != expected:
+            raise UserError(
+                f"{path}: a shard of {expected} bytes was expected, found {size or 'none'}: the"
+                " same command of targets.py that began these targets finishes them"
+            )
     return targets
 
 
@@ -211,7 +203,7 @@ def open_or_create(targets: Targets) -> Targets:
     settings = targets.manifest | {"digest": targets.digest}
     run = files.RunFolder(folder, settings, MAY_CHANGE, MANIFEST)
     if (folder / MANIFEST).exists():
-        previous, more = _load(folder), ()
+        previous, more = load(folder, unfinished=True), ()
         if previous.index != targets.index:
             more = (f"of {len(previous.windows)} windows, now {len(targets.windows)}",)
         run.check("give the same flags, or another --out", *more)
@@ -304,7 +296,7 @@ def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> losses.Targets:
     if targets.values == "float32":
         values = values.view("<f4").astype(np.float32)
     else:
-        values = decode(values)
+        values = DECODED[values]
         if targets.kind == "top-k":  # a distribution again
             values -= np.log(np.exp(values).sum(-1, keepdims=True))
     return SIGNALS[targets.kind](ids.reshape(shape), values[..., :-1], values[..., -1])

@@ -381,7 +381,7 @@ print(data.open_corpus(config, sys.argv[3], seq_len=16, seed=0, vocab=1000).dige
 
 def test_builds_at_once_agree_and_leave_one_store(tokenizer, tmp_path):
     path, cache = tmp_path / "many.txt", tmp_path / "cache"
-    path.write_text("\n".join(story(i % 500) for i in range(20000)))
+    path.write_text("\n".join(story(i % 500) for i in range(6000)))
     stale = cache / ".0.partial"
     stale.mkdir(parents=True)
     command = [sys.executable, "-c", OPEN, str(path), str(cache), str(tokenizer)]

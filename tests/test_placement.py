@@ -2,13 +2,7 @@
 
 import dataclasses
 import functools
-import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import equinox as eqx

@@ -124,7 +124,6 @@ class TokenFiles(contextlib.ExitStack):
         folder.mkdir(exist_ok=True)
         self.folder, self.dtypes = folder, (dtype, "int64", "int64")
         self.files = [self.enter_context(open(folder / name, "wb")) for name in FILES]
-        self.hashes = [hashlib.blake2b(digest_size=16) for _ in FILES]
         self.tokens = self.documents = self.ended = 0
         self.pending: tuple[list[int], list[int], list[int]] = ([], [], [])
 
@@ -140,12 +139,8 @@ class TokenFiles(contextlib.ExitStack):
 
     def flush(self) -> None:
         for i, values in enumerate(self.pending):
-            self._write(i, np.array(values, self.dtypes[i]))
+            self.files[i].write(np.array(values, self.dtypes[i]))
             values.clear()
-
-    def _write(self, i: int, values: np.ndarray) -> None:
-        self.files[i].write(values)
-        self.hashes[i].update(values)
 
     def extend(self, other: "TokenFiles") -> None:
         """Appends the whole of other files, which are closed."""
@@ -153,7 +148,7 @@ class TokenFiles(contextlib.ExitStack):
             with open(other.folder / name, "rb") as file:
                 while block := file.read(1 << 22):
                     values = np.frombuffer(block, self.dtypes[i])
-                    self._write(i, values + self.tokens if i else values)
+                    self.files[i].write(values + self.tokens if i else values)
         self.tokens += other.tokens
         self.documents += other.documents
 
@@ -172,7 +167,7 @@ def build(folder: Path, source: files.Source, tokenizer: Tokenizer, options: Opt
     masked = options.mask == "assistant"
     if masked and not (folder / "trained").stat().st_size:
         raise UserError(f"{source.name}: no assistant turns in it to learn from")
-    hashes = {name: hash.hexdigest() for name, hash in zip(FILES, training.hashes, strict=True)}
+    write_sums(folder)
     manifest = {
         "version": VERSION,
         "dtype": dtype,
@@ -181,17 +176,16 @@ def build(folder: Path, source: files.Source, tokenizer: Tokenizer, options: Opt
         "documents": training.documents,
         "bytes": size,
         "masked": masked,
-        "files": hashes | {"sums": write_sums(folder)},
+        "files": {name: file_digest(folder / name) for name in (*FILES, "sums")},
     }
     write_json(folder / "store.json", manifest | {"digest": digest(manifest)})
 
 
-def write_sums(folder: Path) -> str:
-    """Checksums of the blocks of the token file, in a file beside it; returns the hash of that."""
+def write_sums(folder: Path) -> None:
+    """Writes the checksums of the blocks of the token file to a file beside it."""
     with open(folder / "tokens", "rb") as tokens, open(folder / "sums", "wb") as file:
         while block := tokens.read(BLOCK):
             file.write(zlib.crc32(block).to_bytes(4, "little"))
-    return file_digest(folder / "sums")
 
 
 def _tokenize(

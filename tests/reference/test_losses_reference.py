@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import Config, Objective
+from losses import Config, Objective, TeacherStates
 
 pytestmark = pytest.mark.usefixtures("strict")
 
 
 def torch_divergence(name, log_p, log_q, config):
-    kl = partial(
-        F.kl_div, reduction="none", log_target=True
-    )  # of its second argument from the first
+    # of its second argument from the first
+    kl = partial(F.kl_div, reduction="none", log_target=True)
     p, q = log_p.exp(), log_q.exp()
     mixture = {
         "jsd": lambda: config.beta * p + (1 - config.beta) * q,
@@ -59,7 +58,8 @@ def test_loss_and_gradient(name, alpha, t):
     total.backward()
 
     arrays = [jnp.asarray(a, jnp.float32) for a in (hidden, head, teacher_hidden, teacher_head)]
-    arrays += [jnp.asarray(labels, jnp.int32), jnp.asarray(mask)]
+    arrays = *arrays[:2], TeacherStates(*arrays[2:]), jnp.asarray(labels, jnp.int32)
+    arrays += (jnp.asarray(mask),)
     step = partial(losses.distill_loss, objective=Objective(config), step=0)
     (found, sums), gradients = jax.value_and_grad(step, (0, 1), has_aux=True)(*arrays)
     np.testing.assert_allclose(found, total.item(), rtol=1e-5)

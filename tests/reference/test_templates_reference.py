@@ -149,6 +149,8 @@ def test_a_mask_made_by_hand(pair):
     messages = conversation(("be", [("a", "first"), ("b", "second")], True))
     ids, mask = tokens_and_mask(bare, messages)
     kept = [token for token, learned in zip(ids, mask, strict=True) if learned]
-    end = "<|eot_id|>" if "<|eot_id|>" in bare.render_prompt(messages, "here").text else "<|im_end|>"
+    end = (
+        "<|eot_id|>" if "<|eot_id|>" in bare.render_prompt(messages, "here").text else "<|im_end|>"
+    )
     decoded = bare.encoder.decode(kept, skip_special_tokens=False)
     assert decoded == f"first{end}second{end}"

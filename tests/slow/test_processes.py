@@ -11,12 +11,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from test_distill import near, teacher, text  # noqa: F401
 
 import distill
 import models
 import optim
 import sharding
-from test_distill import near, teacher, text  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,123 @@
+"""Files and folders are there whole or not at all, and say in one line what is wrong with them."""
+
+import errno
+import os
+
+import pytest
+
+from runtime import files
+from runtime.errors import UserError
+
+
+def test_a_file_is_replaced_when_it_is_whole(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path) as partial:
+        partial.write_text("{")
+        raise ZeroDivisionError
+    with pytest.raises(UserError, match="a.json: cannot be written .No space left on device.; go"):
+        with files.atomic_write(path, "; go") as partial:
+            partial.write_text("{")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert files.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_folder_is_replaced_when_it_is_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "store"
+    for content in ("old", "new"):
+        with files.atomic_folder(folder) as partial:
+            (partial / content).write_text(content)
+            assert content == "old" or os.listdir(folder) == ["old"]
+    assert os.listdir(folder) == ["new"]
+    with pytest.raises(ZeroDivisionError), files.atomic_folder(folder) as partial:
+        (partial / "torn").write_text("")
+        raise ZeroDivisionError
+    rename = type(folder).rename
+    monkeypatch.setattr(
+        type(folder), "rename", lambda a, b: 1 / (".partial" not in a.name) and rename(a, b)
+    )
+    with pytest.raises(ZeroDivisionError), files.atomic_folder(folder) as partial:
+        pass  # the last step fails, after the older folder was put aside
+    assert os.listdir(folder) == ["new"] and os.listdir(tmp_path) == ["store"]
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"{", "not valid JSON"),
+        (b"[1]", "no JSON object"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (None, "No such file"),
+        ("pipe", "no regular file"),
+    ],
+)
+def test_json_that_cannot_be_read_is_refused_in_a_line(tmp_path, content, why):
+    path = tmp_path / "a.json"
+    if content == "pipe":
+        os.mkfifo(path)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^.*a.json is damaged .{why}.*: try again$"):
+        files.read_json(path, ": try again")
+
+
+def test_links_may_not_lead_out_of_a_folder(tmp_path):
+    outside, folder = tmp_path / "secret", tmp_path / "hub" / "snapshots" / "main"
+    folder.mkdir(parents=True)
+    outside.write_text("")
+    (folder.parent.parent / "blobs").mkdir()
+    blob = folder.parent.parent / "blobs" / "1"
+    blob.write_text("")
+    (folder / "blob").symlink_to(blob)  # as the hub's cache is made
+    (folder / "inside").symlink_to(folder / "blob")
+    files.check_links(folder, folder.iterdir())
+    (folder / "out").symlink_to(outside)
+    with pytest.raises(UserError, match="out: it is a link that leads out of"):
+        files.check_links(folder, folder.iterdir())
+    (folder / "out").unlink()
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(UserError, match="pipe: it is no file that can be read"):
+        files.check_links(folder, folder.iterdir())
+
+
+def test_what_others_say_is_printed_on_one_short_line():
+    assert files.printable("a\n b\x1b[31m\u202e") == "a b\\x1b[31m\\u202e"
+    assert files.printable("x" * 500) == "x" * 300 + "..."
+    assert files.printable(ValueError()) == "ValueError"
+
+
+def test_a_folder_knows_the_settings_that_made_it(tmp_path):
+    def folder(**settings):
+        about = {"may_change": frozenset({"--steps", "--mesh"}), "prefix": "--"}
+        return files.RunFolder(tmp_path / "run", settings, **about)
+
+    original = folder(steps=3, optim={"lr": 0.1, "b_1": 2}, mesh={"data": 1})
+    assert original.previous() is None and original.changed() == []
+    original.check("no remedy")
+    original.path.mkdir()
+    original.write()
+    folder(steps=4, optim={"lr": 0.1, "b_1": 2}, mesh={"data": 8}).check("no remedy")
+    other = folder(steps=3, optim={"lr": 0.2, "b_1": 2}, mesh={"data": 1})
+    assert other.changed() == ["--optim.lr was 0.1, is 0.2"]
+    with pytest.raises(UserError, match=r"run has other settings \(--optim.lr .*; more\): give"):
+        other.check("give the same", "more")
+    with original.lock(), pytest.raises(UserError, match="run is in use by another run"), other.lock():
+        pass
+    assert original.set_aside() == tmp_path / "run.1" and not original.path.exists()
+    original.path.mkdir()
+    assert original.set_aside() == tmp_path / "run.2"
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with files.lock(tmp_path / ".lock"):
+        pass
+    monkeypatch.undo()
+    with files.lock(tmp_path / ".lock", wait=True):
+        pass
