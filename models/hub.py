@@ -30,10 +30,7 @@ from .llama import Llama
 
 FAMILIES: dict[str, type[LanguageModel]] = {
     "bloom": Bloom,
-    "llama": Llama,
-    "mistral": Llama,
-    "qwen2": Llama,
-    "qwen3": Llama,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Llama),
 }
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
@@ -41,15 +38,9 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
 GENERATION = "generation_config.json"
 SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 HEAD = "lm_head.weight"
