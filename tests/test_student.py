@@ -172,8 +172,10 @@ def test_fresh_students_may_have_other_widths():
     model = student.fresh(Llama, config, jax.random.key(0))
     assert model.blocks.query.shape == (8, 2, 8, 16)
     assert model(jnp.arange(6)[None]).shape == (1, 6, 96)
-    same = student.from_teacher(teacher, layers=7, how="random")
-    assert same.blocks.up.shape == (7, 48, 32)
+    bloom = student.resized(models.bloom.Config(96, 32, 3, heads=4), 2, heads=2)
+    assert (bloom.heads, bloom.kv_heads, bloom.layers) == (2, 2, 2)
+    with pytest.raises(UserError, match="--student-kv-heads means nothing to bloom"):
+        student.resized(bloom, 2, kv_heads=1)
     with pytest.raises(UserError, match="3 heads .* 2 key .* --student-kv-heads"):
         student.resized(teacher.config, 8, heads=3)
 
