@@ -179,8 +179,9 @@ def load(
 
 def place_leaf(leaf: Leaf, tensors: list[Tensor], where: Any, dtype: Any) -> jax.Array:
     stored = {tensor.dtype for tensor in tensors}
-    dtype = np.dtype(dtype or (stored.pop() if len(stored) == 1 else np.float32))
-    shape, parts = leaf.array.shape, {}
+    if dtype is None:
+        dtype = stored.pop() if len(stored) == 1 else np.float32
+    dtype, shape, parts = np.dtype(dtype), leaf.array.shape, {}
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         key = str(index)  # devices that hold the same share it

@@ -138,9 +138,9 @@ def test_cached_decoding_is_the_full_pass(folder):
     rest = prompts[:, 2:]
     second, cache = hidden_of(model, tokens[:, 2:11], segments=rest, cache=cache)
     np.testing.assert_array_equal(cache.length, lengths)
-    found = jnp.concatenate([first, second], axis=1)
+    cached = jnp.concatenate([first, second], axis=1)
     for row, length in enumerate(lengths):
-        close(found[row, :length], full[row, :length])
+        close(cached[row, :length], full[row, :length])
     for step in range(extra):
         at = jnp.asarray(lengths + step)
         one, cache = hidden_of(model, tokens[jnp.arange(3), at][:, None], cache=cache)

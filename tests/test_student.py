@@ -1,5 +1,6 @@
 """Which blocks stay, and that a student owns what it holds."""
 
+import functools
 import importlib
 import itertools
 from pathlib import Path
@@ -20,6 +21,7 @@ from runtime.errors import UserError
 pytestmark = pytest.mark.usefixtures("strict")
 
 
+@functools.cache
 def teacher_of(layers: int = 6, **more) -> Llama:
     config = Config(96, 32, 48, layers, heads=4, kv_heads=2, head_dim=8, **more)
     model = Llama(config, jax.random.key(0))
