@@ -46,13 +46,13 @@ class Config:
     """Which blocks it keeps: greedy (the default), influence, uniform, first, last, a list such as
     0,2,5; or random: fresh weights."""
 
-    student_embed: int | None = None
+    student_embed: Annotated[int | None, at_least(1)] = None
     """Width of a random student; by default the teacher's."""
-    student_mlp: int | None = None
+    student_mlp: Annotated[int | None, at_least(1)] = None
     """MLP width of a random student."""
-    student_heads: int | None = None
+    student_heads: Annotated[int | None, at_least(1)] = None
     """Attention heads of a random student."""
-    student_kv_heads: int | None = None
+    student_kv_heads: Annotated[int | None, at_least(1)] = None
     """Key and value heads of a random student."""
     calibration_windows: Annotated[int, at_least(1)] = 4
     """Windows of text by which greedy and influence judge blocks."""
