@@ -116,13 +116,9 @@ def main() -> None:
 
 def summary(means: Figures, size: int) -> Figures:
     """The figures of an evaluation of `size` bytes of text, by the names that `--json` prints."""
-    nats = means["ce"] * means["tokens"]
-    figures = {
-        "tokens": means["tokens"],
-        "ce": means["ce"],
-        "perplexity": math.exp(min(means["ce"], 700)),
-        "bits_per_byte": nats / math.log(2) / size,
-    }
+    ce, tokens = means["ce"], means["tokens"]
+    figures = {"tokens": tokens, "ce": ce, "perplexity": math.exp(min(ce, 700))}
+    figures["bits_per_byte"] = ce * tokens / math.log(2) / size
     if "kl" in means:
         figures |= {name: means[name] for name in ("kl", "reverse_kl", "agreement", "teacher_ce")}
         figures["teacher_perplexity"] = math.exp(min(means["teacher_ce"], 700))

@@ -56,6 +56,7 @@ class Targets(NamedTuple):
 
     head = None
     rows = property(lambda self: self)
+    entries = property(lambda self: (self.ids.T, jnp.arange(len(self.ids))))  # of logits
 
     def divergence(self, vocab: int) -> Divergence:
         return type(self).chunk_divergence
@@ -72,7 +73,7 @@ class TopK(Targets):
 
     def chunk_divergence(self, config: Config, z: tiles.Logits, temperature: Any) -> Values:
         inv_temperature = 1.0 / temperature
-        z, entries = z * inv_temperature, (self.ids.T, jnp.arange(z.shape[1]))
+        z, entries = z * inv_temperature, self.entries
         z_entries, z = z[entries], z.at[entries].set(-jnp.inf)
         # Of the rest itself: one less the sum of the entries would be lost in rounding.
         lse_rest = jnp.maximum(jax.nn.logsumexp(z, 0), LOWEST)
@@ -93,9 +94,8 @@ class SampledTargets(Targets):
     def chunk_divergence(self, config: Config, z: tiles.Logits, temperature: Any) -> Values:
         """The forward KL, the one divergence that a sample of p estimates without bias."""
         inv_temperature = 1.0 / temperature
-        z, entries = z * inv_temperature, (self.ids.T, jnp.arange(z.shape[1]))
-        lse, log_p = jax.nn.logsumexp(z, 0), self.log_probs.T
-        weight = jnp.exp(jnp.maximum(log_p, self.rest))
+        z, entries, log_p = z * inv_temperature, self.entries, self.log_probs.T
+        lse, weight = jax.nn.logsumexp(z, 0), jnp.exp(jnp.maximum(log_p, self.rest))
         f = weight * (log_p - z[entries] + lse)
         d_z = (jnp.exp(z - lse) * weight.sum(0)).at[entries].add(-weight)
         return f.sum(0), inv_temperature * d_z
@@ -110,9 +110,7 @@ def teacher_states(
     """The forward pass of a teacher, through which nothing is differentiated; with the outputs of
     the blocks `taps`."""
     states = teacher.hidden(batch.tokens[:, :-1], batch.segments[:, :-1], dtype=dtype, taps=taps)
-    hidden, outputs = states if taps else (states, None)
-    if taps:
-        outputs = jnp.moveaxis(outputs, 0, 1)
+    hidden, outputs = (states[0], jnp.moveaxis(states[1], 0, 1)) if taps else (states, None)
     return TeacherStates(*jax.lax.stop_gradient((hidden, teacher.unembedding, outputs)))
 
 

@@ -296,6 +296,8 @@ def test_only_what_is_asked_for_is_computed():
 
 # Elementwise terms
 
+jit_terms = jax.jit(terms, static_argnums=0)
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_g_is_the_derivative_of_f(name):
@@ -303,7 +305,7 @@ def test_g_is_the_derivative_of_f(name):
         log_p, log_q = jnp.asarray(np.random.default_rng(0).uniform(-20, 0, (2, 50)))
         exponents = [(0.2, 0.7), (1.3, -0.4), (-0.3, 0.8), (0.5, 0.001), (0.0, 0.6)]
         for a, b in exponents if name == "alpha_beta" else exponents[:1]:
-            of = partial(terms, Config(name, ab_alpha=a, ab_beta=b))
+            of = partial(jit_terms, Config(name, ab_alpha=a, ab_beta=b))
             wanted = (of(log_p, log_q + 1e-6)[0] - of(log_p, log_q - 1e-6)[0]) / 2e-6
             assert_close([of(log_p, log_q)[1]], [wanted], 1e-6)
 
@@ -314,7 +316,7 @@ def test_terms_are_finite_where_probability_is_not(name, share):
     ends = np.float32([-np.inf, -1e30, -1e4, -90, -1e-7, 0])
     log_p, log_q = (jnp.asarray(x.ravel()) for x in np.meshgrid(ends, ends))
     config = Config(name, beta=share or 0.5, skew=share, ab_alpha=share, ab_beta=0.5)
-    f, g = terms(config, log_p, log_q)
+    f, g = jit_terms(config, log_p, log_q)
     assert jnp.isfinite(f).all() and jnp.isfinite(g).all() and (f > -1e-6).all()
     same = log_p == log_q
     assert jnp.abs(f[same]).max() < 1e-6 and jnp.abs(g[same]).max() < 1e-6
@@ -332,7 +334,7 @@ def test_extreme_logits_give_no_nan(name):
 
 
 def value(config, log_p, log_q):
-    return terms(config, log_p, log_q)[0].sum(-1)
+    return jit_terms(config, log_p, log_q)[0].sum(-1)
 
 
 def distributions(seed=0, entries=200, scale=3.0):
@@ -582,10 +584,12 @@ def test_a_mesh_with_padding_rows_and_an_odd_batch():
 # Targets
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3))
 def top_k_of(teacher, count, t, chunk=8):
     return losses.top_k(teacher, count=count, temperature=t, chunk=chunk)
 
 
+@partial(jax.jit, static_argnums=(2, 3, 4))
 def sample_of(teacher, key, count, t=1.0, chunk=8):
     windows = jnp.arange(len(teacher.hidden))
     settings = {"count": count, "temperature": t, "chunk": chunk}
@@ -702,7 +706,7 @@ def test_draws_are_unbiased_and_converge_as_they_should():
     wanted = dense(config, *arrays, 1.0, 1.5)
 
     def once(key):
-        return from_targets(config, arrays, sample_of(teacher, key, 8, 1.5, chunk=16))
+        return from_targets(config, arrays, sample_of(teacher, key, 8, 1.5, 16))
 
     keys = jax.random.split(jax.random.key(0), total)
     samples = jax.jit(lambda keys: jax.lax.map(once, keys, batch_size=256))(keys)
@@ -724,15 +728,16 @@ def test_draws_are_distinct_and_depend_on_their_window_alone():
     ids = sample_of(teacher, key, 10).ids
     assert (np.diff(np.sort(ids, -1), axis=-1) > 0).all()
     for chunk in (1, 1000):
-        np.testing.assert_array_equal(sample_of(teacher, key, 10, chunk=chunk).ids, ids)
+        np.testing.assert_array_equal(sample_of(teacher, key, 10, 1.0, chunk).ids, ids)
 
+    @jax.jit
     def row_as(window):
         row, settings = teacher.hidden[2:3], {"count": 10, "temperature": 1.0, "chunk": 5}
         states = replace(teacher, hidden=row)
-        return losses.sample_targets(states, jnp.array([window]), key, **settings).ids[0]
+        return losses.sample_targets(states, window[None], key, **settings).ids[0]
 
-    np.testing.assert_array_equal(row_as(2), ids[2])
-    assert (row_as(3) != ids[2]).any()
+    np.testing.assert_array_equal(row_as(jnp.array(2)), ids[2])
+    assert (row_as(jnp.array(3)) != ids[2]).any()
 
 
 def test_a_mesh_changes_no_targets_and_gathers_no_vocabulary():

@@ -101,7 +101,7 @@ def test_steps_equal_torch(name, measure, microbatches, tmp_path):
         lr=LR, warmup=0, schedule="constant", weight_decay=DECAY, clip=CLIP, betas=BETAS, eps=EPS
     )
     optimizer = optim.make(config, STEPS)
-    state = distill.init_state(students.cut(teacher, KEPT), optimizer)
+    state = distill.init_state(students.cut(teacher, {"layers": KEPT}), optimizer)
     batches = [batch_of(seed) for seed in range(STEPS)]
     expected = torch_steps(reference, theirs, batches, measure)
     for batch, (value, norm) in zip(batches, expected, strict=True):
