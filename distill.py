@@ -225,7 +225,8 @@ def device_bytes(config: Config, placement: Placement) -> plan.DeviceBytes:
     """What a device holds of this run while it takes a step."""
     optimizer, objective = prepare.optimizer_and_objective(config)
     arguments = abstract_arguments(config, placement)
-    program = plan.compile_abstract(step, arguments, optimizer, objective)
+    with report.progress("compiling"):
+        program = plan.compile_abstract(step, arguments, optimizer, objective)
     resident = plan.resident_bytes(config, placement, *arguments, optimizer)
     return resident._replace(temporaries=program.memory_analysis().temp_size_in_bytes)
 

@@ -192,7 +192,8 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
         windows[: len(positions)] = targets.windows[positions]
         return sharding.from_host((data.read(corpus, windows), windows.astype(np.int32)), mesh)
 
-    program = sharding.compiled(targets_of.lower(teacher, *batch(0), targets, config.chunk))
+    with report.progress("compiling"):
+        program = sharding.compiled(targets_of.lower(teacher, *batch(0), targets, config.chunk))
     start = time.monotonic()
 
     def save(step: int, signal: losses.Targets) -> None:
