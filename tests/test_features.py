@@ -301,7 +301,7 @@ def test_a_narrower_student_continues_with_its_map(config, tmp_path, brief):  # 
     continued = models.load(distill.train(dataclasses.replace(changed, out=str(cut))))
     assert eqx.tree_equal(continued, whole)
     assert metrics_of(cut) == lines
-    assert "mse between hidden states" in (Path(folder) / "README.md").read_text()
+    assert "features mse" in (Path(folder) / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
