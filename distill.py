@@ -212,13 +212,11 @@ def abstract_arguments(
     optimizer, _ = prepare.optimizer_and_objective(config)
     mesh, layout, _ = placement
 
-    def make(key: Array) -> State:
-        student, projection = prepare.fresh_learner(config, key, layers)
-        return init_state(student, optimizer, projection)
-
-    state = eqx.filter_eval_shape(make, jax.random.key(0))
+    key = jax.random.key(0)
+    student, projection = eqx.filter_eval_shape(prepare.fresh_learner, config, key, layers)
     # First, so that what does not divide is named as a leaf of the student, not as its moment.
-    sharding.specs(state.student, mesh, layout.params)
+    sharding.specs(student, mesh, layout.params)
+    state = eqx.filter_eval_shape(init_state, student, optimizer, projection)
     state = plan.with_shardings(state, plan.state_shardings(state, mesh, layout))
     return plan.abstract_frozen(config, placement), state
 

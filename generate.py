@@ -216,12 +216,11 @@ def append_token(
     logits = sharding.constrain(logits, "batch vocab")
     token = sample_token(logits, state.keys, state.count, state.occurred, decoding.sampling)
     token = token.astype(jnp.int32)
-    row, active, occurred = jnp.arange(len(token)), state.active, state.occurred
-    place = jnp.where(active, state.count, decoding.max_new)
-    tokens = state.tokens.at[row, place].set(token, mode="drop")
+    active, occurred = state.active, state.occurred
+    here = active[:, None] & (jnp.arange(decoding.max_new) == state.count[:, None])
+    tokens = jnp.where(here, token[:, None], state.tokens)
     if occurred is not None:
-        place = jnp.where(active, token, occurred.shape[1])
-        occurred = occurred.at[row, place].set(True, mode="drop")
+        occurred |= active[:, None] & (jnp.arange(occurred.shape[1]) == token[:, None])
     count = state.count + active.astype(jnp.int32)
     ended = (token[:, None] == jnp.array(decoding.stop, jnp.int32)).any(axis=1)
     active = active & ~ended & (count < decoding.max_new)
@@ -421,17 +420,10 @@ class Config(Sampling):
             raise UserError(f"--out {self.out}: expected the name of a .parquet or .jsonl file")
 
 
-class Task(NamedTuple):
-    """What is to be written, and by which settings."""
-
-    prompts: list[text.Prompt]
-    jobs: list[Job]
-    decoding: Decoding
-    settings: dict[str, Any]
-
-
-def prepare(config: Config, folder: Path, tokenizer: text.Tokenizer) -> Task:
-    """Reads the prompts, and leaves out those that are too long."""
+def prepare(
+    config: Config, folder: Path, tokenizer: text.Tokenizer
+) -> tuple[list[text.Prompt], list[Job], Decoding, dict[str, Any]]:
+    """All prompts, the jobs of those that are not too long, and the settings of what is written."""
     shape = models.config(folder)
     if tokenizer.size > shape.vocab:
         raise UserError(
@@ -478,47 +470,47 @@ def prepare(config: Config, folder: Path, tokenizer: text.Tokenizer) -> Task:
         "text of the prompts": text.digest(tokens), "weights": models.fingerprint(folder),
     }  # fmt: skip
     jobs = [Job(i, j, tokens[i]) for i in fitting for j in range(config.samples)]
-    return Task(prompts, jobs, Decoding(config.max_new, sampling, stop, dtype), settings)
+    return prompts, jobs, Decoding(config.max_new, sampling, stop, dtype), settings
 
 
 def write(
-    config: Config, task: Task, folder: Path, tokenizer: text.Tokenizer, journal: answers.Journal
+    config: Config,
+    jobs: list[Job],
+    decoding: Decoding,
+    folder: Path,
+    tokenizer: text.Tokenizer,
+    journal: answers.Journal,
 ) -> None:
-    """Lets the model write what the journal lacks."""
-    jobs = [job for job in task.jobs if job[:2] not in journal]
-    if not jobs:
-        return
+    """Lets the model do these jobs."""
     mesh = sharding.make_mesh(**config.mesh.sizes)
-    model = models.load(folder, dtype=task.decoding.dtype, mesh=mesh)
-    start, done, written = time.monotonic(), 0, 0
+    model = models.load(folder, dtype=decoding.dtype, mesh=mesh)
+    key, start, done, written = jax.random.key(config.seed), time.monotonic(), 0, 0
     with sharding.use_mesh(mesh), report.progress("generating", len(jobs)) as advance:
-        key = jax.random.key(config.seed)
-        for finished in generate(model, jobs, key, task.decoding, slots=config.batch_size):
-            stop = task.decoding.stop
-            journal.add([answer(job, new.tolist(), stop, tokenizer) for job, new in finished])
+        for finished in generate(model, jobs, key, decoding, slots=config.batch_size):
+            journal.add([answer(job, new, decoding.stop, tokenizer) for job, new in finished])
             done, written = done + len(finished), written + sum(len(new) for _, new in finished)
-            speed = written / (time.monotonic() - start)
-            advance(done, remark=f"{report.count(speed)} tok/s")
+            speed = report.count(written / (time.monotonic() - start))
+            advance(done, remark=f"{speed} tok/s")
 
 
 def answer(
-    job: Job, tokens: list[int], stop: tuple[int, ...], tokenizer: text.Tokenizer
+    job: Job, new: Int[np.ndarray, " new"], stop: tuple[int, ...], tokenizer: text.Tokenizer
 ) -> dict[str, Any]:
     """A record of the journal; its text is what the tokens add to that of the prompt."""
-    stopped = tokens[-1] in stop
-    said, decode = tokens[: len(tokens) - stopped], tokenizer.encoder.decode
+    stopped, decode = new[-1] in stop, tokenizer.encoder.decode
+    said = new.tolist()[: len(new) - stopped]
     before, whole = decode(job.tokens), decode([*job.tokens, *said])
     completion = whole[len(before) :] if whole.startswith(before) else decode(said)
     if not stopped:
         completion = completion.rstrip("\ufffd")  # the first bytes of a letter
     record = {"prompt": job.prompt, "sample": job.sample, "completion": completion}
-    return record | {"finish_reason": "stop" if stopped else "length", "n_tokens": len(tokens)}
+    return record | {"finish_reason": "stop" if stopped else "length", "n_tokens": len(new)}
 
 
-def records(task: Task, journal: answers.Journal) -> Iterator[dict[str, Any]]:
+def records(prompts: Sequence[text.Prompt], journal: answers.Journal) -> Iterator[dict[str, Any]]:
     """The data set, in the order of its prompts."""
     for record in journal:
-        prompt, completion = task.prompts[record["prompt"]], record["completion"]
+        prompt, completion = prompts[record["prompt"]], record["completion"]
         turn = {"role": "assistant", "content": completion}
         messages = None if prompt.messages is None else [*prompt.messages, turn]
         row = {"prompt": prompt.piece.text, "completion": completion, "messages": messages}
@@ -529,23 +521,24 @@ def run(config: Config) -> None:
     out = Path(config.out).expanduser()
     folder = models.fetch(config.model)
     tokenizer = text.load_tokenizer(folder)
-    task = prepare(config, folder, tokenizer)
+    prompts, jobs, decoding, settings = prepare(config, folder, tokenizer)
     columns = None
     if out.suffix == ".parquet":  # what does not fit is refused now, not in the end
-        columns = answers.schema([prompt.messages for prompt in task.prompts if prompt.messages])
+        columns = answers.schema([prompt.messages for prompt in prompts if prompt.messages])
     if config.push is not None:
         answers.reserve(config.push)
     if out.exists() and config.resume and not answers.journal_path(out).exists():
-        answers.check_settings(out, answers.settings_of(out), task.settings)
+        answers.check_settings(out, answers.settings_of(out), settings)
         print(f"{out} is finished", file=sys.stderr)
     else:
-        with answers.Journal(out, task.settings, resume=config.resume) as journal:
-            write(config, task, folder, tokenizer, journal)
-            answers.save(out, records(task, journal), columns, task.settings)
+        with answers.Journal(out, settings, resume=config.resume) as journal:
+            if missing := [job for job in jobs if job[:2] not in journal]:
+                write(config, missing, decoding, folder, tokenizer, journal)
+            answers.save(out, records(prompts, journal), columns, settings)
             journal.remove()
-        print(f"{len(task.jobs)} answers  {out}")
+        print(f"{len(jobs)} answers  {out}")
     if config.push is not None:
-        print(f"data set  {answers.upload(config.push, out, task.settings)}")
+        print(f"data set  {answers.upload(config.push, out, settings)}")
 
 
 def main() -> None:

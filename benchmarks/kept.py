@@ -31,7 +31,7 @@ KINDS = {
 }
 
 
-def kept(out: Path, steps: int, seed: int = 0, **kind):
+def targets_of_demo(out: Path, steps: int, seed: int = 0, **kind):
     import data
     import targets
 
@@ -45,7 +45,9 @@ def kept(out: Path, steps: int, seed: int = 0, **kind):
 def sizes(folder: Path) -> None:
     print("| kept | bytes a token, vocabulary 250,880 |\n|---|---:|")
     for name, kind in KINDS.items():
-        wide = dataclasses.replace(kept(folder / name, 1, **kind), vocab=250_880, seq_len=1024)
+        wide = dataclasses.replace(
+            targets_of_demo(folder / name, 1, **kind), vocab=250_880, seq_len=1024
+        )
         print(f"| {name} | {wide.record / 1024:.1f} |", flush=True)
 
 
@@ -102,7 +104,7 @@ def qualities(folder: Path, steps: int, seed: int) -> None:
         flags = []
         if name != "online":
             where = folder / f"{name}, {seed}"
-            kept(where, steps, seed, **KINDS[name])
+            targets_of_demo(where, steps, seed, **KINDS[name])
             flags = ["--targets", str(where)]
         out = folder / f"{name}, {seed}, run"
         flags += ["--out", str(out), "--steps", str(steps), "--seed", str(seed), "--quiet"]

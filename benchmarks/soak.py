@@ -160,8 +160,8 @@ def writing(files: int) -> Moment:
     """So many files of a checkpoint are there: they are written where Python does not see it."""
 
     def reached(run: Run) -> bool:
-        found = os.walk(run.out / "checkpoints")
-        return sum(len(names) for place, _, names in found if CHECKPOINT in place) >= files
+        walk = os.walk(run.out / "checkpoints")
+        return sum(len(names) for place, _, names in walk if CHECKPOINT in place) >= files
 
     return reached
 
@@ -191,16 +191,16 @@ def reference(run: Run) -> None:
 
 def differences(run: Run, whole: Run) -> list[str]:
     """What the ends of two runs differ in."""
-    found = []
+    differing = []
     for folder in ("student", "student-best"):
         a, b = (contents(r.out / folder) for r in (run, whole))
         names = sorted(a.keys() | b.keys())
-        found += [f"{folder}/{name}" for name in names if a.get(name) != b.get(name)]
+        differing += [f"{folder}/{name}" for name in names if a.get(name) != b.get(name)]
     if run.lines() != whole.lines():
-        found.append("metrics.jsonl")
+        differing.append("metrics.jsonl")
     if [line["step"] for line in run.lines() if "loss" in line] != list(range(1, run.step() + 1)):
-        found.append("the steps told")
-    return found
+        differing.append("the steps told")
+    return differing
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -238,8 +238,8 @@ def kills(
             run.forget()
     run.finish()
     chains, wrong = chains + 1, wrong + differences(run, whole)
-    told = ", ".join(f"{number} x {kind}" for kind, number in counts.items())
-    yield f"{sum(counts.values())} kills ({told}) in {chains} runs on {devices} devices: differ in"
+    kinds = ", ".join(f"{number} x {kind}" for kind, number in counts.items())
+    yield f"{sum(counts.values())} kills ({kinds}) in {chains} runs on {devices} devices: differ in"
     yield f"  {', '.join(wrong) or 'nothing'}"
 
 
@@ -296,10 +296,10 @@ def disk(home: Path, config: Config) -> Iterator[str]:
     before = contents(checkpoints / str(2 * SAVE))
     process = run.start([sys.executable, "-c", LIMIT, "100000"])
     status = process.wait()
-    told = [line for line in run.said().splitlines() if "could not be" in line or "error" in line]
+    lines = [line for line in run.said().splitlines() if "could not be" in line or "error" in line]
     intact = contents(checkpoints / str(2 * SAVE)) == before
     yield f"files of 100 kB at most: exit status {status}, checkpoint {2 * SAVE} intact: {intact}"
-    yield from (f"  {line[:140]}" for line in told)
+    yield from (f"  {line[:140]}" for line in lines)
     yield f"  Traceback: {'Traceback' in run.said()}"
     run.finish()
     yield f"  with room again, it differs in {', '.join(differences(run, whole)) or 'nothing'}"
@@ -311,11 +311,11 @@ def disk(home: Path, config: Config) -> Iterator[str]:
         return
     try:
         status = run.start().wait()
-        told = [line for line in run.said().splitlines() if "could not" in line or "error" in line]
+        lines = [line for line in run.said().splitlines() if "could not" in line or "error" in line]
         yield f"a tmpfs of 900 kB: exit status {status}, traceback: {'Traceback' in run.said()}"
-        yield from (f"  {line[:140]}" for line in told)
-        kept = sorted(path.name for path in (run.out / "checkpoints").iterdir())
-        yield f"  checkpoints left: {', '.join(kept)}"
+        yield from (f"  {line[:140]}" for line in lines)
+        names = sorted(path.name for path in (run.out / "checkpoints").iterdir())
+        yield f"  checkpoints left: {', '.join(names)}"
         subprocess.run(["mount", "-o", "remount,size=64m", str(run.out)], check=True)
         run.finish()
         yield f"  with room again, it differs in {', '.join(differences(run, whole)) or 'nothing'}"
@@ -383,15 +383,15 @@ def overhead(home: Path, config: Config) -> Iterator[str]:
             step = run.step()
             at.setdefault(step, (time.monotonic(), processor(process.pid)))
         time.sleep(0.02)
-    found = []
+    times = []
     for i, what in enumerate(("wall", "CPU")):
         halves = [
             [at[step + 10][i] - at[step][i] for step in range(start, max(at) - 10, 20)
              if step in at and step + 10 in at] for start in (20, 30)
         ]  # fmt: skip
         after, other = map(statistics.median, halves)
-        found.append(f"{1 + (after - other) / (5 * other):.4f} x the {what} time")
-    yield f"saving every 50 steps of the demo: {', '.join(found)} of never ({len(halves[0])} saves)"
+        times.append(f"{1 + (after - other) / (5 * other):.4f} x the {what} time")
+    yield f"saving every 50 steps of the demo: {', '.join(times)} of never ({len(halves[0])} saves)"
 
 
 def processor(process: int) -> float:

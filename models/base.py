@@ -154,7 +154,8 @@ class LanguageModel(Tensors):
         """The norm between the last block and the head."""
 
     @property
-    def unembedding(self) -> Float[Array, "vocab embed"]:
+    def unembedding(self) -> Any:
+        """The weight of the head, [vocab, embed]; its shape or place in a model of such."""
         return self.embedding if self.head is None else self.head
 
     @property

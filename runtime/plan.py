@@ -145,28 +145,32 @@ def loss_bytes(
 ) -> int:
     """The temporaries of the head and the loss, compiled alone."""
     teacher, batch = frozen
-    rows, seq = config.batch_size // config.microbatches, config.seq_len
-
-    def like(*shape: int, dtype: Any = config.compute_dtype) -> jax.ShapeDtypeStruct:
-        where = batch.mask.sharding
-        return jax.ShapeDtypeStruct((rows, seq, *shape), jnp.dtype(dtype), sharding=where)
-
-    signal = batch.signal and jax.tree.map(
-        lambda leaf: like(*leaf.shape[2:], dtype=leaf.dtype) if leaf.ndim > 2 else leaf,
-        batch.signal,
-    )
     if teacher is not None:
-        signal = losses.TeacherStates(like(teacher.config.embed), teacher.unembedding)
+        dtype = config.compute_dtype
+        signal = eqx.filter_eval_shape(losses.teacher_states, teacher, batch, dtype=dtype)
+        batch = eqx.tree_at(
+            lambda batch: batch.signal.head, batch._replace(signal=signal), teacher.unembedding
+        )
+
+    def part(leaf: Any) -> jax.ShapeDtypeStruct:
+        shape = (config.batch_size // config.microbatches, *leaf.shape[1:])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=batch.mask.sharding)
+
+    rows, whole = losses.partition_rows(batch)
+    batch = eqx.combine(jax.tree.map(part, rows), whole)
 
     def loss(hidden, student, signal, labels, mask):
         return losses.distill_loss(
             hidden, student.unembedding, signal, labels, mask, objective=objective, step=0
         )[0]
 
-    gradient = jax.jit(jax.grad(loss, (0, 1)))
-    labels, mask = like(dtype=jnp.int32), like(dtype=bool)
-    hidden = like(state.student.config.embed)
-    program = gradient.lower(hidden, state.student, signal, labels, mask)
+    width = state.student.config.embed
+    hidden = jax.ShapeDtypeStruct((*batch.mask.shape, width), jnp.dtype(config.compute_dtype))
+    labels = jax.ShapeDtypeStruct(batch.mask.shape, jnp.int32)
+    inputs = jax.tree.map(part, (hidden, labels))
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(
+        inputs[0], state.student, batch.signal, inputs[1], batch.mask
+    )
     return sharding.compiled(program).memory_analysis().temp_size_in_bytes
 
 

@@ -47,7 +47,7 @@ def batch_of(rows: int = 8, seq: int = 24, seed: int = 0) -> data.Batch:
 
 def pair(name: str = "llama-2") -> tuple:
     teacher = models.load(FIXTURES / name)
-    return teacher, distill.students.cut(teacher, (0, 2))
+    return teacher, student.cut(teacher, {"layers": (0, 2)})
 
 
 def stepped(teacher, student, batch, steps: int = 1, microbatches: int = 1, **loss):

@@ -1,5 +1,8 @@
 """What holds for every model, and what transformers computed, kept as files."""
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import equinox as eqx
@@ -11,13 +14,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
+import config
 import models
 import sharding
 from models.attention import positions
 from models.llama import Config, Llama
+from runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("strict")
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 FIXTURES = sorted((Path(__file__).parent / "fixtures").iterdir())
 every_fixture = pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: folder.name)
 # One of each way to tell positions, and a window. Dynamic ones follow the length of the row so far,
@@ -231,8 +240,8 @@ def is_names(node) -> bool:
 def test_the_program_does_not_grow_with_depth():
     def program(layers: int) -> str:
         config = Config(96, 32, 48, layers, heads=4, kv_heads=2, head_dim=8)
-        outline = eqx.filter_eval_shape(Llama, config, jax.random.key(0))
-        dynamic, static = eqx.partition(outline, lambda leaf: hasattr(leaf, "shape"))
+        abstract = eqx.filter_eval_shape(Llama, config, jax.random.key(0))
+        dynamic, static = eqx.partition(abstract, lambda leaf: hasattr(leaf, "shape"))
         tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
         forward = jax.jit(lambda arrays, tokens: eqx.combine(arrays, static)(tokens))
         return forward.lower(dynamic, tokens).as_text()
@@ -251,3 +260,42 @@ def test_fresh_weights_of_every_family():
         assert eqx.tree_equal(model, family(config, jax.random.key(1)))
         logits = logits_of(model, random_tokens(2, 8))
         assert 0 < jnp.std(logits) < 1
+
+
+def test_dynamic_positions_of_a_prompt_that_is_read_in_parts():
+    """The base follows the whole prompt, also where only a part of it is there."""
+    model = models.load(FIXTURES[0].parent / "llama-dynamic")
+    tokens, lengths = random_tokens(2, 40), jnp.array([40, 27])
+    real = (jnp.arange(40) < lengths[:, None]).astype(jnp.int32)
+    cache, parts = model.cache(2, 40), []
+    for part in (slice(0, 16), slice(16, 40)):
+        how = {"segments": real[:, part], "cache": cache, "doc_length": lengths}
+        hidden, cache = hidden_of(model, tokens[:, part], **how)
+        parts.append(hidden)
+    together = jnp.concatenate(parts, axis=1)
+    for row, length in enumerate(lengths.tolist()):
+        close(together[row, :length], hidden_of(model, tokens[row : row + 1, :length])[0])
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        # As Qwen2.5 and Qwen3 say how to go beyond what they were trained on.
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 16}, 32),
+        ({"type": "dynamic", "factor": 2.0}, 64),
+        ({"type": "linear", "factor": 2.0}, 32),
+        (LLAMA3, 32),
+    ],
+)
+def test_how_many_positions_a_model_is_made_for(tmp_path, scaling, longest):
+    shutil.copytree(FIXTURES[0].parent / "llama-2", tmp_path / "x")
+    raw = json.loads((tmp_path / "x" / "config.json").read_text())
+    raw |= {"max_position_embeddings": 32, "rope_scaling": scaling}
+    raw.pop("rope_parameters")
+    (tmp_path / "x" / "config.json").write_text(json.dumps(raw))
+    assert models.config(tmp_path / "x").longest == longest
+    run = config.Config(teacher=str(tmp_path / "x"), seq_len=longest)
+    assert config.with_defaults(run).seq_len == longest
+    with pytest.raises(UserError, match=f"made for {longest} positions"):
+        config.with_defaults(dataclasses.replace(run, seq_len=longest + 1))

@@ -256,9 +256,10 @@ def test_schedule_reads_the_step_it_is_given_and_an_equal_optimizer_compiles_onc
 
 def moment(state, name):
     """The first moment of every leaf, as one tree."""
+    rule = state[1]  # of the chain: clipping, rule, decay, learning rate
     if name != "muon":
-        return state.trace if name == "sgd" else state.mu
-    inner = state.inner_states
+        return rule.trace if name == "sgd" else rule.mu
+    inner = rule.inner_states
     return inner["muon"].inner_state[0].mu, inner["adam"].inner_state.mu
 
 
@@ -315,7 +316,7 @@ def test_bfloat16_moments_are_rounded_once_and_only_in_storage(name, beta):
     exact = np.asarray(ours.blocks.up == kept.astype(jnp.bfloat16))
     assert exact.mean() > 0.99
     if name == "adamw":
-        assert {leaf.dtype for leaf in jax.tree.leaves(state.nu)} == {jnp.dtype("float32")}
+        assert {leaf.dtype for leaf in jax.tree.leaves(state[1].nu)} == {jnp.dtype("float32")}
 
 
 def test_a_bfloat16_student_keeps_float32_moments():
@@ -324,7 +325,7 @@ def test_a_bfloat16_student_keeps_float32_moments():
     state = optimizer.init(params)
     after, state, _ = update(optimizer, params, state, params, jnp.array(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype("bfloat16")}
-    assert {x.dtype for x in jax.tree.leaves((state.mu, state.nu))} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves((state[1].mu, state[1].nu))} == {jnp.dtype("float32")}
 
 
 def per_layer(name, array):
@@ -391,19 +392,16 @@ def test_adafactor_factors_and_clips_each_layer_by_itself():
 @pytest.mark.parametrize(
     ("wrong", "flag"),
     [
-        ({"name": "adam"}, r"--optim\.name is adam: .*adamw, lion"),
         ({"lr": 0.0}, r"--optim\.lr "),
         ({"lr": float("nan")}, r"--optim\.lr "),
         ({"lr": 0.1, "lr_end": 0.2}, r"--optim\.lr-end"),
         ({"warmup": -1}, r"--optim\.warmup"),
-        ({"schedule": "step"}, r"--optim\.schedule"),
         ({"wsd_decay": 0.0}, r"--optim\.wsd-decay"),
         ({"weight_decay": -0.1}, r"--optim\.weight-decay"),
         ({"clip": -1.0}, r"--optim\.clip"),
         ({"betas": (0.9, 1.0)}, r"--optim\.betas"),
         ({"eps": 0.0}, r"--optim\.eps"),
         ({"momentum": 1.0}, r"--optim\.momentum"),
-        ({"moment_dtype": "float16"}, r"--optim\.moment-dtype"),
         ({"name": "adafactor", "moment_dtype": "bfloat16"}, r"--optim\.moment-dtype"),
     ],
 )

@@ -235,7 +235,7 @@ def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch, said, limits
         ),
         (["--batch-size", "12"], "12 rows at a time, which do not divide over 8 devices"),
         (["--batch-size", "16", "--microbatches", "4"], "gives 4 rows at a time"),
-        (["--zero", "2"], "--zero expects one of 1, 3"),
+        (["--zero", "2"], "'--zero'. Expected one of ('1', '3')"),
         (["--devices", "8"], "--devices without --plan"),
         (["--device-memory", "0", "--plan"], "--device-memory is 0.0: it must be above 0"),
         (["--teacher-devices", "8"], "the student needs one of them"),

@@ -197,10 +197,9 @@ def test_choices_that_cannot_be(layers, how, says):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_cut_along_every_axis(tied):
+def test_a_cut_along_every_axis():
     """Of a model that puts zeros where the other indices are, a cut computes the same."""
-    teacher = teacher_of(4, tied=True) if tied else teacher_of(4)
+    teacher = teacher_of(4)
     indices = {"layers": (0, 3), "mlp": tuple(range(0, 48, 3)), "kv_heads": (1,), "heads": (2, 3)}
     silent = {"mlp": "down", "heads": "output"}
 

@@ -209,27 +209,24 @@ def test_training_on_all_that_a_teacher_says_is_training_beside_it(config, teach
     whole = made(config, tmp_path, values="float32", top_k=VOCAB, steps=1, temperature=2.0)
     corpus = corpus_of(config)
     windows = data.windows(corpus, 0, config.batch_size)
-    batch, beside = data.read(corpus, windows), models.load(teacher)
-    shape = dataclasses.replace(beside.config, layers=1)
-    student = Llama(shape, jax.random.key(0))
+    batch, model = data.read(corpus, windows), models.load(teacher)
+    student = Llama(dataclasses.replace(model.config, layers=1), jax.random.key(0))
     objective = losses.Objective(losses.Config("jsd", 0.7, temperature=2.0, chunk=64))
 
     @eqx.filter_jit
     @eqx.filter_value_and_grad
-    def step(student, teacher, batch, kept):
-        read, segments = batch.tokens[:, :-1], batch.segments[:, :-1]
-        sides = (None, None)
+    def step(student, batch, teacher):
+        hidden = student.hidden(batch.tokens[:, :-1], batch.segments[:, :-1])
+        labels, signal = batch.tokens[:, 1:], batch.signal
         if teacher is not None:
-            sides = teacher.hidden(read, segments), teacher.unembedding
-        return losses.distill_loss(
-            student.hidden(read, segments), student.unembedding, *sides, batch.tokens[:, 1:],
-            batch.mask, objective=objective, step=0, kept=kept,
-        )[0]  # fmt: skip
+            signal = losses.teacher_states(teacher, batch)
+        arrays = hidden, student.unembedding, signal, labels, batch.mask
+        return losses.distill_loss(*arrays, objective=objective, step=0)[0]
 
-    wanted, gradients = step(student, beside, batch, None)
-    found, kept_gradients = step(student, None, batch, target_store.read(whole, windows))
-    assert found == pytest.approx(float(wanted), rel=1e-5)
-    for a, b in zip(jax.tree.leaves(kept_gradients), jax.tree.leaves(gradients), strict=True):
+    asked = step(student, batch, model)
+    stored = step(student, batch._replace(signal=target_store.read(whole, windows)), None)
+    assert stored[0] == pytest.approx(float(asked[0]), rel=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (stored[1], asked[1])), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
 
@@ -243,26 +240,26 @@ def test_a_run_learns_from_them_without_a_teacher(config, teacher, tmp_path, mon
         eval_every=4, eval_windows=8, save_every=2, log_every=1, data=config.data, quiet=True,
         optim=optim.Config(lr=1e-2, eps=1e-4), out=str(tmp_path / "beside"),
     )  # fmt: skip
-    monkeypatch.setattr(results.generate, "continuations", lambda *_, **__: ())
-    beside = models.load(distill.train(run))
+    monkeypatch.setattr(results.generate, "continuations", lambda *_, **__: iter(()))
+    online = models.load(distill.train(run))
     alone = dataclasses.replace(
         run, teacher=None, data=data.Config(cache=config.data.cache), seq_len=None,
         targets=str(whole.folder), out=str(tmp_path / "alone"),
     )  # fmt: skip
-    load, seen = models.load, []
+    load, sources = models.load, []
     monkeypatch.setattr(
-        models, "load", lambda source, **how: seen.append(source) or load(source, **how)
+        models, "load", lambda source, **how: sources.append(source) or load(source, **how)
     )
-    found = load(distill.train(alone))
-    assert seen == [str(start)]
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(beside), strict=True):
+    student_alone = load(distill.train(alone))
+    assert sources == [str(start)]
+    for a, b in zip(*map(jax.tree.leaves, (student_alone, online)), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
     out = Path(alone.out)
     shutil.rmtree(out / "student")
     shutil.rmtree(out / "checkpoints" / "4")
     continued = load(distill.train(alone))
-    assert eqx.tree_equal(continued, found)
-    with pytest.raises(UserError, match="would not be read"):
+    assert eqx.tree_equal(continued, student_alone)
+    with pytest.raises(UserError, match="--targets with --loss.alpha 0"):
         dataclasses.replace(alone, loss=losses.Config(alpha=0.0))
 
 

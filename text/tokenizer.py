@@ -110,19 +110,17 @@ class Tokenizer:
         A template may write the turns before it differently when others follow, for example the
         system prompt into the last turn of the user.
         """
-        one, two = (
-            self._render(
-                [*messages[:i], {**messages[i], "content": mark}, *messages[i + 1 :]], place
-            )
-            for mark in ("1", "2")
+        (one, _), (two, _) = (
+            self._render([*messages[:i], {**messages[i], "content": x}, *messages[i + 1 :]], place)
+            for x in ("1", "2")
         )
-        start = len(os.path.commonprefix([one[0], two[0]]))
-        after = len(os.path.commonprefix([one[0][::-1], two[0][::-1]]))
-        stop, tail = len(text) - after, one[0][len(one[0]) - after :]
-        if one == two or not start <= stop or text[:start] + text[stop:] != one[0][:start] + tail:
+        start = len(os.path.commonprefix([one, two]))
+        after = len(os.path.commonprefix([one[::-1], two[::-1]]))
+        stop, around = len(text) - after, one[:start] + one[len(one) - after :]
+        if one == two or start > stop or text[:start] + text[stop:] != around:
             raise UserError(
-                f"{place}: the chat template writes a turn differently when others follow, so that"
-                " the assistant's cannot be found: put {% generation %} around them in it"
+                f"{place}: the assistant's turns cannot be found in what the chat template writes:"
+                " put {% generation %} around them in it"
             )
         end = next((token for token in self.closing if text.startswith(token, stop)), "")
         return start, stop + len(end)

@@ -13,6 +13,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from variants import VARIANTS, build, older_dialect
 
+import generate
 import models
 from models.hub import leaves
 
@@ -77,9 +78,9 @@ def test_gradients_of_cross_entropy(name, tmp_path):
         terms = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(tokens)[:, 1:])
         return jnp.mean(terms)
 
-    found = gradient(models.load(tmp_path))
+    gradients = gradient(models.load(tmp_path))
     compared = set()
-    for leaf in leaves(found):
+    for leaf in leaves(gradients):
         parts = leaf.array if leaf.stacked else leaf.array[None]
         for name, part in zip(leaf.names, parts, strict=True):
             wanted, part = expected[name], np.asarray(part)
@@ -141,9 +142,22 @@ def test_the_embedded_teacher():
     tokens = np.random.default_rng(0).integers(0, reference.config.vocab_size, (2, 128))
     expected = reference_logits(reference.eval(), tokens)
     model = models.load(folder, dtype="float32")
-    found = np.asarray(logits_of(model, jnp.asarray(tokens)))
-    assert np.abs(found - expected).max() <= 1e-4
+    logits = np.asarray(logits_of(model, jnp.asarray(tokens)))
+    assert np.abs(logits - expected).max() <= 1e-4
     assert np.abs(expected).max() > 1
+
+
+def test_dynamic_positions_of_a_long_prompt(tmp_path):
+    """A prompt that is read in parts is continued as transformers continues it, read whole."""
+    reference = build("llama-dynamic", seed=0)
+    reference.save_pretrained(tmp_path)
+    prompts = tokens_for(5, (16, 300))
+    expected = reference_logits(reference, prompts)[:, -1].argmax(-1)
+    new, _ = generate.sample(
+        models.load(tmp_path), jnp.asarray(prompts), jnp.full(16, prompts.shape[1]),
+        jax.random.key(0), max_new=1, sampling=generate.Sampling(temperature=0.0), stop=(),
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(new)[:, -1], expected)
 
 
 def test_sharded_checkpoints(tmp_path):
