@@ -10,7 +10,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
@@ -76,9 +76,8 @@ class Config:
     def __post_init__(self):
         errors.check(self)
         if self.top_k and self.draws:
-            raise UserError(
-                f"--top-k {self.top_k} and --draws {self.draws}: targets are one or the other"
-            )
+            kinds = f"--top-k {self.top_k} and --draws {self.draws}"
+            raise UserError(f"{kinds}: targets are one or the other")
         if not self.data.source:
             raise UserError("--data.source is missing: name the text that students will read")
 
@@ -90,12 +89,9 @@ class Config:
 
 @eqx.filter_jit
 def targets_of(
-    teacher: LanguageModel,
-    batch: data.Batch,
-    windows: Int[Array, " rows"],
-    targets: Targets,
+    teacher: LanguageModel, batch: data.Batch, windows: Int[Array, " rows"], targets: Targets,
     chunk: int | None = None,
-) -> losses.Targets:
+) -> losses.Targets:  # fmt: skip
     """What a teacher says of a batch, as far as `targets` keep it."""
     states = losses.teacher_states(teacher, batch, dtype=targets.dtype)
     settings = {"count": targets.entries, "temperature": targets.temperature, "chunk": chunk}
@@ -142,34 +138,21 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
     windows = np.arange(corpus.windows)
     if config.steps is not None:
         windows = np.unique(data.windows(corpus, 0, config.steps * config.batch_size))
+    names = tuple(map(text.canonical, config.data.source))
+    eval_source = config.data.eval_source and text.canonical(config.data.eval_source)
+    flags = dataclasses.replace(config.data, source=names, eval_source=eval_source, cache=None)
     targets = Targets(
-        Path(config.out),
-        windows,
-        teacher=models.fingerprint(folder),
-        teacher_name=text.canonical(config.teacher),
+        Path(config.out), windows, models.fingerprint(folder), text.canonical(config.teacher),
         tokenizer=text.load_tokenizer(folder).fingerprint,
         data=target_store.windows_digest(corpus),
-        data_flags=_flags(config.data),
-        seq_len=seq_len,
-        vocab=shape.vocab,
-        temperature=config.temperature,
+        data_flags=json.loads(json.dumps(dataclasses.asdict(flags))),
+        seq_len=seq_len, vocab=shape.vocab, temperature=config.temperature,
         dtype=sharding.compute_dtype(config.compute_dtype),
-        kind=kind,
-        entries=entries,
-        values=config.values,
-        seed=config.seed,
-        shard=1,
+        kind=kind, entries=entries, values=config.values, seed=config.seed, shard=1,
         index=zlib.crc32(windows.astype("<i8").tobytes()),
-    )
+    )  # fmt: skip
     shard = min(target_store.SHARD // targets.record, -(-len(windows) // jax.process_count()))
     return dataclasses.replace(targets, shard=max(1, shard)), corpus
-
-
-def _flags(config: Data) -> dict[str, Any]:
-    names = tuple(map(text.canonical, config.source))
-    eval_source = config.eval_source and text.canonical(config.eval_source)
-    config = dataclasses.replace(config, source=names, eval_source=eval_source, cache=None)
-    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.sharding.Mesh) -> None:
@@ -234,10 +217,8 @@ def main() -> None:
         targets = make(config)
     if jax.process_index() == 0 and not config.quiet:
         tokens = len(targets.windows) * targets.seq_len
-        print(
-            f"{report.count(tokens)} tokens of {config.teacher} in {targets.folder},"
-            f" {targets.record / targets.seq_len:.1f} bytes each"
-        )
+        size, where = targets.record / targets.seq_len, f"{config.teacher} in {targets.folder}"
+        print(f"{report.count(tokens)} tokens of {where}, {size:.1f} bytes each")
 
 
 if __name__ == "__main__":

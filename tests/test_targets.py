@@ -431,7 +431,7 @@ def test_records_of_another_place_or_of_other_targets_are_refused(tmp_path):
         assert "altered: remove the file" in refusal(target_store.read, folder, folder.windows)
         one.write_bytes(content)
     one.unlink()
-    assert "00000.targets: a shard of" in refusal(target_store.load, folder.folder)
+    assert "00000.targets: it is not whole" in refusal(target_store.load, folder.folder)
     assert "cannot be read" in refusal(target_store.read, folder, folder.windows)
     (folder.folder / target_store.MANIFEST).unlink()
     assert "no targets.json in it" in refusal(target_store.load, folder.folder)
@@ -468,7 +468,7 @@ def test_a_mismatch_names_both_sides(config, kept, teacher, text, tmp_path):
     source = dataclasses.replace(config.data, source=(str(longer),))
     message = refused(corpus=corpus_of(dataclasses.replace(config, data=source)))
     assert str(text) in message and "--data" in message
-    assert "2048 tokens, but this run has a student with 2000" in refused(vocab=2000)
+    assert "a vocabulary of 2048, but this run has one of 2000" in refused(vocab=2000)
     message = refused(loss=losses.Config(temperature=2.0))
     assert "temperature 1, but this run has --loss.temperature 2" in message
     schedule = losses.Config(temperature_end=3.0, temperature_schedule="linear")
@@ -485,7 +485,7 @@ def test_other_targets_are_not_continued(config, kept, tmp_path):
     for changes, words in (
         ({"temperature": 2.0}, "temperature was 1.0, is 2.0"),
         ({"draws": 8, "top_k": None}, "kind was top-k, is draws"),
-        ({"steps": 1}, f"{len(kept.windows)} windows, now 8"),
+        ({"steps": 1}, f"windows was {len(kept.windows)}, is 8"),
     ):
         assert words in refusal(made, config, tmp_path / "kept", **changes)
     assert contents(tmp_path / "kept") == contents(kept.folder)
