@@ -68,9 +68,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             _warn(error)
         arrays, args = _named(state), _orbax().args
         # One array after the other: XLA on CPU writes out the words of what it adds.
-        kinds = {
-            name: [list(x.shape), x.dtype.name, int(checksum(x))] for name, x in arrays.items()
-        }
+        kinds = {key: [list(x.shape), x.dtype.name, int(checksum(x))] for key, x in arrays.items()}
         manifest = json.dumps({"step": step, "extra": extra, "arrays": kinds})
         self._writing = self.folder / str(step)
         if jax.process_index() == 0 and self._writing.exists():
@@ -94,15 +92,14 @@ class Checkpoints(contextlib.AbstractContextManager):
             for _ in range(5):
                 _clean(self.folder)
                 time.sleep(0.1)
-            raise UserError(
-                f"the checkpoint {path} could not be written ({_reason(error)}), the ones"
-                " before are intact: free space there, or choose another folder"
-            ) from error
+            why = f"could not be written ({_reason(error)}), the ones before are intact"
+            remedy = "free space there, or choose another folder"
+            raise UserError(f"the checkpoint {path} {why}: {remedy}") from error
         if path is not None and jax.process_index() == 0:
             # Later ones are those of a run that was given up.
-            older = [x for x in _finished(self.folder) if int(x.stem) <= int(path.name)]
-            newest = [x for x in older if not x.suffix][: self.keep]
-            for other in set(_finished(self.folder)) - set(newest):
+            paths, step = _finished(self.folder), int(path.name)
+            newest = [x for x in paths if not x.suffix and int(x.name) <= step][: self.keep]
+            for other in set(paths) - set(newest):
                 other.rename(other.with_name(f"{other.name}.removed"))  # at once, for its readers
             _clean(self.folder)
 

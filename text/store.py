@@ -63,25 +63,17 @@ class Store:
 
 
 def open_store(
-    name: str,
-    tokenizer: Tokenizer,
-    options: Options,
-    *,
-    cache: str | None = None,
-    streaming: bool = False,
-) -> Store:
+    name: str, tokenizer: Tokenizer, options: Options, *,
+    cache: str | None = None, streaming: bool = False,
+) -> Store:  # fmt: skip
     """The store of a source in the cache; it is built if there is none that is whole."""
     source = files.find(name, streaming=streaming)
     facts = [source.fingerprint, tokenizer.fingerprint, list(dataclasses.astuple(options))]
     path = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "compact-distill")
-    try:
-        folder = Path(path).expanduser() / digest([VERSION, *facts])
-    except RuntimeError as error:
-        raise UserError(f"{path}: {error}{REMEDY}") from None
+    folder = Path(os.path.expanduser(path), digest([VERSION, *facts]))
     with disk_errors(folder.parent, REMEDY):
         if store := load(folder):
             return store
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with lock(folder.parent / ".lock", wait=True):  # each builder takes all cores
             if store := load(folder):  # another process has built it meanwhile
                 return store
@@ -124,8 +116,8 @@ class TokenFiles(contextlib.ExitStack):
         folder.mkdir(exist_ok=True)
         self.folder, self.dtypes = folder, (dtype, "int64", "int64")
         self.files = [self.enter_context(open(folder / name, "wb")) for name in FILES]
-        self.tokens = self.documents = self.ended = 0
-        self.pending: tuple[list[int], list[int], list[int]] = ([], [], [])
+        self.tokens = self.ended = 0
+        self.pending: tuple[list[int], ...] = ([], [], [])
 
     def add(self, ids: list[int], trained: list[int], ends: bool) -> None:
         tokens, documents, runs = self.pending
@@ -135,22 +127,20 @@ class TokenFiles(contextlib.ExitStack):
         if ends and self.tokens > self.ended:  # an empty document is none
             documents.append(self.tokens)
             self.ended = self.tokens
-            self.documents += 1
 
     def flush(self) -> None:
-        for i, values in enumerate(self.pending):
-            self.files[i].write(np.array(values, self.dtypes[i]))
+        for file, values, dtype in zip(self.files, self.pending, self.dtypes, strict=True):
+            file.write(np.array(values, dtype))
             values.clear()
 
     def extend(self, other: "TokenFiles") -> None:
         """Appends the whole of other files, which are closed."""
-        for i, name in enumerate(FILES):
-            with open(other.folder / name, "rb") as file:
-                while block := file.read(1 << 22):
-                    values = np.frombuffer(block, self.dtypes[i])
-                    self.files[i].write(values + self.tokens if i else values)
+        for file, name, dtype in zip(self.files, FILES, self.dtypes, strict=True):
+            with open(other.folder / name, "rb") as source:
+                while block := source.read(1 << 22):
+                    values = np.frombuffer(block, dtype)
+                    file.write(values if name == "tokens" else values + self.tokens)
         self.tokens += other.tokens
-        self.documents += other.documents
 
 
 def build(folder: Path, source: files.Source, tokenizer: Tokenizer, options: Options) -> None:
@@ -162,22 +152,17 @@ def build(folder: Path, source: files.Source, tokenizer: Tokenizer, options: Opt
         count = training.tokens
         training.extend(held_out)
     shutil.rmtree(held_out.folder)
-    if not training.documents:
+    documents, trained = ((folder / name).stat().st_size // 8 for name in FILES[1:])
+    if not documents:
         raise UserError(f"{source.name}: no documents in it: all it holds is empty or blank")
     masked = options.mask == "assistant"
-    if masked and not (folder / "trained").stat().st_size:
+    if masked and not trained:
         raise UserError(f"{source.name}: no assistant turns in it to learn from")
     write_sums(folder)
-    manifest = {
-        "version": VERSION,
-        "dtype": dtype,
-        "tokens": training.tokens,
-        "training": count,
-        "documents": training.documents,
-        "bytes": size,
-        "masked": masked,
-        "files": {name: file_digest(folder / name) for name in (*FILES, "sums")},
-    }
+    facts = (training.tokens, count, documents, size, masked)
+    manifest = {"version": VERSION} | dataclasses.asdict(Store(folder, dtype, *facts, digest=""))
+    del manifest["folder"], manifest["digest"]
+    manifest["files"] = {name: file_digest(folder / name) for name in (*FILES, "sums")}
     write_json(folder / "store.json", manifest | {"digest": digest(manifest)})
 
 
@@ -189,12 +174,9 @@ def write_sums(folder: Path) -> None:
 
 
 def _tokenize(
-    source: files.Source,
-    tokenizer: Tokenizer,
-    options: Options,
-    training: TokenFiles,
-    held_out: TokenFiles,
-) -> int:
+    source: files.Source, tokenizer: Tokenizer, options: Options,
+    training: TokenFiles, held_out: TokenFiles,
+) -> int:  # fmt: skip
     """Writes the tokens of a source; returns the bytes of the text to learn."""
     bos, size, out = [] if tokenizer.bos is None else [tokenizer.bos], 0, training
     position = 0
@@ -204,16 +186,12 @@ def _tokenize(
         position += amount
 
     pieces = records.pieces(
-        source,
-        tokenizer,
-        text_field=options.text_field,
-        documents=options.documents,
-        mask=options.mask,
-        progress=read,
-    )
+        source, tokenizer, text_field=options.text_field, documents=options.documents,
+        mask=options.mask, progress=read,
+    )  # fmt: skip
     with (
         report.progress(f"tokenizing {source.name}", source.size) as advance,
-        contextlib.closing(_encoded(tokenizer, _chunks(pieces))) as chunks,
+        contextlib.closing(_encoded(tokenizer, pieces)) as chunks,
     ):
         for chunk in chunks:
             for piece, encoding in chunk:
@@ -235,29 +213,25 @@ def _tokenize(
     return size
 
 
-def _chunks(pieces: Iterable[records.Piece]) -> Iterator[list[records.Piece]]:
-    chunk, size = [], 0
-    for piece in pieces:
-        chunk.append(piece)
-        size += len(piece.text)
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
 def _encoded(
-    tokenizer: Tokenizer, chunks: Iterable[list[records.Piece]]
+    tokenizer: Tokenizer, pieces: Iterable[records.Piece]
 ) -> Iterator[Iterable[tuple[records.Piece, Any]]]:
-    """While a chunk is tokenized the next is read and the one before is written."""
+    """Chunks of pieces and their tokens.
+
+    While a chunk is tokenized the next is read and the one before is written.
+    """
     with ThreadPoolExecutor(1) as pool:
-        previous = None
-        for chunk in itertools.chain(chunks, [None]):
-            current = chunk and (chunk, pool.submit(tokenizer.encode, chunk))
-            if previous:
-                yield zip(previous[0], previous[1].result(), strict=True)
-            previous = current
+        encoding, chunk, size = None, [], 0
+        for piece in itertools.chain(pieces, [None]):
+            if piece is not None:
+                chunk.append(piece)
+                size += len(piece.text)
+            if piece is None or size >= CHUNK:
+                previous, encoding = encoding, (chunk, pool.submit(tokenizer.encode, chunk))
+                if previous is not None:
+                    yield zip(previous[0], previous[1].result(), strict=True)
+                chunk, size = [], 0
+        yield zip(encoding[0], encoding[1].result(), strict=True)
 
 
 def _runs(offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
