@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,21 +86,16 @@ def open_store(
 
 
 def load(folder: Path) -> Store | None:
-    """The store in a folder, or None where there is no whole one.
-
-    The tokens themselves, most of it, are checked when they are read.
-    """
+    """The store in a folder, if it is whole; its tokens are checked when they are read."""
     try:
         manifest = read_json(folder / "store.json")
-        checksum = manifest.pop("digest")
-        if checksum != digest(manifest) or manifest.pop("version") != VERSION:
-            return None
-        hashes = manifest.pop("files")
+        intact = manifest.pop("digest") == (checksum := digest(manifest))
+        version, hashes = manifest.pop("version"), manifest.pop("files")
         store = Store(folder, **manifest, digest=checksum)
-        if any(file_digest(folder / name) != hashes[name] for name in (*FILES[1:], "sums")):
-            return None
-        size = (folder / "tokens").stat().st_size
-        return store if size == store.tokens * np.dtype(store.dtype).itemsize else None
+        intact &= all(file_digest(folder / name) == hashes[name] for name in (*FILES[1:], "sums"))
+        size = store.tokens * np.dtype(store.dtype).itemsize
+        intact &= version == VERSION and (folder / "tokens").stat().st_size == size
+        return store if intact else None
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -114,32 +110,26 @@ class TokenFiles(contextlib.ExitStack):
     def __init__(self, folder: Path, dtype: str):
         super().__init__()
         folder.mkdir(exist_ok=True)
-        self.folder, self.dtypes = folder, (dtype, "int64", "int64")
+        self.folder, self.code = folder, np.dtype(dtype).char
         self.files = [self.enter_context(open(folder / name, "wb")) for name in FILES]
         self.tokens = self.ended = 0
-        self.pending: tuple[list[int], ...] = ([], [], [])
 
     def add(self, ids: list[int], trained: list[int], ends: bool) -> None:
-        tokens, documents, runs = self.pending
-        runs += [self.tokens + position for position in trained]
-        tokens += ids
+        tokens, documents, runs = self.files
+        tokens.write(array(self.code, ids))
+        runs.write(array("q", [self.tokens + position for position in trained]))
         self.tokens += len(ids)
         if ends and self.tokens > self.ended:  # an empty document is none
-            documents.append(self.tokens)
+            documents.write(array("q", [self.tokens]))
             self.ended = self.tokens
-
-    def flush(self) -> None:
-        for file, values, dtype in zip(self.files, self.pending, self.dtypes, strict=True):
-            file.write(np.array(values, dtype))
-            values.clear()
 
     def extend(self, other: "TokenFiles") -> None:
         """Appends the whole of other files, which are closed."""
-        for file, name, dtype in zip(self.files, FILES, self.dtypes, strict=True):
+        for file, name in zip(self.files, FILES, strict=True):
             with open(other.folder / name, "rb") as source:
                 while block := source.read(1 << 22):
-                    values = np.frombuffer(block, dtype)
-                    file.write(values if name == "tokens" else values + self.tokens)
+                    is_ids = name == "tokens"
+                    file.write(block if is_ids else np.frombuffer(block, np.int64) + self.tokens)
         self.tokens += other.tokens
 
 
@@ -207,8 +197,6 @@ def _tokenize(
                     ids = (bos if piece.starts else []) + ids
                     ids += [tokenizer.eos] if piece.ends else []
                 out.add(ids, runs, piece.ends)
-            training.flush()
-            held_out.flush()
             advance(position, remark=f"{report.count(training.tokens + held_out.tokens)} tokens")
     return size
 
@@ -216,22 +204,19 @@ def _tokenize(
 def _encoded(
     tokenizer: Tokenizer, pieces: Iterable[records.Piece]
 ) -> Iterator[Iterable[tuple[records.Piece, Any]]]:
-    """Chunks of pieces and their tokens.
-
-    While a chunk is tokenized the next is read and the one before is written.
-    """
+    """Chunks: while one is tokenized the next is read and the one before is written."""
     with ThreadPoolExecutor(1) as pool:
-        encoding, chunk, size = None, [], 0
+        current, chunk, size = None, [], 0
         for piece in itertools.chain(pieces, [None]):
             if piece is not None:
                 chunk.append(piece)
                 size += len(piece.text)
             if piece is None or size >= CHUNK:
-                previous, encoding = encoding, (chunk, pool.submit(tokenizer.encode, chunk))
+                previous, current = current, (chunk, pool.submit(tokenizer.encode, chunk))
                 if previous is not None:
                     yield zip(previous[0], previous[1].result(), strict=True)
                 chunk, size = [], 0
-        yield zip(encoding[0], encoding[1].result(), strict=True)
+        yield zip(current[0], current[1].result(), strict=True)
 
 
 def _runs(offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
