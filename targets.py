@@ -168,11 +168,11 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
     if jax.process_index() == 0 and not config.quiet:
         print(f"{left.sum()} of {len(targets.windows)} windows to compute", file=sys.stderr)
     teacher = models.load(config.teacher, mesh=mesh)
+    parts = [todo[step * rows :][:rows] for step in range(steps)]
 
     def batch(step: int) -> tuple[data.Batch, Int[Array, " rows"]]:
-        windows = np.zeros(rows, np.int64)  # what fills up the last batch is thrown away
-        positions = todo[step * rows : (step + 1) * rows]
-        windows[: len(positions)] = targets.windows[positions]
+        windows = targets.windows[parts[step]]
+        windows = np.pad(windows, (0, rows - len(windows)))  # and what that gives is thrown away
         return sharding.from_host((data.read(corpus, windows), windows.astype(np.int32)), mesh)
 
     with report.progress("compiling"):
@@ -180,10 +180,9 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
     start = time.monotonic()
 
     def save(step: int, signal: losses.Targets) -> None:
-        positions = todo[step * rows : (step + 1) * rows]
-        if len(positions):  # another process may have more
-            own = jax.tree.map(lambda x: _own_rows(x)[: len(positions)], signal)
-            append(targets, own, positions)
+        if len(parts[step]):  # another process may have more
+            own = jax.tree.map(lambda x: _own_rows(x)[: len(parts[step])], signal)
+            append(targets, own, parts[step])
         done = min(len(todo), (step + 1) * rows)
         speed = count * done * targets.seq_len / (time.monotonic() - start)
         progress(done, len(todo), f"{report.count(speed)} tok/s")

@@ -27,6 +27,7 @@ from runtime.files import (
     write_json,
 )
 from text import files, records
+from text.records import Piece
 from text.tokenizer import Tokenizer
 
 VERSION = 2
@@ -181,30 +182,27 @@ def _tokenize(
     )  # fmt: skip
     with (
         report.progress(f"tokenizing {source.name}", source.size) as advance,
-        contextlib.closing(_encoded(tokenizer, pieces)) as chunks,
+        contextlib.closing(_encoded(tokenizer, pieces)) as encoded,
     ):
-        for chunk in chunks:
-            for piece, encoding in chunk:
-                content, ids, runs = piece.text.encode(), encoding.ids, []
-                if piece.starts:
-                    is_held_out = hash_bytes(content) < options.held_out * 2**64
-                    out = held_out if is_held_out else training
-                if piece.spans is not None:
-                    content = "".join(piece.text[slice(*span)] for span in piece.spans).encode()
-                    runs = _runs(encoding.offsets, piece.spans)
-                size += len(content)
-                if not piece.rendered:
-                    ids = (bos if piece.starts else []) + ids
-                    ids += [tokenizer.eos] if piece.ends else []
-                out.add(ids, runs, piece.ends)
+        for piece, encoding in encoded:
+            content, ids, runs = piece.text.encode(), encoding.ids, []
+            if piece.starts:
+                is_held_out = hash_bytes(content) < options.held_out * 2**64
+                out = held_out if is_held_out else training
+            if piece.spans is not None:
+                content = "".join(piece.text[slice(*span)] for span in piece.spans).encode()
+                runs = _runs(encoding.offsets, piece.spans)
+            size += len(content)
+            if not piece.rendered:
+                ids = (bos if piece.starts else []) + ids
+                ids += [tokenizer.eos] if piece.ends else []
+            out.add(ids, runs, piece.ends)
             advance(position, remark=f"{report.count(training.tokens + held_out.tokens)} tokens")
     return size
 
 
-def _encoded(
-    tokenizer: Tokenizer, pieces: Iterable[records.Piece]
-) -> Iterator[Iterable[tuple[records.Piece, Any]]]:
-    """Chunks: while one is tokenized the next is read and the one before is written."""
+def _encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Any]]:
+    """While some are tokenized the next are read and those before are written."""
     with ThreadPoolExecutor(1) as pool:
         current, chunk, size = None, [], 0
         for piece in itertools.chain(pieces, [None]):
@@ -214,9 +212,9 @@ def _encoded(
             if piece is None or size >= CHUNK:
                 previous, current = current, (chunk, pool.submit(tokenizer.encode, chunk))
                 if previous is not None:
-                    yield zip(previous[0], previous[1].result(), strict=True)
+                    yield from zip(previous[0], previous[1].result(), strict=True)
                 chunk, size = [], 0
-        yield zip(current[0], current[1].result(), strict=True)
+        yield from zip(current[0], current[1].result(), strict=True)
 
 
 def _runs(offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
