@@ -81,11 +81,6 @@ class Config:
         if not self.data.source:
             raise UserError("--data.source is missing: name the text that students will read")
 
-    @property
-    def kind(self) -> tuple[str, int]:
-        """Of the targets, and how many tokens each position keeps."""
-        return ("draws", self.draws) if self.draws else ("top-k", self.top_k or 32)
-
 
 @eqx.filter_jit
 def targets_of(
@@ -104,10 +99,9 @@ def make(config: Config) -> Targets:
     """Computes the targets that `config` describes, or those of them that are not written yet."""
     mesh = sharding.make_mesh(**config.mesh.sizes)
     if sharding.process_rows(mesh)[1] < jax.process_count():
-        raise UserError(
-            f"--mesh.tensor {mesh.shape['tensor']}: each process writes rows of its own, so it must"
-            f" divide the devices of a process, here {jax.local_device_count()}"
-        )
+        size, devices = mesh.shape["tensor"], jax.local_device_count()
+        why = f"each process writes rows of its own, so it must divide the {devices} devices of one"
+        raise UserError(f"--mesh.tensor {size}: {why}")
     targets, corpus = describe(config)
     remedy = "; make room or give permission, and the same command goes on from what is there"
     with files.disk_errors(targets.folder, remedy), checkpoint.lock(targets.folder):
@@ -124,11 +118,10 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
     """The targets of a config, whether or not they are on disk, and the text they are for."""
     folder = models.fetch(config.teacher)
     shape = models.config(folder)
-    longest = shape.longest or config.seq_len or 1024
-    seq_len = config.seq_len or min(1024, longest)
-    if seq_len > longest:
-        raise UserError(f"--seq-len {seq_len}: the model was made for {longest} positions")
-    kind, entries = config.kind
+    seq_len = config.seq_len or min(1024, shape.longest or 1024)
+    if seq_len > (shape.longest or seq_len):
+        raise UserError(f"--seq-len {seq_len}: the model was made for {shape.longest} positions")
+    kind, entries = ("draws", config.draws) if config.draws else ("top-k", config.top_k or 32)
     if entries + (kind == "draws") > shape.vocab:
         raise UserError(f"--{kind} {entries}: the teacher's vocabulary has {shape.vocab} tokens")
     corpus = data.open_corpus(

@@ -224,10 +224,9 @@ def check(
     ]
     for theirs, expected, ours, value in sides:
         if value != expected:
-            raise UserError(
-                f"{targets.folder}: these targets are for {theirs} {expected}, but this run has"
-                f" {ours} {value}: give the same, or make others with targets.py"
-            )
+            misfit = f"these targets are for {theirs} {expected}, but this run has {ours} {value}"
+            remedy = "give the same, or make others with targets.py"
+            raise UserError(f"{targets.folder}: {misfit}: {remedy}")
     if len(targets.windows) < corpus.windows:
         for step in range(-(-rows // ROWS)):
             _positions(targets, data.windows(corpus, step, ROWS)[: rows - step * ROWS])
@@ -238,11 +237,11 @@ def _positions(targets: Targets, windows: Int[np.ndarray, " rows"]) -> Int[np.nd
     positions = np.searchsorted(targets.windows, windows)
     known = np.append(targets.windows, -1)[positions] == windows
     if not known.all():
-        raise UserError(
-            f"{targets.folder}: window {windows[~known][0]} is not among the {len(targets.windows)}"
-            " kept for runs of the same --steps, --batch-size and --seed: targets.py without"
-            " --steps keeps all"
+        why = f"window {windows[~known][0]} is not among the {len(targets.windows)} kept"
+        remedy = (
+            "make them for the --steps, --batch-size and --seed of this run, or without --steps"
         )
+        raise UserError(f"{targets.folder}: {why}: {remedy}")
     return positions
 
 
