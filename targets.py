@@ -144,8 +144,9 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
         kind=kind, entries=entries, values=config.values, seed=config.seed, shard=1,
         index=zlib.crc32(windows.astype("<i8").tobytes()),
     )  # fmt: skip
-    shard = min(target_store.SHARD // targets.record, -(-len(windows) // jax.process_count()))
-    return dataclasses.replace(targets, shard=max(1, shard)), corpus
+    share = -(-len(windows) // jax.process_count())
+    shard = max(1, min(share, target_store.SHARD // targets.record.itemsize))
+    return dataclasses.replace(targets, shard=shard), corpus
 
 
 def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.sharding.Mesh) -> None:
@@ -209,8 +210,8 @@ def main() -> None:
         targets = make(config)
     if jax.process_index() == 0 and not config.quiet:
         tokens = len(targets.windows) * targets.seq_len
-        size, where = targets.record / targets.seq_len, f"{config.teacher} in {targets.folder}"
-        print(f"{report.count(tokens)} tokens of {where}, {size:.1f} bytes each")
+        size = f"{targets.record.itemsize / targets.seq_len:.1f} bytes each"
+        print(f"{report.count(tokens)} tokens of {config.teacher} in {targets.folder}, {size}")
 
 
 if __name__ == "__main__":

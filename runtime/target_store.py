@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Int, UInt8
+from jaxtyping import Float32, Int, Shaped, UInt8
 
 import data
 import losses
@@ -120,14 +120,12 @@ class Targets:
         return max(1, (self.vocab - 1).bit_length())
 
     @property
-    def id_bytes(self) -> int:
-        return -(-self.seq_len * self.entries // 8) * self.width
-
-    @property
-    def record(self) -> int:
-        """Bytes of a window."""
-        value = {"packed": 1, "float32": 4}[self.values]
-        return self.id_bytes + self.seq_len * (self.entries + 1) * value + 4
+    def record(self) -> np.dtype:
+        """What is on disk for a window."""
+        ids, shape = -(-self.seq_len * self.entries // 8), (self.seq_len, self.entries + 1)
+        value = {"packed": "u1", "float32": "<f4"}[self.values]
+        fields = [("ids", "u1", ids * self.width), ("values", value, shape), ("checksum", "<u4")]
+        return np.dtype(fields)
 
     @property
     def shards(self) -> range:
@@ -141,17 +139,16 @@ class Targets:
         return range(len(self.windows))[shard * self.shard :][: self.shard]
 
     def is_whole(self, shard: int) -> bool:
-        path, size = self.path(shard), len(self.positions(shard)) * self.record
+        path, size = self.path(shard), len(self.positions(shard)) * self.record.itemsize
         return path.exists() and path.stat().st_size == size
 
-    def checksum(self, content: UInt8[np.ndarray, " bytes"], window: int) -> bytes:
+    def checksum(self, record: bytes, window: int) -> int:
         """The checksum of a record, which holds at no other place and in no other targets."""
-        place = zlib.crc32(f"{self.digest} {window}".encode())
-        return zlib.crc32(content, place).to_bytes(4, "little")
+        return zlib.crc32(record[:-4], zlib.crc32(f"{self.digest} {window}".encode()))
 
-    def is_intact(self, record: UInt8[np.ndarray, " bytes"], window: int) -> bool:
-        is_whole = len(record) == self.record
-        return is_whole and record[-4:].tobytes() == self.checksum(record[:-4], window)
+    def is_intact(self, record: bytes, window: int) -> bool:
+        is_whole = len(record) == self.record.itemsize
+        return is_whole and record[-4:] == self.checksum(record, window).to_bytes(4, "little")
 
 
 def windows_digest(corpus: data.Corpus) -> str:
@@ -238,50 +235,48 @@ def _positions(targets: Targets, windows: Int[np.ndarray, " rows"]) -> Int[np.nd
     known = np.append(targets.windows, -1)[positions] == windows
     if not known.all():
         why = f"window {windows[~known][0]} is not among the {len(targets.windows)} kept"
-        remedy = (
-            "make them for the --steps, --batch-size and --seed of this run, or without --steps"
-        )
+        remedy = "make them for this run's --steps, --batch-size and --seed, or without --steps"
         raise UserError(f"{targets.folder}: {why}: {remedy}")
     return positions
 
 
 def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> losses.Targets:
     """What the teacher says of these windows."""
-    rows, positions = [], _positions(targets, windows).tolist()
+    rows, size, positions = [], targets.record.itemsize, _positions(targets, windows).tolist()
     for window, position in zip(windows.tolist(), positions, strict=True):
         path, i = targets.path(position // targets.shard), position % targets.shard
         try:
-            rows.append(np.fromfile(path, np.uint8, targets.record, offset=i * targets.record))
+            rows.append(np.fromfile(path, np.uint8, size, offset=i * size).tobytes())
         except OSError as error:
             raise UserError(f"{path}: cannot be read, {error.strerror}") from None
         if not targets.is_intact(rows[-1], window):
             remedy = "remove the file, and the command that made it makes it anew"
             raise UserError(f"{path}: the targets of window {window} were altered: {remedy}")
-    rows, shape = np.stack(rows), (len(windows), targets.seq_len, targets.entries)
-    ids = unpack(rows[:, : targets.id_bytes], targets.width, math.prod(shape[1:])).reshape(shape)
-    values = rows[:, targets.id_bytes : -4].reshape(*shape[:2], -1)
-    values = values.view("<f4") if targets.values == "float32" else DECODED[values]
-    if targets.values == "packed" and targets.kind == "top-k":  # a distribution again
+    rows, shape = np.frombuffer(b"".join(rows), targets.record), (targets.seq_len, targets.entries)
+    ids = unpack(rows["ids"], targets.width, math.prod(shape)).reshape(-1, *shape)
+    packed, values = targets.values == "packed", rows["values"]
+    values = DECODED[values] if packed else values.astype(np.float32)
+    if packed and targets.kind == "top-k":  # a distribution again
         values -= np.log(np.exp(values).sum(-1, keepdims=True))
     return SIGNALS[targets.kind](ids, values[..., :-1], values[..., -1])
 
 
 def records(
     targets: Targets, signal: losses.Targets, windows: Int[np.ndarray, " rows"]
-) -> UInt8[np.ndarray, "rows bytes"]:
+) -> Shaped[np.ndarray, " rows"]:
     """What is on disk for these windows."""
+    rows, numbers = np.zeros(len(windows), targets.record), windows.tolist()
     values = np.concatenate([signal.log_probs, signal.rest[..., None]], -1)
     if targets.values == "packed":
         u = None
         if targets.kind == "draws":  # one for all of a token, so that max(p, rest) has no bias
-            rngs = (np.random.default_rng([targets.seed, window]) for window in windows.tolist())
+            rngs = [np.random.default_rng([targets.seed, window]) for window in numbers]
             u = np.stack([rng.random((targets.seq_len, 1), np.float32) for rng in rngs])
         values = encode(values, u)
-    values = values.reshape(len(windows), -1).view(np.uint8)
-    ids = pack(signal.ids.reshape(len(windows), -1), targets.width)
-    content = np.concatenate([ids, values], 1)
-    sums = b"".join(map(targets.checksum, content, windows.tolist()))
-    return np.concatenate([content, np.frombuffer(sums, np.uint8).reshape(-1, 4)], 1)
+    rows["ids"], rows["values"] = pack(signal.ids.reshape(len(rows), -1), targets.width), values
+    content = [row.tobytes() for row in rows]
+    rows["checksum"] = list(map(targets.checksum, content, numbers))
+    return rows
 
 
 def unwritten(targets: Targets, index: int = 0, count: int = 1) -> Int[np.ndarray, " records"]:
@@ -289,19 +284,19 @@ def unwritten(targets: Targets, index: int = 0, count: int = 1) -> Int[np.ndarra
 
     Whatever follows the last whole record of an unfinished shard is cut off.
     """
-    todo = [np.arange(0)]
+    todo, size = [np.arange(0)], targets.record.itemsize
     for shard in targets.shards[index::count]:
-        if targets.is_whole(shard):
-            continue
         positions, written = targets.positions(shard), 0
         with open(targets.path(shard), "ab+") as file:
+            file.seek((len(positions) - 1) * size)
+            if targets.is_intact(file.read(size + 1), int(targets.windows[positions[-1]])):
+                continue  # with nothing behind its last record
             file.seek(0)
             for position in positions:
-                record = np.frombuffer(file.read(targets.record), np.uint8)
-                if not targets.is_intact(record, int(targets.windows[position])):
+                if not targets.is_intact(file.read(size), int(targets.windows[position])):
                     break
                 written += 1
-            file.truncate(written * targets.record)
+            file.truncate(written * size)
         todo.append(np.array(positions[written:], int))
     return np.concatenate(todo)
 
