@@ -516,6 +516,15 @@ def test_what_is_accepted_by_resume_anyway_is_said_and_done(quick, text, tmp_pat
         distill.train(quick)
 
 
+def test_another_spelling_of_the_text_is_the_same_setting(quick, text, monkeypatch):
+    distill.train(quick)
+    monkeypatch.chdir(text.parent)
+    (text.parent / "below").mkdir(exist_ok=True)
+    for name in (text.name, f"./{text.name}", f"below/../{text.name}"):
+        again = dataclasses.replace(quick.data, source=(name,))
+        distill.train(dataclasses.replace(quick, data=again))  # finished, not another run's
+
+
 def test_traced_steps_leave_a_trace(quick):
     distill.train(dataclasses.replace(quick, profile_steps="2:3"))
     found = [path for path in (Path(quick.out) / "trace").rglob("*") if path.is_file()]
@@ -641,6 +650,7 @@ def arguments(*words: str) -> distill.Config:
         (["--batch-size", "10", "--microbatches", "3"], "--microbatches"),
         (["--student-init", "greeedy"], "greedy"),
         (["--optim.lr", "-1"], "--optim.lr"),
+        (["--student", "x", "--student-init", "first"], "--student-init with --student"),
     ],
 )
 def test_flags_that_cannot_be(words, says):
