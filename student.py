@@ -227,16 +227,11 @@ def fresh(
 def resized(config: Any, layers: int, **widths: int | None) -> Any:
     """A teacher's config with another number of layers and other widths (embed, mlp, heads …)."""
     given = {name: width for name, width in widths.items() if width is not None}
-    for name, width in given.items():
-        if name not in {field.name for field in dataclasses.fields(config)}:
-            flag = name.replace("_", "-")
-            raise UserError(f"--student-{flag} means nothing to {config.model_type}")
-        if width < 1:
-            raise UserError(f"--student-{name.replace('_', '-')} is {width}: it must be positive")
-    if layers < 1:
-        raise UserError(f"--student-layers is {layers}: it must be positive")
+    known = {field.name for field in dataclasses.fields(config)}
+    if foreign := [name.replace("_", "-") for name in given if name not in known]:
+        raise UserError(f"--student-{foreign[0]} means nothing to {config.model_type}")
     heads = given.get("heads", config.heads)
-    groups = given.get("kv_heads", getattr(config, "kv_heads", 1))
+    groups = given.get("kv_heads", config.kv_heads if "kv_heads" in known else heads)
     if heads % groups:
         raise UserError(
             f"{heads} heads of the student are not a multiple of its {groups} key and value heads:"
@@ -244,18 +239,3 @@ def resized(config: Any, layers: int, **widths: int | None) -> Any:
         )
     numbers = tuple(i % config.layers for i in range(layers))
     return dataclasses.replace(config.select({"layers": numbers}), **given)
-
-
-def from_teacher(
-    teacher: LanguageModel,
-    layers: int,
-    how: str = "greedy",
-    *,
-    calibration: Calibration | None = None,
-    key: PRNGKeyArray | None = None,
-) -> LanguageModel:
-    """A student in float32 with `layers` blocks, chosen or made anew as `how` says."""
-    if how == "random":
-        config = resized(teacher.config, layers)
-        return fresh(type(teacher), config, jax.random.key(0) if key is None else key)
-    return cut(teacher, {"layers": choose_layers(teacher, layers, how, calibration).layers})

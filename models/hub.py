@@ -30,10 +30,7 @@ from .llama import Llama
 
 FAMILIES: dict[str, type[LanguageModel]] = {
     "bloom": Bloom,
-    "llama": Llama,
-    "mistral": Llama,
-    "qwen2": Llama,
-    "qwen3": Llama,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Llama),
 }
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
@@ -41,15 +38,9 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
 GENERATION = "generation_config.json"
 SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 HEAD = "lm_head.weight"
@@ -189,8 +180,9 @@ def load(
 
 def place_leaf(leaf: Leaf, tensors: list[Tensor], where: Any, dtype: Any) -> jax.Array:
     stored = {tensor.dtype for tensor in tensors}
-    dtype = np.dtype(dtype or (stored.pop() if len(stored) == 1 else np.float32))
-    shape, parts = leaf.array.shape, {}
+    if dtype is None:
+        dtype = stored.pop() if len(stored) == 1 else np.float32
+    dtype, shape, parts = np.dtype(dtype), leaf.array.shape, {}
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         key = str(index)  # devices that hold the same share it

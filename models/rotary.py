@@ -13,26 +13,15 @@ from models.attention import Positions
 from models.hf_config import HFConfig
 from runtime.errors import UserError
 
-# The fields of each kind of rotary positions, and what they are called here.
+# The fields of each kind of rotary positions; those named here first must be given.
+REQUIRED = ("factor", "low_freq_factor", "high_freq_factor")
+YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": (
-        "factor",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
-}
-KEYS = {name: name for name in FIELDS["yarn"]} | {
-    "attention_factor": "attention",
-    "low_freq_factor": "low",
-    "high_freq_factor": "high",
+    "llama3": REQUIRED,
+    "yarn": ("factor", *YARN),
 }
 
 
@@ -44,21 +33,22 @@ class Rope:
     theta: float = 10000.0
     factor: float = 1.0
     original: int = 0  # positions before stretching
-    low: float = 1.0
-    high: float = 4.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
-    attention: float | None = None
+    attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
 
     def __post_init__(self):
         if self.theta <= 1:
             raise UserError(f"rope_theta must be above 1, found {self.theta}")
-        if self.kind == "llama3" and self.low >= self.high:
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise UserError(
-                f"low_freq_factor {self.low} must be below high_freq_factor {self.high}"
+                f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor"
+                f" {self.high_freq_factor}"
             )
 
     @classmethod
@@ -80,15 +70,11 @@ class Rope:
         kind = rope.get(["rope_type", "type"], str, "the kind of rotary positions", "default")
         if kind not in FIELDS:
             raise UserError(f"rope_type = {kind!r} is not supported, only {', '.join(FIELDS)} are")
-        values = {"kind": kind, "theta": rope.number("rope_theta", 10000.0)}
+        values: dict[str, Any] = {"kind": kind, "theta": rope.number("rope_theta", 10000.0)}
         for name in FIELDS[kind]:
-            if name == "truncate":
-                values[name] = rope.flag(name, True)
-                continue
-            required = name in ("factor", "low_freq_factor", "high_freq_factor")
-            value = rope.number(name, ... if required else None)
-            if value is not None:
-                values[KEYS[name]] = value
+            default = ... if name in REQUIRED else getattr(cls, name)
+            read = rope.flag if name == "truncate" else rope.number
+            values[name] = read(name, default)
         original = settings.count("original_max_position_embeddings", default=None)
         inner = rope.count("original_max_position_embeddings", default=positions)
         if kind in ("llama3", "yarn"):
@@ -107,10 +93,9 @@ class Rope:
         """`rope_scaling` as every version of transformers reads it."""
         if self.kind == "default":
             return None
+        fields = {name: getattr(self, name) for name in FIELDS[self.kind]}
         scaling: dict[str, Any] = {"rope_type": self.kind}
-        for name in FIELDS[self.kind]:
-            if getattr(self, KEYS[name]) is not None:
-                scaling[name] = getattr(self, KEYS[name])
+        scaling |= {name: value for name, value in fields.items() if value is not None}
         if self.kind in ("llama3", "yarn"):
             scaling["original_max_position_embeddings"] = self.original
         return scaling
@@ -133,27 +118,25 @@ class Rope:
         if self.kind == "linear":
             return plain / np.float32(self.factor)
         if self.kind == "dynamic":  # the base grows with the document, past the trained positions
-            extent = jnp.maximum(positions.doc_length, self.original).astype(jnp.float32)
-            growth = self.factor * extent / self.original - (self.factor - 1)
+            length = jnp.maximum(positions.doc_length, self.original).astype(jnp.float32)
+            growth = self.factor * length / self.original - (self.factor - 1)
             theta = self.theta * growth ** (head_dim / (head_dim - 2))
             return 1.0 / theta[:, :, None] ** exponents
-        if (
-            self.kind == "llama3"
-        ):  # long waves are stretched, short ones kept, those between blended
+        if self.kind == "llama3":
+            # Long waves are stretched, short ones stay as they are, those between are blended.
             turns = self.original * plain / (2 * math.pi)
-            kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
-            return np.float32(kept * plain + (1 - kept) * plain / self.factor)
+            low, high = self.low_freq_factor, self.high_freq_factor
+            short = np.clip((turns - low) / (high - low), 0, 1)
+            return np.float32(short * plain + (1 - short) * plain / self.factor)
         if self.kind == "yarn":  # likewise, blended linearly over the dimensions
-            first, last = (
-                self.dimension(self.beta_fast, head_dim),
-                self.dimension(self.beta_slow, head_dim),
-            )
+            first = self.dimension(self.beta_fast, head_dim)
+            last = self.dimension(self.beta_slow, head_dim)
             if self.truncate:
                 first, last = math.floor(first), math.ceil(last)
             first, last = max(first, 0), min(last, head_dim - 1)
             ramp = (np.arange(head_dim // 2) - first) / max(last - first, 0.001)
-            stretched = np.clip(ramp, 0, 1)
-            return np.float32((1 - stretched) * plain + stretched * plain / self.factor)
+            long = np.clip(ramp, 0, 1)
+            return np.float32((1 - long) * plain + long * plain / self.factor)
         return plain
 
     def dimension(self, turns: float, head_dim: int) -> float:
@@ -164,8 +147,8 @@ class Rope:
     def attention_scale(self) -> float:
         if self.kind != "yarn":
             return 1.0
-        if self.attention is not None:
-            return self.attention
+        if self.attention_factor is not None:
+            return self.attention_factor
 
         def scale(weight: float) -> float:
             return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0

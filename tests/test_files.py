@@ -102,7 +102,11 @@ def test_a_folder_knows_the_settings_that_made_it(tmp_path):
     assert other.changed() == ["--optim.lr was 0.1, is 0.2"]
     with pytest.raises(UserError, match=r"run has other settings \(--optim.lr .*; more\): give"):
         other.check("give the same", "more")
-    with original.lock(), pytest.raises(UserError, match="run is in use by another run"), other.lock():
+    with (
+        original.lock(),
+        pytest.raises(UserError, match="run is in use by another run"),
+        other.lock(),
+    ):
         pass
     assert original.set_aside() == tmp_path / "run.1" and not original.path.exists()
     original.path.mkdir()

@@ -35,10 +35,10 @@ def files_of(folder):
 
 def digest(model):
     """What `load` made of a checkpoint, bit by bit."""
-    found = hashlib.sha256(repr(model.config).encode())
+    hash = hashlib.sha256(repr(model.config).encode())
     for leaf in jax.tree.leaves(model):
-        found.update(repr((leaf.dtype.name, leaf.shape)).encode() + np.asarray(leaf).tobytes())
-    return found.hexdigest()
+        hash.update(repr((leaf.dtype.name, leaf.shape)).encode() + np.asarray(leaf).tobytes())
+    return hash.hexdigest()
 
 
 # ---- its client ----------------------------------------------------------------------------------
@@ -64,12 +64,12 @@ verbs = {"fetch": models.hub.fetch, "load": load, "save": save, "die_saving": di
 for line in sys.stdin:
     verb, arguments, options = json.loads(line)
     try:
-        found = {"found": str(verbs[verb](*arguments, **options))}
+        answer = {"result": str(verbs[verb](*arguments, **options))}
     except UserError as error:
-        found = {"refused": str(error)}
+        answer = {"refused": str(error)}
     except BaseException:
-        found = {"bug": traceback.format_exc()}
-    print(json.dumps(found), flush=True)
+        answer = {"bug": traceback.format_exc()}
+    print(json.dumps(answer), flush=True)
 """
 
 
@@ -77,13 +77,13 @@ class Client:
     """A process of its own: the client reads its environment once, when it is imported."""
 
     def __init__(self, home, endpoint, **environment):
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        kept = {k: v for k, v in kept.items() if "proxy" not in k.lower()}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        inherited = {k: v for k, v in inherited.items() if "proxy" not in k.lower()}
         known = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
             cwd=ROOT,
-            env=kept | known | environment,
+            env=inherited | known | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -100,7 +100,7 @@ class Client:
         assert "bug" not in answer, answer["bug"]
         if "refused" in answer:
             raise UserError(answer["refused"])
-        return answer["found"]
+        return answer["result"]
 
     def close(self):
         self.process.kill()
@@ -319,8 +319,8 @@ def test_a_cut_connection_is_resumed(hub, online, large):
     ranges = [entry[3] for entry in weights]
     assert len(ranges) == 2
     assert ranges[0] is None
-    kept = int(ranges[1].removeprefix("bytes=").removesuffix("-"))
-    assert 0 < kept <= len(large["model.safetensors"]) // 2
+    resumed = int(ranges[1].removeprefix("bytes=").removesuffix("-"))
+    assert 0 < resumed <= len(large["model.safetensors"]) // 2
 
 
 def test_a_killed_download_is_no_checkpoint_until_it_is_resumed(hub, home, online, offline, large):
@@ -432,13 +432,13 @@ def test_tokenizer_and_generation_settings_are_kept(tmp_path):
         (source / name).write_bytes(TEXTS.get(name, name.encode()))
     models.save(checkpoint(SMALL), tmp_path / "out", tokenizer=source)
     saved = files_of(tmp_path / "out")
-    kept = {*TEXTS, "tokenizer_config.json"}
-    assert {name: saved[name] for name in kept} == {n: (source / n).read_bytes() for n in kept}
-    assert saved.keys() == kept | {"config.json", "model.safetensors"}
+    copied = {*TEXTS, "tokenizer_config.json"}
+    assert {name: saved[name] for name in copied} == {n: (source / n).read_bytes() for n in copied}
+    assert saved.keys() == copied | {"config.json", "model.safetensors"}
     # A checkpoint replaced by itself keeps its tokenizer.
     models.save(models.load(tmp_path / "out"), tmp_path / "out", tokenizer=tmp_path / "out")
     assert files_of(tmp_path / "out") == saved
-    for name in kept:
+    for name in copied:
         (source / name).unlink()
     words = [str(source), "no tokenizer"]
     model = checkpoint(SMALL)

@@ -1,6 +1,7 @@
 """What holds for every model, and what transformers computed, kept as files."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -51,6 +52,17 @@ def random_tokens(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).integers(0, 96, shape))
 
 
+load = functools.cache(models.load)
+
+
+def block_by_block(model, x, here):
+    position_inputs = model.position_inputs(here)
+    for layer in range(model.config.layers):
+        weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
+        x, _ = model.block(weights, x, here, position_inputs, jnp.array(layer), None)
+    return model.final_norm(x)
+
+
 def close(a, b, tolerance=1e-5):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=tolerance)
 
@@ -58,7 +70,7 @@ def close(a, b, tolerance=1e-5):
 @every_fixture
 def test_logits_of_transformers(folder):
     expected = load_file(folder / "expected.safetensors")
-    logits = logits_of(models.load(folder), jnp.asarray(expected["tokens"]))
+    logits = logits_of(load(folder), jnp.asarray(expected["tokens"]))
     assert logits.dtype == jnp.float32
     assert np.abs(expected["logits"]).max() > 1
     close(logits, expected["logits"], 1e-4)
@@ -66,18 +78,16 @@ def test_logits_of_transformers(folder):
 
 @every_fixture
 def test_the_future_does_not_leak(folder):
-    model, tokens = models.load(folder), random_tokens(1, 20)
+    model, tokens = load(folder), random_tokens(1, 20)
     here = positions(tokens)
 
-    def at(position, x):
-        prepared = model.position_inputs(here)
-        for layer in range(model.config.layers):
-            weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
-            x, _ = model.block(weights, x, here, prepared, jnp.array(layer), None)
-        return jnp.sum(model.final_norm(x)[0, position] ** 2)
+    @jax.jit
+    @jax.grad
+    def gradient_at_12(x):
+        return jnp.sum(block_by_block(model, x, here)[0, 12] ** 2)
 
     x = model.embed(tokens, jnp.dtype(jnp.float32))
-    gradient = jnp.abs(jax.grad(at, argnums=1)(12, x)).sum(axis=(0, 2))
+    gradient = jnp.abs(gradient_at_12(x)).sum(axis=(0, 2))
     assert (gradient[13:] == 0).all()
     assert gradient[12] > 0
     window = min((size for size in getattr(model.config, "windows", ()) if size), default=None)
@@ -87,18 +97,15 @@ def test_the_future_does_not_leak(folder):
 
 @some_fixtures
 def test_scan_is_an_explicit_loop_of_blocks(folder):
-    model, tokens = models.load(folder), random_tokens(2, 20)
-    here = positions(tokens)
+    model, tokens = load(folder), random_tokens(2, 20)
     x = model.embed(tokens, jnp.dtype(jnp.float32))
-    for layer in range(model.config.layers):
-        weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
-        x, _ = model.block(weights, x, here, model.position_inputs(here), jnp.array(layer), None)
-    close(hidden_of(model, tokens), model.final_norm(x))
+    looped = eqx.filter_jit(block_by_block)(model, x, positions(tokens))
+    close(hidden_of(model, tokens), looped)
 
 
 @every_fixture
 def test_packed_documents_are_separate_ones(folder):
-    model, lengths = models.load(folder), (9, 1, 14)
+    model, lengths = load(folder), (9, 1, 14)
     tokens = random_tokens(2, sum(lengths))
     segments = jnp.asarray(np.repeat([[1, 2, 3], [7, 1, 7]], lengths, axis=1))
     packed = logits_of(model, tokens, segments)
@@ -109,7 +116,7 @@ def test_packed_documents_are_separate_ones(folder):
 
 @every_fixture
 def test_padding_changes_nothing(folder):
-    model, tokens = models.load(folder), random_tokens(2, 20)
+    model, tokens = load(folder), random_tokens(2, 20)
     padded = jnp.concatenate([tokens, jnp.zeros((2, 5), tokens.dtype)], axis=1)
     segments = jnp.asarray(np.repeat([[1, 0]], [20, 5], axis=1).repeat(2, axis=0))
     alone = logits_of(model, tokens)
@@ -121,7 +128,7 @@ def test_padding_changes_nothing(folder):
 @some_fixtures
 def test_cached_decoding_is_the_full_pass(folder):
     """Rows of different lengths: a ragged prefill of many tokens, then one at a time."""
-    model, lengths, extra = models.load(folder), np.array([11, 3, 7]), 6
+    model, lengths, extra = load(folder), np.array([11, 3, 7]), 6
     tokens = random_tokens(3, 11 + extra)
     full = hidden_of(model, tokens)
     prompts = jnp.asarray((np.arange(11) < lengths[:, None]).astype(np.int32))
@@ -131,9 +138,9 @@ def test_cached_decoding_is_the_full_pass(folder):
     rest = prompts[:, 2:]
     second, cache = hidden_of(model, tokens[:, 2:11], segments=rest, cache=cache)
     np.testing.assert_array_equal(cache.length, lengths)
-    found = jnp.concatenate([first, second], axis=1)
+    cached = jnp.concatenate([first, second], axis=1)
     for row, length in enumerate(lengths):
-        close(found[row, :length], full[row, :length])
+        close(cached[row, :length], full[row, :length])
     for step in range(extra):
         at = jnp.asarray(lengths + step)
         one, cache = hidden_of(model, tokens[jnp.arange(3), at][:, None], cache=cache)
@@ -142,7 +149,7 @@ def test_cached_decoding_is_the_full_pass(folder):
 
 @some_fixtures
 def test_a_cache_is_read_as_far_as_it_is_filled(folder):
-    model, tokens = models.load(folder), random_tokens(2, 70)
+    model, tokens = load(folder), random_tokens(2, 70)
     full = hidden_of(model, tokens)
     _, begun = hidden_of(model, tokens[:, :31], cache=model.cache(2, 70))
     cache = begun
@@ -159,7 +166,7 @@ def test_a_cache_is_read_as_far_as_it_is_filled(folder):
 
 def test_dynamic_rotary_cache_within_the_trained_length():
     folder = Path(__file__).parent / "fixtures" / "llama-dynamic"
-    model, tokens = models.load(folder), random_tokens(2, 16)
+    model, tokens = load(folder), random_tokens(2, 16)
     _, cache = hidden_of(model, tokens[:, :15], cache=model.cache(2, 16))
     one, _ = hidden_of(model, tokens[:, 15:], cache=cache)
     close(one[:, 0], hidden_of(model, tokens)[:, 15])
@@ -168,7 +175,7 @@ def test_dynamic_rotary_cache_within_the_trained_length():
 @some_fixtures
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_nothing(folder, remat):
-    model, tokens = models.load(folder), random_tokens(2, 20)
+    model, tokens = load(folder), random_tokens(2, 20)
 
     @eqx.filter_jit
     @eqx.filter_value_and_grad
@@ -184,7 +191,7 @@ def test_remat_changes_nothing(folder, remat):
 
 @some_fixtures
 def test_half_precision_stays_near(folder):
-    model, tokens = models.load(folder), random_tokens(2, 20)
+    model, tokens = load(folder), random_tokens(2, 20)
     x = hidden_of(model, tokens, dtype="bfloat16")
     assert x.dtype == jnp.bfloat16
     exact = hidden_of(model, tokens)
@@ -198,7 +205,7 @@ def test_half_precision_stays_near(folder):
 
 @every_fixture
 def test_saved_and_loaded_again_is_bit_equal(folder, tmp_path):
-    model = models.load(folder)
+    model = load(folder)
     models.save(model, tmp_path / "again")
     again = models.load(tmp_path / "again")
     assert eqx.tree_equal(model, again)
@@ -208,10 +215,10 @@ def test_saved_and_loaded_again_is_bit_equal(folder, tmp_path):
 
 
 @some_fixtures
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
 def test_on_a_mesh(folder, sizes, tmp_path):
     mesh = sharding.make_mesh(*sizes)
-    whole, tokens = models.load(folder), random_tokens(8, 20)
+    whole, tokens = load(folder), random_tokens(8, 20)
     model = models.load(folder, mesh=mesh)
     for leaf, axes in zip(
         jax.tree.leaves(model), jax.tree.leaves(sharding.axes(model), is_leaf=is_names), strict=True
@@ -251,14 +258,15 @@ def test_the_program_does_not_grow_with_depth():
 
 def test_fresh_weights_of_every_family():
     """Drawn anew for each block, the same for the same key, and with outputs near zero."""
-    for folder in FIXTURES:
-        config = models.load(folder).config
-        family = models.FAMILIES[config.model_type]
-        model = family(config, jax.random.key(1))
-        assert jax.tree.structure(model) == jax.tree.structure(models.load(folder))
+    for name in ("bloom", "llama-biases", "llama-3.2-tied", "qwen3"):
+        folder = FIXTURES[0].parent / name
+        config = load(folder).config
+        make = eqx.filter_jit(models.FAMILIES[config.model_type])
+        model = make(config, jax.random.key(1))
+        assert jax.tree.structure(model) == jax.tree.structure(load(folder))
         assert not jnp.array_equal(model.blocks.up[0], model.blocks.up[1])
-        assert eqx.tree_equal(model, family(config, jax.random.key(1)))
-        logits = logits_of(model, random_tokens(2, 8))
+        assert eqx.tree_equal(model, make(config, jax.random.key(1)))
+        logits = logits_of(model, random_tokens(2, 20))
         assert 0 < jnp.std(logits) < 1
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from variants import KEPT, build
+from variants import STORED, build
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def main() -> None:
-    for name in KEPT:
+    for name in STORED:
         folder = FIXTURES / name
         shutil.rmtree(folder, ignore_errors=True)
         model = build(name, seed=0)

@@ -76,7 +76,7 @@ VARIANTS: dict[str, tuple[type, dict]] = {
 }
 
 # One of each kind, to be kept in the repository.
-KEPT = (
+STORED = (
     "bloom",
     "bloom-6-heads",
     "bloom-residual",
