@@ -416,3 +416,35 @@ def test_nonsense_is_refused_by_the_name_of_its_flag(wrong, flag, monkeypatch):
 def test_a_warmup_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match=r"--optim\.warmup is 11: .*--steps \(10\)"):
         optim.make(optim.Config(warmup=11), 10)
+
+
+class Pair(eqx.Module):
+    student: Model
+    projection: Wide | None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "frozen"),
+    [
+        ("embedding", {"student.embedding"}),
+        ("student.norm", {"student.norm"}),
+        ("blocks.*norm*", {"student.blocks.norm"}),
+        ("projection.*", {"projection.up", "projection.bias"}),
+    ],
+)
+def test_a_pattern_may_leave_out_the_first_part_of_a_path(pattern, frozen):
+    params = Pair(model(values(0)), Wide(jnp.zeros((2, 16, 8)), jnp.zeros((2, 16))))
+    trainable = optim.make(optim.Config(freeze=(pattern,)), STEPS).trainable(params)
+    assert {name for name, leaf in arrays(trainable).items() if not leaf} == frozen
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd", "muon"])
+def test_what_is_not_finite_changes_nothing(name):
+    optimizer = optim.make(optim.Config(name), STEPS)
+    params, grads = model(values(0)), model(values(1))
+    state = optimizer.init(params)
+    params, state, _ = update(optimizer, grads, state, params, jnp.array(0))
+    broken = eqx.tree_at(lambda m: m.norm, grads, jnp.full(8, jnp.inf))
+    after, following, stats = update(optimizer, broken, state, params, jnp.array(1))
+    assert not stats["finite"] and eqx.tree_equal((after, following), (params, state))
+    np.testing.assert_allclose(stats["lr"], optimizer.lr(1))
