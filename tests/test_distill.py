@@ -101,7 +101,7 @@ def test_padding_and_packing_change_nothing():
         np.pad(batch.segments, ((0, 2), (0, 5))),
         np.pad(batch.mask, ((0, 2), (0, 5))),
     )
-    reordered = data.Batch(*(part[::-1].copy() for part in wider))
+    reordered = data.Batch(*(part[::-1].copy() for part in wider[:3]))
     _, told = stepped(teacher, student, batch, alpha=0.5)
     for other in (wider, reordered):
         _, also = stepped(teacher, student, other, alpha=0.5)
