@@ -21,7 +21,7 @@ from runtime.files import check_links, digest, printable
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 BLOCK = 1 << 20  # bytes read at once
-LONGEST = 1 << 26  # bytes or characters of a line: it is held in memory
+LONGEST = 1 << 26  # characters of a line: it is held in memory
 
 Progress = Callable[[int], object]
 # Which of its columns are read from a table, given the names of all, and where they stand.
@@ -41,6 +41,9 @@ class Source:
     split: str = ""
     streaming: bool = False
 
+    def __str__(self) -> str:
+        return self.name
+
 
 def canonical(name: str) -> str:
     """One spelling for a path, which means the same from any folder; an id of the hub is as it is.
@@ -50,11 +53,7 @@ def canonical(name: str) -> str:
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return str(path.parent.resolve() / path.name)
-    return str(path.absolute()) if _is_glob(name) else name
-
-
-def _is_glob(name: str) -> bool:
-    return not set("*?[").isdisjoint(name)
+    return str(path.absolute()) if glob.has_magic(name) else name
 
 
 @contextlib.contextmanager
@@ -68,45 +67,41 @@ def library_errors(problem: str) -> Iterator[None]:
         raise UserError(f"{problem} ({printable(error)})") from error
 
 
-# ---- finding -------------------------------------------------------------------------------------
-
-
 def find(name: str, *, streaming: bool = False) -> Source:
     """The source that `name`, a file, folder, glob or `id[:config][:split]`, stands for."""
     with library_errors(f"{name}: cannot be read"):  # a path may be too long, or forbidden
-        path = Path(name).expanduser()
+        path, folder = Path(name).expanduser(), None
         if path.is_dir():
-            files = _within(path, path.rglob("*"))
+            folder, paths = path, path.rglob("*")
         elif path.is_file():
-            files = [path]
-        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:.*)?", name) and not file_kind(path):
+            paths = [path]
+        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:.*)?", name) and not kind(path):
             return _find_on_hub(name, streaming)
-        elif _is_glob(name):
-            fixed = itertools.takewhile(lambda part: not _is_glob(part), path.parts)
-            files = _within(Path(*fixed), map(Path, glob.glob(str(path), recursive=True)))
+        elif glob.has_magic(name):
+            folder = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+            paths = map(Path, glob.glob(str(path), recursive=True))
         else:
             raise UserError(f"{name}: no such file or folder, and not a hub data set (owner/name)")
-    if not files or not all(map(file_kind, files)):
-        problem = "not a kind of file that is read here" if files else "no file to read in it"
-        kinds = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSION)}"
-        raise UserError(f"{name}: {problem}; expected {kinds}")
-    files = sorted(file.absolute() for file in files)  # links may lead to files without a suffix
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        if folder:
+            paths = [
+                x for x in paths if (x.is_symlink() if x.is_dir() else x.is_file() and kind(x))
+            ]
+            check_links(folder, paths)
+        files = sorted(
+            x.absolute() for x in paths if x.is_file()
+        )  # a link's end may have no suffix
+        if not files or not all(map(kind, files)):
+            kinds = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSION)}"
+            raise UserError(f"{name}: no file to read in it; expected {kinds}")
+        facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return Source(name, digest(facts), sum(size for _, size, _ in facts), tuple(files))
 
 
-def _within(folder: Path, paths: Iterable[Path]) -> list[Path]:
-    """The files to read among those in a folder, none of which may lead out of it."""
-    paths = [
-        path for path in paths
-        if (path.is_file() and file_kind(path)) or (path.is_symlink() and path.is_dir())
-    ]  # fmt: skip
-    check_links(folder, paths)
-    return [path for path in paths if path.is_file()]
-
-
-def file_kind(path: Path) -> str | None:
-    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSION else path.suffix
+def kind(part: Path | Source) -> str | None:
+    """The suffix of a file, without its compression's; None for one that is not read here."""
+    if isinstance(part, Source):
+        return "hub"
+    suffix = Path(part.stem).suffix if part.suffix in COMPRESSION else part.suffix
     return suffix if suffix in KINDS else None
 
 
@@ -121,9 +116,6 @@ def _find_on_hub(name: str, streaming: bool) -> Source:
     size = splits[split].num_examples if split in splits else None
     facts = [repository, hub.config.name, str(hub.info.version), hub.hash, split]
     return Source(name, digest(facts), size, (), hub, split, streaming)
-
-
-# ---- text ----------------------------------------------------------------------------------------
 
 
 def _blocks(file: Path, progress: Progress) -> Iterator[bytes]:
@@ -150,30 +142,26 @@ def text_blocks(file: Path, progress: Progress) -> Iterator[str]:
     for block in itertools.chain(_blocks(file, progress), [b""]):
         if (zero := block.find(b"\0")) >= 0:
             raise UserError(f"{file}: byte {before + zero} is 0: a binary file, not text")
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:  # its object: what was left of earlier blocks, and this
-            at = before + len(block) - len(error.object) + error.start
-            raise UserError(
-                f"{file}: byte {at} (0x{error.object[error.start]:02x}) is not UTF-8;"
-                " convert the file, as with: iconv -f latin1 -t utf-8"
-            ) from error
-        yield text
         before += len(block)
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:  # its object: what was left of earlier blocks, and this
+            at, byte = before - len(error.object) + error.start, error.object[error.start]
+            problem = f"byte {at} (0x{byte:02x}) is not UTF-8"
+            raise UserError(f"{file}: {problem}; convert it: iconv -f latin1 -t utf-8") from error
 
 
-def split_lines(blocks: Iterable[Any], newline: Any, file: Path) -> Iterator[Any]:
-    """Text or bytes split at `newline`."""
+def text_lines(file: Path, progress: Progress) -> Iterator[str]:
     rest, size = [], 0
-    for block in blocks:
-        first, *others = block.split(newline)
+    for block in text_blocks(file, progress):
+        first, *others = block.split("\n")
         rest.append(first)
         size += len(first)
         check_length("a line", size, file)
         for line in others:
-            yield newline[:0].join(rest)
+            yield "".join(rest)
             rest, size = [line], len(line)
-    yield newline[:0].join(rest)
+    yield "".join(rest)
 
 
 def check_length(what: str, size: int, where: Any) -> None:
@@ -181,72 +169,52 @@ def check_length(what: str, size: int, where: Any) -> None:
         raise UserError(f"{where}: {what} in it is longer than {LONGEST >> 20} MiB: break it up")
 
 
-# ---- records -------------------------------------------------------------------------------------
-
-
-def parts(source: Source) -> tuple[Path | Source, ...]:
-    """What is read one after the other: the files, or the data set as a whole."""
-    return source.files or (source,)
-
-
-def is_text(part: Path | Source) -> bool:
-    return isinstance(part, Path) and file_kind(part) == ".txt"
-
-
 def records(
     part: Path | Source, choose: Choose, progress: Progress
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The records of a file that is no plain text, or of a data set, each with where it stands."""
-    readers = {".jsonl": _json_records, ".parquet": _parquet_records, None: _hub_records}
-    kind, name = (file_kind(part), part) if isinstance(part, Path) else (None, part.name)
-    for number, record in readers[kind](part, choose, progress):
-        yield f"{name} record {number}", record
+    readers = {".jsonl": _json_records, ".parquet": _parquet_records, "hub": _hub_records}
+    for number, record in enumerate(readers[kind(part)](part, choose, progress), start=1):
+        if record is not None:
+            yield f"{part} record {number}", record
 
 
-def _json_records(file: Path, choose: Choose, progress: Progress) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(split_lines(_blocks(file, progress), b"\n", file), start=1):
-        if not line.strip():
-            continue
+def _json_records(file: Path, choose: Choose, progress: Progress) -> Iterator[dict | None]:
+    """An object for each line, None for a blank one."""
+    for number, line in enumerate(text_lines(file, progress), start=1):
         with library_errors(f"{file} line {number}: not JSON that can be read"):
-            record = json.loads(line)
-            if b"\\ud" in line.lower():
+            record = json.loads(line) if line.strip() else None
+            if "\\ud" in line.lower():
                 json.dumps(record, ensure_ascii=False).encode()  # fails for half a surrogate pair
-            if not isinstance(record, dict):
+            if line.strip() and not isinstance(record, dict):
                 raise ValueError(f"expected an object, found {str(record)[:40]!r}")
-        yield number, record
+        yield record
 
 
-def _parquet_records(file: Path, choose: Choose, progress: Progress) -> Iterator[tuple[int, dict]]:
+def _parquet_records(file: Path, choose: Choose, progress: Progress) -> Iterator[dict]:
     import pyarrow.parquet
 
-    compressed = file.suffix in COMPRESSION
-    with (
-        library_errors(f"{file}: not a whole parquet file"),
-        tempfile.TemporaryFile() as uncompressed,  # parquet is read from its end
-    ):
-        if compressed:
-            uncompressed.writelines(_blocks(file, lambda amount: None))
-        table = pyarrow.parquet.ParquetFile(uncompressed if compressed else file)
+    with library_errors(f"{file}: not a whole parquet file"), tempfile.TemporaryFile() as temporary:
+        if file.suffix in COMPRESSION:  # parquet is read from its end
+            temporary.writelines(_blocks(file, lambda amount: None))
+        table = pyarrow.parquet.ParquetFile(temporary if file.suffix in COMPRESSION else file)
         columns = choose(table.schema_arrow.names, file)
-        number, rows, size = 0, max(table.metadata.num_rows, 1), file.stat().st_size
+        rows, size = max(table.metadata.num_rows, 1), file.stat().st_size
         for batch in table.iter_batches(batch_size=256, columns=columns):
-            yield from enumerate(batch.to_pylist(), start=number + 1)
-            number += len(batch)
+            yield from batch.to_pylist()
             progress(size * len(batch) // rows)
 
 
-def _hub_records(source: Source, choose: Choose, progress: Progress) -> Iterator[tuple[int, dict]]:
-    with library_errors(f"{source.name}: cannot be read"):
+def _hub_records(source: Source, choose: Choose, progress: Progress) -> Iterator[dict]:
+    with library_errors(f"{source}: cannot be read"):
         if source.streaming:
             rows = source.hub.as_streaming_dataset(source.split)
         else:
-            with report.progress(f"fetching {source.name}"):
+            with report.progress(f"fetching {source}"):
                 source.hub.download_and_prepare()
             rows = source.hub.as_dataset(source.split)
         if rows.column_names:
-            rows = rows.select_columns(choose(rows.column_names, source.name))
-        number = 0
+            rows = rows.select_columns(choose(rows.column_names, source))
         for batch in rows.with_format("arrow").iter(batch_size=1024):
-            yield from enumerate(batch.to_pylist(), start=number + 1)
-            number += len(batch)
+            yield from batch.to_pylist()
             progress(len(batch))
