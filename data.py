@@ -12,11 +12,11 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -80,7 +80,11 @@ class TokenRange(NamedTuple):
     store: Store
     start: int
     stop: int
-    windows: int
+    seq_len: int
+
+    @property
+    def windows(self) -> int:
+        return max(0, -(-(self.stop - self.start - 1) // self.seq_len))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +98,18 @@ class Corpus:
     seed: int
 
     @property
-    def tokens(self) -> int:
-        """Tokens to train on."""
-        return sum(part.stop - part.start for group in self.groups for part in group)
+    def training(self) -> list[TokenRange]:
+        return [part for group in self.groups for part in group]
 
     @property
     def sizes(self) -> list[int]:
         """How many windows to train on each group has."""
         return [sum(part.windows for part in group) for group in self.groups]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to train on."""
+        return sum(part.stop - part.start for part in self.training)
 
     @property
     def windows(self) -> int:
@@ -111,12 +119,12 @@ class Corpus:
     @property
     def bytes(self) -> int:
         """UTF-8 bytes of the text that is learned, held out or to train on."""
-        return sum(part.store.bytes for group in self.groups for part in group)
+        return sum(part.store.bytes for part in self.training)
 
     @property
     def digest(self) -> str:
         """What the sources' tokens are, wherever their stores lie."""
-        return text.digest([part.store.digest for group in self.groups for part in group])
+        return text.digest([part.store.digest for part in self.training])
 
 
 def open_corpus(
@@ -134,36 +142,28 @@ def open_corpus(
         )
     if not config.source:
         raise UserError("no text to train on: name some with --data.source")
+
+    def split(name: str, share: float) -> tuple[TokenRange, TokenRange]:
+        """What of a source is to train on, and what is held out."""
+        options = Options(config.text_field, config.documents, config.mask, share)
+        store = open_store(name, tokenizer, options, cache=config.cache, streaming=config.streaming)
+        cut, total = store.training, max(1, TokenRange(store, 0, store.tokens, seq_len).windows)
+        held = store.tokens - cut
+        # Too few documents for their hashes to divide them as asked: hold out the last windows.
+        if share > 0 and not seq_len < held <= max(4 * share, 2 / total) * store.tokens:
+            held = max(1, round(share * total))
+            if held == 1 and total > 2 and (store.tokens - 1) % seq_len:
+                held = 2  # the last one is not whole, and may be a few tokens only
+            cut = max(0, total - held) * seq_len
+        held_out = TokenRange(store, cut, store.tokens, seq_len)
+        return TokenRange(store, 0, cut, seq_len), held_out
+
     share = 0.0 if config.eval_source else config.held_out
-
-    def store(name: str, held_out: float) -> Store:
-        options = Options(config.text_field, config.documents, config.mask, held_out)
-        return open_store(name, tokenizer, options, cache=config.cache, streaming=config.streaming)
-
-    pairs = [_split(store(name, share), share, seq_len) for name in config.source]
-    training, held_out = zip(*pairs, strict=True)
+    training, held_out = zip(*(split(name, share) for name in config.source), strict=True)
     if config.eval_source:
-        whole = store(config.eval_source, 1.0)
-        held_out = (_part(whole, 0, whole.tokens, seq_len),)
+        held_out = (split(config.eval_source, 1.0)[1],)
     groups = tuple((part,) for part in training) if config.weights else (training,)
     return Corpus(groups, config.weights, held_out, seq_len, seed)
-
-
-def _part(store: Store, start: int, stop: int, seq_len: int) -> TokenRange:
-    return TokenRange(store, start, stop, max(0, -(-(stop - start - 1) // seq_len)))
-
-
-def _split(store: Store, share: float, seq_len: int) -> tuple[TokenRange, TokenRange]:
-    """What of a store is to train on, and what is held out."""
-    cut, total = store.training, max(1, _part(store, 0, store.tokens, seq_len).windows)
-    held = store.tokens - cut
-    # Too few documents for their hashes to divide them as asked: hold out the last windows.
-    if share > 0 and not seq_len < held <= max(4 * share, 2 / total) * store.tokens:
-        held = max(1, round(share * total))
-        if held == 1 and total > 2 and (store.tokens - 1) % seq_len:
-            held = 2  # the last one is not whole, and may be a few tokens only
-        cut = max(0, total - held) * seq_len
-    return _part(store, 0, cut, seq_len), _part(store, cut, store.tokens, seq_len)
 
 
 def batch(
@@ -201,7 +201,7 @@ def windows(
 
 def read(corpus: Corpus, windows: Int[np.ndarray, " rows"]) -> Batch:
     """Windows to train on, by their numbers."""
-    return _read([part for parts in corpus.groups for part in parts], windows, corpus.seq_len)
+    return _read(corpus.training, windows, corpus.seq_len)
 
 
 def evaluation(
@@ -278,53 +278,51 @@ def _read(parts: Sequence[TokenRange], windows: Int[np.ndarray, " rows"], seq_le
     """Windows, numbered through all parts; those beyond the last are padding."""
     ends = np.cumsum([part.windows for part in parts])
     chosen = np.minimum(np.searchsorted(ends, windows, "right"), len(parts) - 1)
-    batches = []
+    tokens = np.zeros((len(windows), seq_len + 1), np.int32)
+    segments, mask = np.zeros_like(tokens), np.zeros((len(windows), seq_len), bool)
     for i in np.unique(chosen):
-        own = windows[chosen == i] - (ends[i] - parts[i].windows)
-        batches.append(_read_part(parts[i], own, seq_len))
-    if len(batches) == 1:
-        return batches[0]
-    order = np.argsort(np.argsort(chosen, kind="stable"))
-    arrays = zip(*(batch[:3] for batch in batches), strict=True)
-    return Batch(*(np.concatenate(parts)[order] for parts in arrays))
-
-
-def _read_part(part: TokenRange, windows: Int[np.ndarray, " rows"], seq_len: int) -> Batch:
-    store, width, dtype = part.store, seq_len + 1, np.dtype(part.store.dtype)
-    starts = part.start + windows * seq_len
-    counts = np.clip(part.stop - starts, 0, width)
-    tokens = np.zeros((len(starts), width), np.int32)
-    paths = (store.folder / name for name in ("tokens", "sums"))
-    with contextlib.ExitStack() as opened:
-        files = [opened.enter_context(open(path, "rb", buffering=0)).fileno() for path in paths]
-        for row, start, count in zip(tokens, starts.tolist(), counts.tolist(), strict=True):
-            content = _checked(store, files, start * dtype.itemsize, count * dtype.itemsize)
-            row[:count] = np.frombuffer(content, dtype)
-    _, first = marks_in_windows(store.folder / "documents", starts, width)
-    first[:, 0] = True
-    segments, mask = np.cumsum(first, axis=1, dtype=np.int32), ~first[:, 1:]
-    if store.masked:
-        before, toggles = marks_in_windows(store.folder / "trained", starts, width)
-        toggles[:, 0] = before % 2
-        mask &= np.logical_xor.accumulate(toggles, axis=1)[:, 1:]
-    for row in np.flatnonzero(counts < width):
-        segments[row, counts[row] :] = 0
-        mask[row, max(counts[row] - 1, 0) :] = False
+        rows, first = chosen == i, ends[i] - parts[i].windows
+        tokens[rows], segments[rows], mask[rows] = _read_part(parts[i], windows[rows] - first)
     return Batch(tokens, segments, mask)
 
 
-def _checked(store: Store, files: Sequence[int], start: int, size: int) -> memoryview:
+def _read_part(
+    part: TokenRange, windows: Int[np.ndarray, " rows"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    folder, width, dtype = part.store.folder, part.seq_len + 1, np.dtype(part.store.dtype)
+    starts = part.start + windows * part.seq_len
+    counts = np.clip(part.stop - starts, 0, width)
+    tokens = np.zeros((len(starts), width), np.int32)
+    with (
+        open(folder / "tokens", "rb", buffering=0) as file,
+        open(folder / "sums", "rb", buffering=0) as sums,
+    ):
+        for row, start, count in zip(tokens, starts.tolist(), counts.tolist(), strict=True):
+            content = _checked(file, sums, start * dtype.itemsize, count * dtype.itemsize)
+            row[:count] = np.frombuffer(content, dtype)
+    _, first = marks_in_windows(folder / "documents", starts, width)
+    first[:, 0] = True
+    segments, mask = np.cumsum(first, axis=1, dtype=np.int32), ~first[:, 1:]
+    if part.store.masked:
+        before, toggles = marks_in_windows(folder / "trained", starts, width)
+        toggles[:, 0] = before % 2
+        mask &= np.logical_xor.accumulate(toggles, axis=1)[:, 1:]
+    real = np.arange(width) < counts[:, None]
+    return tokens, segments * real, mask & real[:, 1:]
+
+
+def _checked(tokens: FileIO, sums: FileIO, start: int, size: int) -> memoryview:
     """Bytes of the token file, after its blocks that hold them were compared to their sums."""
     first, stop = start // BLOCK, -(-(start + size) // BLOCK)
-    blocks = memoryview(os.pread(files[0], (stop - first) * BLOCK, first * BLOCK))
-    sums = np.frombuffer(os.pread(files[1], (stop - first) * 4, first * 4), "<u4").tolist()
+    blocks = memoryview(os.pread(tokens.fileno(), (stop - first) * BLOCK, first * BLOCK))
+    expected = os.pread(sums.fileno(), (stop - first) * 4, first * 4)
     present = [zlib.crc32(blocks[i : i + BLOCK]) for i in range(0, len(blocks), BLOCK)]
-    if size and present != sums:
+    if size and present != np.frombuffer(expected, "<u4").tolist():
         with contextlib.suppress(OSError):  # without it, the next start builds the store anew
-            (store.folder / "store.json").unlink()
+            Path(tokens.name).with_name("store.json").unlink()
         raise UserError(
-            f"{store.folder / 'tokens'}: it was damaged between the bytes {first * BLOCK} and"
-            f" {stop * BLOCK}: run this again, and the text is tokenized anew"
+            f"{tokens.name}: it was damaged between the bytes {first * BLOCK} and {stop * BLOCK}:"
+            " run this again, and the text is tokenized anew"
         )
     return blocks[start - first * BLOCK :][:size]
 
@@ -337,9 +335,7 @@ def marks_in_windows(
     The file is mapped for this call alone: pages once touched stay resident as long as a mapping
     lives, and over many steps that would be the whole file.
     """
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    positions = np.frombuffer(mapped, np.int64)
+    positions = np.asarray(np.memmap(path, np.int64, "r"))
     before = np.searchsorted(positions, starts, "right")
     counts = np.searchsorted(positions, starts + (width - 1), "right") - before
     rows = np.repeat(np.arange(len(starts)), counts)
