@@ -1,10 +1,9 @@
 """Tokens, from stores on disk to batches: a batch is a pure function of the step.
 
-Text is tokenized once, into flat files in a cache folder. The stream of tokens is read in windows
-that overlap by one token, so that each but a document's first is predicted exactly once an epoch;
-the last window of a stream is padded and masked. A permutation computed per index shuffles the
-windows, anew in every epoch, so that nothing is as long as the stream and any step is as near as
-the first.
+Text is tokenized once, into flat files. They are read in windows that overlap by one token, so that
+each but a document's first is predicted exactly once an epoch; the last window is padded and
+masked. A permutation computed per index shuffles the windows anew in every epoch, so that nothing
+is as long as the stream and any step is as near as the first.
 """
 
 import collections
@@ -28,6 +27,7 @@ from runtime.errors import Constraint, UserError, between, check
 from text.store import BLOCK, Options, Store, hash_bytes, open_store
 
 T = TypeVar("T")
+Rows = Int[np.ndarray, " rows"]
 POSITIVE = Constraint("above 0", lambda weights: all(0 < weight < math.inf for weight in weights))
 
 
@@ -98,10 +98,6 @@ class Corpus:
     seed: int
 
     @property
-    def training(self) -> list[TokenRange]:
-        return [part for group in self.groups for part in group]
-
-    @property
     def sizes(self) -> list[int]:
         """How many windows to train on each group has."""
         return [sum(part.windows for part in group) for group in self.groups]
@@ -109,7 +105,7 @@ class Corpus:
     @property
     def tokens(self) -> int:
         """Tokens to train on."""
-        return sum(part.stop - part.start for part in self.training)
+        return sum(part.stop - part.start for group in self.groups for part in group)
 
     @property
     def windows(self) -> int:
@@ -119,12 +115,12 @@ class Corpus:
     @property
     def bytes(self) -> int:
         """UTF-8 bytes of the text that is learned, held out or to train on."""
-        return sum(part.store.bytes for part in self.training)
+        return sum(part.store.bytes for group in self.groups for part in group)
 
     @property
     def digest(self) -> str:
         """What the sources' tokens are, wherever their stores lie."""
-        return text.digest([part.store.digest for part in self.training])
+        return text.digest([part.store.digest for group in self.groups for part in group])
 
 
 def open_corpus(
@@ -136,10 +132,8 @@ def open_corpus(
     """
     tokenizer = text.load_tokenizer(tokenizer_folder)
     if tokenizer.size > vocab:
-        raise UserError(
-            f"{tokenizer_folder}: the tokenizer has ids up to {tokenizer.size - 1}, the model's"
-            f" vocabulary has {vocab}: they do not belong together"
-        )
+        problem = f"has ids up to {tokenizer.size - 1}, the model's vocabulary has {vocab}"
+        raise UserError(f"{tokenizer_folder}: the tokenizer {problem}: they do not belong together")
     if not config.source:
         raise UserError("no text to train on: name some with --data.source")
 
@@ -171,19 +165,19 @@ def batch(
 ) -> Batch:
     """The rows of one process in the batch of a step; all processes' rows are the whole batch."""
     if corpus.windows < batch_size or min(corpus.sizes) == 0:
+        needed = (batch_size - 1) * corpus.seq_len + 2
         held_out = sum(part.stop - part.start for part in corpus.held_out)
         raise UserError(
-            f"too little text: a batch of {batch_size} x {corpus.seq_len} needs at least"
-            f" {(batch_size - 1) * corpus.seq_len + 2} tokens (each source of a mixture 2), found"
-            f" {corpus.tokens} to train on and {held_out} held out: give more text, a smaller"
-            " batch or shorter sequences"
+            f"too little text: a batch of {batch_size} x {corpus.seq_len} needs at least {needed}"
+            f" tokens (each source of a mixture 2), found {corpus.tokens} to train on and"
+            f" {held_out} held out: give more text, a smaller batch or shorter sequences"
         )
     return read(corpus, windows(corpus, step, batch_size, process_index, process_count))
 
 
 def windows(
     corpus: Corpus, step: int, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Int[np.ndarray, " rows"]:
+) -> Rows:
     """Which windows, numbered through all sources, are the rows of one process at a step."""
     rows = _rows(step, batch_size, process_index, process_count)
     groups, windows = assign_sources(rows, corpus.weights, corpus.seed)
@@ -199,9 +193,17 @@ def windows(
     return windows
 
 
-def read(corpus: Corpus, windows: Int[np.ndarray, " rows"]) -> Batch:
-    """Windows to train on, by their numbers."""
-    return _read(corpus.training, windows, corpus.seq_len)
+def read(corpus: Corpus, windows: Rows, *, held_out: bool = False) -> Batch:
+    """Windows by their numbers through all sources; those beyond the last are padding."""
+    parts = corpus.held_out if held_out else [part for group in corpus.groups for part in group]
+    ends = np.cumsum([part.windows for part in parts])
+    chosen = np.minimum(np.searchsorted(ends, windows, "right"), len(parts) - 1)
+    tokens = np.zeros((len(windows), corpus.seq_len + 1), np.int32)
+    segments, mask = np.zeros_like(tokens), np.zeros((len(windows), corpus.seq_len), bool)
+    for i in np.unique(chosen):
+        rows, first = chosen == i, ends[i] - parts[i].windows
+        tokens[rows], segments[rows], mask[rows] = _read_part(parts[i], windows[rows] - first)
+    return Batch(tokens, segments, mask)
 
 
 def evaluation(
@@ -211,19 +213,17 @@ def evaluation(
     total = sum(part.windows for part in corpus.held_out)
     for step in range(-(-total // batch_size)):
         rows = _rows(step, batch_size, process_index, process_count)
-        yield _read(corpus.held_out, rows, corpus.seq_len)
+        yield read(corpus, rows, held_out=True)
 
 
-def _rows(step: int, batch_size: int, index: int, count: int) -> Int[np.ndarray, " rows"]:
+def _rows(step: int, batch_size: int, index: int, count: int) -> Rows:
     if batch_size % count:
         raise UserError(f"a batch of {batch_size} rows does not divide over {count} processes")
     own = batch_size // count
     return step * batch_size + index * own + np.arange(own)
 
 
-def assign_sources(
-    rows: Int[np.ndarray, " rows"], weights: Sequence[float], seed: int
-) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
+def assign_sources(rows: Rows, weights: Sequence[float], seed: int) -> tuple[Rows, Rows]:
     """For each row of the endless sequence: its source, and how many rows of it came before.
 
     Of any n rows the first source has n * weight, rounded up or down by the seed; of those that
@@ -254,11 +254,17 @@ def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray
     # Twelve rounds: with eight, orders of as few as five are not equally likely.
     keys = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=48).digest(), np.uint32)
 
+    def mix(x):
+        """31 bits that depend on all bits of x (the finalizer of splitmix64)."""
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+        return x >> 33
+
     def encrypt(index):
         left, right = index // b, index % b
         for even, odd in keys.reshape(-1, 2):
-            left = (left + _hash_mix(right ^ even)) % a
-            right = (right + _hash_mix(left ^ odd)) % b
+            left = (left + mix(right ^ even)) % a
+            right = (right + mix(left ^ odd)) % b
         return left * b + right
 
     index = encrypt(index.astype(np.uint64))
@@ -267,48 +273,26 @@ def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray
     return index.astype(np.int64)
 
 
-def _hash_mix(x: np.ndarray) -> np.ndarray:
-    """31 bits that depend on all bits of x (the finalizer of splitmix64)."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x >> 33
-
-
-def _read(parts: Sequence[TokenRange], windows: Int[np.ndarray, " rows"], seq_len: int) -> Batch:
-    """Windows, numbered through all parts; those beyond the last are padding."""
-    ends = np.cumsum([part.windows for part in parts])
-    chosen = np.minimum(np.searchsorted(ends, windows, "right"), len(parts) - 1)
-    tokens = np.zeros((len(windows), seq_len + 1), np.int32)
-    segments, mask = np.zeros_like(tokens), np.zeros((len(windows), seq_len), bool)
-    for i in np.unique(chosen):
-        rows, first = chosen == i, ends[i] - parts[i].windows
-        tokens[rows], segments[rows], mask[rows] = _read_part(parts[i], windows[rows] - first)
-    return Batch(tokens, segments, mask)
-
-
-def _read_part(
-    part: TokenRange, windows: Int[np.ndarray, " rows"]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    folder, width, dtype = part.store.folder, part.seq_len + 1, np.dtype(part.store.dtype)
-    starts = part.start + windows * part.seq_len
-    counts = np.clip(part.stop - starts, 0, width)
-    tokens = np.zeros((len(starts), width), np.int32)
+def _read_part(part: TokenRange, windows: Rows) -> tuple[np.ndarray, ...]:
+    folder, dtype = part.store.folder, np.dtype(part.store.dtype)
+    places = part.start + windows[:, None] * part.seq_len + np.arange(part.seq_len + 1)
+    real = places < part.stop
+    tokens = np.zeros(places.shape, np.int32)
     with (
         open(folder / "tokens", "rb", buffering=0) as file,
         open(folder / "sums", "rb", buffering=0) as sums,
     ):
-        for row, start, count in zip(tokens, starts.tolist(), counts.tolist(), strict=True):
+        for row, start, count in zip(
+            tokens, places[:, 0].tolist(), real.sum(1).tolist(), strict=True
+        ):
             content = _checked(file, sums, start * dtype.itemsize, count * dtype.itemsize)
             row[:count] = np.frombuffer(content, dtype)
-    _, first = marks_in_windows(folder / "documents", starts, width)
-    first[:, 0] = True
-    segments, mask = np.cumsum(first, axis=1, dtype=np.int32), ~first[:, 1:]
-    if part.store.masked:
-        before, toggles = marks_in_windows(folder / "trained", starts, width)
-        toggles[:, 0] = before % 2
-        mask &= np.logical_xor.accumulate(toggles, axis=1)[:, 1:]
-    real = np.arange(width) < counts[:, None]
-    return tokens, segments * real, mask & real[:, 1:]
+    segments = _marks_until(folder / "documents", places)
+    segments = (segments - segments[:, :1] + 1) * real
+    mask = (segments[:, 1:] == segments[:, :-1]) & real[:, 1:]
+    if part.store.masked:  # inside a run, between its start and its stop
+        mask &= _marks_until(folder / "trained", places[:, 1:]) % 2 == 1
+    return tokens, segments, mask
 
 
 def _checked(tokens: FileIO, sums: FileIO, start: int, size: int) -> memoryview:
@@ -327,23 +311,12 @@ def _checked(tokens: FileIO, sums: FileIO, start: int, size: int) -> memoryview:
     return blocks[start - first * BLOCK :][:size]
 
 
-def marks_in_windows(
-    path: Path, starts: Int[np.ndarray, " rows"], width: int
-) -> tuple[Int[np.ndarray, " rows"], Bool[np.ndarray, "rows {width}"]]:
-    """Of a file of positions: how many lie up to the start of each window, and where in it more do.
+def _marks_until(path: Path, places: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+    """How many positions of a file lie up to each place.
 
-    The file is mapped for this call alone: pages once touched stay resident as long as a mapping
-    lives, and over many steps that would be the whole file.
+    The file is mapped for this call alone: pages once touched stay resident as long as a mapping.
     """
-    positions = np.asarray(np.memmap(path, np.int64, "r"))
-    before = np.searchsorted(positions, starts, "right")
-    counts = np.searchsorted(positions, starts + (width - 1), "right") - before
-    rows = np.repeat(np.arange(len(starts)), counts)
-    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    marks = np.zeros((len(starts), width), bool)
-    # Where one run stops and the next starts, the two cancel.
-    np.bitwise_xor.at(marks, (rows, positions[before[rows] + within] - starts[rows]), True)
-    return before, marks
+    return np.searchsorted(np.asarray(np.memmap(path, np.int64, "r")), places, "right")
 
 
 def prefetch(load: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:
