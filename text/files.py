@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,8 +25,7 @@ BLOCK = 1 << 20  # bytes read at once
 LONGEST = 1 << 26  # characters of a line: it is held in memory
 
 Progress = Callable[[int], object]
-# Which of its columns are read from a table, given the names of all, and where they stand.
-Choose = Callable[[Iterable[str], Any], list[str]]
+Choose = Callable[[Iterable[str], Any], list[str]]  # columns to read, of those that are there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Source:
 
     name: str
     fingerprint: str
-    size: int | None
-    """Bytes of the files or rows of the data set, if known: what `pieces` reports progress in."""
+    size: int | None  # bytes of the files or rows of the data set: what progress is reported in
     files: tuple[Path, ...] = ()
     hub: Any = None
     split: str = ""
@@ -87,9 +86,7 @@ def find(name: str, *, streaming: bool = False) -> Source:
                 x for x in paths if (x.is_symlink() if x.is_dir() else x.is_file() and kind(x))
             ]
             check_links(folder, paths)
-        files = sorted(
-            x.absolute() for x in paths if x.is_file()
-        )  # a link's end may have no suffix
+        files = sorted(x.absolute() for x in paths if x.is_file())  # where links lead has no suffix
         if not files or not all(map(kind, files)):
             kinds = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSION)}"
             raise UserError(f"{name}: no file to read in it; expected {kinds}")
@@ -118,37 +115,32 @@ def _find_on_hub(name: str, streaming: bool) -> Source:
     return Source(name, digest(facts), size, (), hub, split, streaming)
 
 
-def _blocks(file: Path, progress: Progress) -> Iterator[bytes]:
-    """The bytes of a file, uncompressed; progress is in bytes of the file itself."""
+def text_blocks(file: Path, progress: Progress) -> Iterator[str]:
+    """The text of a file, block by block, with universal newlines; progress is in its bytes."""
     import pyarrow
 
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
     with (
         library_errors(f"{file}: cannot be read to its end"),
         open(file, "rb") as raw,
         pyarrow.input_stream(raw, compression=COMPRESSION.get(file.suffix)) as stream,
     ):
-        before = 0
-        while block := stream.read(BLOCK):
+        block, before, at = None, 0, 0
+        while block != b"":
+            block = stream.read(BLOCK)
             progress(raw.tell() - before)
             before = raw.tell()
-            yield block
-
-
-def text_blocks(file: Path, progress: Progress) -> Iterator[str]:
-    """The text of a file, block by block, with universal newlines."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
-    before = 0
-    for block in itertools.chain(_blocks(file, progress), [b""]):
-        if (zero := block.find(b"\0")) >= 0:
-            raise UserError(f"{file}: byte {before + zero} is 0: a binary file, not text")
-        before += len(block)
-        try:
-            yield decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:  # its object: what was left of earlier blocks, and this
-            at, byte = before - len(error.object) + error.start, error.object[error.start]
-            problem = f"byte {at} (0x{byte:02x}) is not UTF-8"
-            raise UserError(f"{file}: {problem}; convert it: iconv -f latin1 -t utf-8") from error
+            if (zero := block.find(b"\0")) >= 0:
+                raise UserError(f"{file}: byte {at + zero} is 0: a binary file, not text")
+            at += len(block)
+            try:
+                yield decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:  # its object: what was left of blocks, and this
+                first, byte = at - len(error.object) + error.start, error.object[error.start]
+                problem = f"byte {first} (0x{byte:02x}) is not UTF-8"
+                remedy = "convert it, as with: iconv -f latin1 -t utf-8"
+                raise UserError(f"{file}: {problem}; {remedy}") from error
 
 
 def text_lines(file: Path, progress: Progress) -> Iterator[str]:
@@ -196,7 +188,8 @@ def _parquet_records(file: Path, choose: Choose, progress: Progress) -> Iterator
 
     with library_errors(f"{file}: not a whole parquet file"), tempfile.TemporaryFile() as temporary:
         if file.suffix in COMPRESSION:  # parquet is read from its end
-            temporary.writelines(_blocks(file, lambda amount: None))
+            compression = COMPRESSION[file.suffix]
+            shutil.copyfileobj(pyarrow.input_stream(file, compression), temporary)
         table = pyarrow.parquet.ParquetFile(temporary if file.suffix in COMPRESSION else file)
         columns = choose(table.schema_arrow.names, file)
         rows, size = max(table.metadata.num_rows, 1), file.stat().st_size

@@ -23,22 +23,14 @@ class Tokenizer:
     """A Hugging Face tokenizer with the conventions of the files beside it."""
 
     encoder: Any
-    size: int
-    """One more than its largest id."""
-    bos: int | None
-    """Put before each document of plain text; None where the model expects none."""
-    eos: int
-    """Put after each document of plain text."""
-    special: Mapping[str, str]
-    """Special tokens by their role, such as `eos_token`: templates refer to them."""
-    closing: tuple[str, ...]
-    """The special tokens, one of which ends a turn."""
-    added: tuple[str, ...]
-    """All tokens that stand for a text of their own, special or not."""
-    template: Any
-    """The compiled chat template, or None."""
-    marks: bool
-    """Whether the template says itself what the assistant generates."""
+    size: int  # one more than its largest id
+    bos: int | None  # put before each document of plain text, if the model expects one
+    eos: int  # put after each document of plain text
+    special: Mapping[str, str]  # by their role, such as `eos_token`: templates refer to them
+    closing: tuple[str, ...]  # the special tokens, one of which ends a turn
+    added: tuple[str, ...]  # all that stand for a text of their own, special or not
+    template: Any  # the compiled chat template, or None
+    marks: bool  # whether the template says itself what the assistant generates
     fingerprint: str
 
     def encode(self, pieces: Sequence[Piece]) -> list[Any]:
@@ -95,8 +87,7 @@ class Tokenizer:
     def _content(self, messages: Messages, i: int, text: str, place: str) -> tuple[int, int]:
         """Where in `text` the content of message `i` is, what changes when it does, and its end.
 
-        A template may write the turns before it differently when others follow, for example the
-        system prompt into the last turn of the user.
+        A template may write the turns before it differently when others follow, as Mistral's does.
         """
         one, two = (
             self._render([*messages[:i], {**messages[i], "content": x}, *messages[i + 1 :]], place)
@@ -143,30 +134,25 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     if adds_bos is None:  # then the tokenizer's own post-processor says so
         adds_bos = encoder.encode("a").ids[:1] == [bos]
     bos = bos if adds_bos else None
-    added = encoder.get_added_tokens_decoder().values()
-    closing = {token.content for token in added if token.special} | {special["eos_token"]}
+    known = encoder.get_added_tokens_decoder().values()
+    added = tuple(token.content for token in known)
+    closing = sorted({token.content for token in known if token.special} | {special["eos_token"]})
+    size = max(encoder.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    marks = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or ""))
     facts = [hashlib.blake2b(path.read_bytes()).hexdigest(), eos, bos, template, special]
+    template = template and compile_template(template, folder)
     return Tokenizer(
-        encoder,
-        size=max(encoder.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
-        bos=bos,
-        eos=eos,
-        special=special,
-        closing=tuple(sorted(closing)),
-        added=tuple(token.content for token in added),
-        template=template and compile_template(template, folder),
-        marks=bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or "")),
-        fingerprint=digest(facts),
+        encoder, size, bos, eos, special, tuple(closing), added, template, marks, digest(facts)
     )
 
 
 def _encoder(path: Path) -> Any:
     import tokenizers
 
-    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)  # a panic prints lines of its own
+    stderr = os.dup(2)
     try:
-        with library_errors(f"{path}: not a tokenizer"):
+        with open(os.devnull, "w") as null, library_errors(f"{path}: not a tokenizer"):
+            os.dup2(null.fileno(), 2)  # a panic prints lines of its own
             encoder = tokenizers.Tokenizer.from_buffer(path.read_bytes())
             encoder.no_truncation()  # either may have been saved with it
             encoder.no_padding()
@@ -175,7 +161,6 @@ def _encoder(path: Path) -> Any:
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(null)
 
 
 def _config(path: Path) -> dict[str, Any]:
