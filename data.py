@@ -66,12 +66,9 @@ class Batch(NamedTuple):
     """Rows of `seq_len + 1` tokens."""
 
     tokens: Int32[np.ndarray, "rows positions"]
-    segments: Int32[np.ndarray, "rows positions"]
-    """The documents of a row, numbered from 1; 0 is padding."""
-    mask: Bool[np.ndarray, "rows targets"]
-    """Whether predicting the token after each position counts."""
-    signal: Any = None
-    """What a teacher says of these rows, one of `losses.signal`; None where it is not asked yet."""
+    segments: Int32[np.ndarray, "rows positions"]  # documents of a row, from 1; 0 is padding
+    mask: Bool[np.ndarray, "rows targets"]  # whether predicting the token after a position counts
+    signal: Any = None  # of the teacher, one of `losses.signal`, where it is asked already
 
 
 class TokenRange(NamedTuple):
@@ -89,7 +86,7 @@ class TokenRange(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Windows to train and to evaluate on. Within a group every window comes once an epoch."""
+    """Windows to train and to evaluate on; within a group every window comes once an epoch."""
 
     groups: tuple[tuple[TokenRange, ...], ...]
     weights: tuple[float, ...]
@@ -99,7 +96,6 @@ class Corpus:
 
     @property
     def sizes(self) -> list[int]:
-        """How many windows to train on each group has."""
         return [sum(part.windows for part in group) for group in self.groups]
 
     @property
@@ -109,7 +105,6 @@ class Corpus:
 
     @property
     def windows(self) -> int:
-        """Windows to train on."""
         return sum(self.sizes)
 
     @property
@@ -226,8 +221,8 @@ def _rows(step: int, batch_size: int, index: int, count: int) -> Rows:
 def assign_sources(rows: Rows, weights: Sequence[float], seed: int) -> tuple[Rows, Rows]:
     """For each row of the endless sequence: its source, and how many rows of it came before.
 
-    Of any n rows the first source has n * weight, rounded up or down by the seed; of those that
-    are left the next has its share, and so on. In integers: the counts must be exact.
+    Of any n rows the first source has n * weight, rounded up or down by the seed; of the rest the
+    next has its share, and so on. In integers: the counts must be exact.
     """
     source = np.full_like(rows, max(0, len(weights) - 1))
     before, left = rows.copy(), np.ones(len(rows), bool)
@@ -246,8 +241,7 @@ def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray
     """Where a permutation of `range(size)`, one for each key, puts these indices.
 
     A Feistel network on pairs of numbers below a and b, with a * b just above `size`; what falls
-    beyond `size` is sent on until it does not (Black and Rogaway 2002, ciphers with arbitrary
-    finite domains).
+    beyond is sent on (Black and Rogaway 2002, ciphers with arbitrary finite domains).
     """
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
@@ -278,15 +272,11 @@ def _read_part(part: TokenRange, windows: Rows) -> tuple[np.ndarray, ...]:
     places = part.start + windows[:, None] * part.seq_len + np.arange(part.seq_len + 1)
     real = places < part.stop
     tokens = np.zeros(places.shape, np.int32)
-    with (
-        open(folder / "tokens", "rb", buffering=0) as file,
-        open(folder / "sums", "rb", buffering=0) as sums,
-    ):
-        for row, start, count in zip(
-            tokens, places[:, 0].tolist(), real.sum(1).tolist(), strict=True
-        ):
-            content = _checked(file, sums, start * dtype.itemsize, count * dtype.itemsize)
-            row[:count] = np.frombuffer(content, dtype)
+    with open(folder / "tokens", "rb", 0) as file, open(folder / "sums", "rb", 0) as sums:
+        for i, count in enumerate(real.sum(1).tolist()):
+            start = int(places[i, 0]) * dtype.itemsize
+            content = _checked(file, sums, start, count * dtype.itemsize)
+            tokens[i, :count] = np.frombuffer(content, dtype)
     segments = _marks_until(folder / "documents", places)
     segments = (segments - segments[:, :1] + 1) * real
     mask = (segments[:, 1:] == segments[:, :-1]) & real[:, 1:]
@@ -322,8 +312,8 @@ def _marks_until(path: Path, places: Int[np.ndarray, "..."]) -> Int[np.ndarray, 
 def prefetch(load: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:
     """`load(step)` for each step, computed ahead in a thread; its exceptions are raised here.
 
-    Close the generator, or let it go, to end the thread, once it is done with what it loads: a
-    thread that is inside native code when the interpreter ends would abort the process.
+    Close the generator, or let it go, to end the thread once it has loaded: in native code at the
+    interpreter's end it would abort the process.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:

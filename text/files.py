@@ -75,18 +75,24 @@ def find(name: str, *, streaming: bool = False) -> Source:
         elif path.is_file():
             paths = [path]
         elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:.*)?", name) and not kind(path):
-            return _find_on_hub(name, streaming)
+            import datasets
+
+            datasets.disable_progress_bars()  # they would run into ours
+            repository, config, split = (*name.split(":", 2), "", "")[:3]
+            hub, split = datasets.load_dataset_builder(repository, config or None), split or "train"
+            splits = hub.info.splits or {}
+            size = splits[split].num_examples if split in splits else None
+            facts = [repository, hub.config.name, str(hub.info.version), hub.hash, split]
+            return Source(name, digest(facts), size, (), hub, split, streaming)
         elif glob.has_magic(name):
             folder = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
             paths = map(Path, glob.glob(str(path), recursive=True))
         else:
             raise UserError(f"{name}: no such file or folder, and not a hub data set (owner/name)")
         if folder:
-            paths = [
-                x for x in paths if (x.is_symlink() if x.is_dir() else x.is_file() and kind(x))
-            ]
+            paths = [x for x in paths if (x.is_symlink() if x.is_dir() else kind(x))]
             check_links(folder, paths)
-        files = sorted(x.absolute() for x in paths if x.is_file())  # where links lead has no suffix
+        files = sorted(x.absolute() for x in paths if x.is_file())  # a blob has no suffix
         if not files or not all(map(kind, files)):
             kinds = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSION)}"
             raise UserError(f"{name}: no file to read in it; expected {kinds}")
@@ -100,19 +106,6 @@ def kind(part: Path | Source) -> str | None:
         return "hub"
     suffix = Path(part.stem).suffix if part.suffix in COMPRESSION else part.suffix
     return suffix if suffix in KINDS else None
-
-
-def _find_on_hub(name: str, streaming: bool) -> Source:
-    import datasets
-
-    datasets.disable_progress_bars()  # they would run into ours
-    repository, config, split = (*name.split(":", 2), "", "")[:3]
-    split = split or "train"
-    hub = datasets.load_dataset_builder(repository, config or None)
-    splits = hub.info.splits or {}
-    size = splits[split].num_examples if split in splits else None
-    facts = [repository, hub.config.name, str(hub.info.version), hub.hash, split]
-    return Source(name, digest(facts), size, (), hub, split, streaming)
 
 
 def text_blocks(file: Path, progress: Progress) -> Iterator[str]:
@@ -161,9 +154,7 @@ def check_length(what: str, size: int, where: Any) -> None:
         raise UserError(f"{where}: {what} in it is longer than {LONGEST >> 20} MiB: break it up")
 
 
-def records(
-    part: Path | Source, choose: Choose, progress: Progress
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def records(part: Path | Source, choose: Choose, progress: Progress) -> Iterator[tuple[str, dict]]:
     """The records of a file that is no plain text, or of a data set, each with where it stands."""
     readers = {".jsonl": _json_records, ".parquet": _parquet_records, "hub": _hub_records}
     for number, record in enumerate(readers[kind(part)](part, choose, progress), start=1):
@@ -172,7 +163,6 @@ def records(
 
 
 def _json_records(file: Path, choose: Choose, progress: Progress) -> Iterator[dict | None]:
-    """An object for each line, None for a blank one."""
     for number, line in enumerate(text_lines(file, progress), start=1):
         with library_errors(f"{file} line {number}: not JSON that can be read"):
             record = json.loads(line) if line.strip() else None
