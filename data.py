@@ -194,10 +194,25 @@ def read(corpus: Corpus, windows: Rows, *, held_out: bool = False) -> Batch:
     ends = np.cumsum([part.windows for part in parts])
     chosen = np.minimum(np.searchsorted(ends, windows, "right"), len(parts) - 1)
     tokens = np.zeros((len(windows), corpus.seq_len + 1), np.int32)
-    segments, mask = np.zeros_like(tokens), np.zeros((len(windows), corpus.seq_len), bool)
+    segments, mask = np.zeros_like(tokens), np.ones((len(windows), corpus.seq_len), bool)
     for i in np.unique(chosen):
-        rows, first = chosen == i, ends[i] - parts[i].windows
-        tokens[rows], segments[rows], mask[rows] = _read_part(parts[i], windows[rows] - first)
+        part, rows = parts[i], np.flatnonzero(chosen == i)
+        folder, dtype = part.store.folder, np.dtype(part.store.dtype)
+        starts = part.start + (windows[rows] - (ends[i] - part.windows)) * corpus.seq_len
+        places = starts[:, None] + np.arange(corpus.seq_len + 1)
+        real = places < part.stop
+        with open(folder / "tokens", "rb", 0) as file, open(folder / "sums", "rb", 0) as sums:
+            for row, start, count in zip(rows, starts.tolist(), real.sum(1).tolist(), strict=True):
+                content = _checked(file, sums, start * dtype.itemsize, count * dtype.itemsize)
+                tokens[row, :count] = np.frombuffer(content, dtype)
+        # Mapped for this call alone: pages once touched stay resident as long as a mapping.
+        documents = np.memmap(folder / "documents", np.int64, "r")
+        before = np.searchsorted(documents, places, "right")
+        segments[rows] = (before - before[:, :1] + 1) * real
+        if part.store.masked:  # then tokens between a start and a stop are learned
+            bounds = np.memmap(folder / "trained", np.int64, "r")
+            mask[rows] = np.searchsorted(bounds, places[:, 1:], "right") % 2 == 1
+    mask &= (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     return Batch(tokens, segments, mask)
 
 
@@ -267,24 +282,6 @@ def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray
     return index.astype(np.int64)
 
 
-def _read_part(part: TokenRange, windows: Rows) -> tuple[np.ndarray, ...]:
-    folder, dtype = part.store.folder, np.dtype(part.store.dtype)
-    places = part.start + windows[:, None] * part.seq_len + np.arange(part.seq_len + 1)
-    real = places < part.stop
-    tokens = np.zeros(places.shape, np.int32)
-    with open(folder / "tokens", "rb", 0) as file, open(folder / "sums", "rb", 0) as sums:
-        for i, count in enumerate(real.sum(1).tolist()):
-            start = int(places[i, 0]) * dtype.itemsize
-            content = _checked(file, sums, start, count * dtype.itemsize)
-            tokens[i, :count] = np.frombuffer(content, dtype)
-    segments = _marks_until(folder / "documents", places)
-    segments = (segments - segments[:, :1] + 1) * real
-    mask = (segments[:, 1:] == segments[:, :-1]) & real[:, 1:]
-    if part.store.masked:  # inside a run, between its start and its stop
-        mask &= _marks_until(folder / "trained", places[:, 1:]) % 2 == 1
-    return tokens, segments, mask
-
-
 def _checked(tokens: FileIO, sums: FileIO, start: int, size: int) -> memoryview:
     """Bytes of the token file, after its blocks that hold them were compared to their sums."""
     first, stop = start // BLOCK, -(-(start + size) // BLOCK)
@@ -299,14 +296,6 @@ def _checked(tokens: FileIO, sums: FileIO, start: int, size: int) -> memoryview:
             " run this again, and the text is tokenized anew"
         )
     return blocks[start - first * BLOCK :][:size]
-
-
-def _marks_until(path: Path, places: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-    """How many positions of a file lie up to each place.
-
-    The file is mapped for this call alone: pages once touched stay resident as long as a mapping.
-    """
-    return np.searchsorted(np.asarray(np.memmap(path, np.int64, "r")), places, "right")
 
 
 def prefetch(load: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:
