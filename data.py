@@ -15,9 +15,8 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import FileIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import IO, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
@@ -263,8 +262,7 @@ def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray
     # Twelve rounds: with eight, orders of as few as five are not equally likely.
     keys = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=48).digest(), np.uint32)
 
-    def mix(x):
-        """31 bits that depend on all bits of x (the finalizer of splitmix64)."""
+    def mix(x):  # 31 bits that depend on all bits of x: the finalizer of splitmix64
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB
         return x >> 33
@@ -282,7 +280,7 @@ def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray
     return index.astype(np.int64)
 
 
-def _checked(tokens: FileIO, sums: FileIO, start: int, size: int) -> memoryview:
+def _checked(tokens: IO[bytes], sums: IO[bytes], start: int, size: int) -> memoryview:
     """Bytes of the token file, after its blocks that hold them were compared to their sums."""
     first, stop = start // BLOCK, -(-(start + size) // BLOCK)
     blocks = memoryview(os.pread(tokens.fileno(), (stop - first) * BLOCK, first * BLOCK))

@@ -115,9 +115,8 @@ def _paragraphs(lines: Iterable[str], file: Any) -> Iterator[str]:
             yield "\n".join(paragraph)
 
 
-# Byte-level tokenizers join no letter with the line end before it and no word with the space after
-# it: cuts there leave the tokens as they are. Those that put a space before any text add one at
-# every cut.
+# Cuts that leave the tokens of byte-level tokenizers as they are: these join no letter with the
+# line end before it and no word with the space after it. Others may add a space at every cut.
 SEAMS = (re.compile(r"(?<=\S\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 
 

@@ -14,17 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from runtime import files as disk
 from runtime import report
 from runtime.errors import UserError
-from runtime.files import (
-    atomic_folder,
-    digest,
-    disk_errors,
-    file_digest,
-    lock,
-    read_json,
-    write_json,
-)
 from text import files, records
 from text.tokenizer import Tokenizer
 
@@ -42,8 +34,7 @@ class Options:
     text_field: str
     documents: str
     mask: str
-    held_out: float
-    """Share of the documents that are not to train on."""
+    held_out: float  # share of the documents that are not to train on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +46,9 @@ class Store:
     tokens: int
     training: int
     documents: int
-    bytes: int
-    """Of the text that is learned (with `masked` the assistant's), in UTF-8."""
+    bytes: int  # of the text that is learned (with `masked` the assistant's), in UTF-8
     masked: bool
-    digest: str
-    """Of all the above but the folder, and of the files."""
+    digest: str  # of all the above but the folder, and of the files
 
 
 def open_store(
@@ -75,19 +64,19 @@ def open_store(
     facts = [source.fingerprint, tokenizer.fingerprint, list(dataclasses.astuple(options))]
     path = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "compact-distill")
     try:
-        folder = Path(path).expanduser() / digest([VERSION, *facts])
+        folder = Path(path).expanduser() / disk.digest([VERSION, *facts])
     except RuntimeError as error:
         raise UserError(f"{path}: {error}{REMEDY}") from None
-    with disk_errors(folder.parent, REMEDY):
+    with disk.disk_errors(folder.parent, REMEDY):
         if store := load(folder):
             return store
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock(folder.parent / ".lock", wait=True):  # each builder takes all cores
+        with disk.lock(folder.parent / ".lock", wait=True):  # each builder takes all cores
             if store := load(folder):  # another process has built it meanwhile
                 return store
             for stale in folder.parent.glob("*.partial"):
                 shutil.rmtree(stale, ignore_errors=True)
-            with atomic_folder(folder, REMEDY) as partial:
+            with disk.atomic_folder(folder, REMEDY) as partial:
                 build(partial, source, tokenizer, options)
     return load(folder)
 
@@ -98,13 +87,13 @@ def load(folder: Path) -> Store | None:
     The tokens themselves, most of it, are checked when they are read.
     """
     try:
-        manifest = read_json(folder / "store.json")
+        manifest = disk.read_json(folder / "store.json")
         checksum = manifest.pop("digest")
-        if checksum != digest(manifest) or manifest.pop("version") != VERSION:
+        if checksum != disk.digest(manifest) or manifest.pop("version") != VERSION:
             return None
         hashes = manifest.pop("files")
         store = Store(folder, **manifest, digest=checksum)
-        if any(file_digest(folder / name) != hashes[name] for name in (*FILES[1:], "sums")):
+        if any(disk.file_digest(folder / name) != hashes[name] for name in (*FILES[1:], "sums")):
             return None
         size = (folder / "tokens").stat().st_size
         return store if size == store.tokens * np.dtype(store.dtype).itemsize else None
@@ -176,9 +165,9 @@ def build(folder: Path, source: files.Source, tokenizer: Tokenizer, options: Opt
         "documents": training.documents,
         "bytes": size,
         "masked": masked,
-        "files": {name: file_digest(folder / name) for name in (*FILES, "sums")},
+        "files": {name: disk.file_digest(folder / name) for name in (*FILES, "sums")},
     }
-    write_json(folder / "store.json", manifest | {"digest": digest(manifest)})
+    disk.write_json(folder / "store.json", manifest | {"digest": disk.digest(manifest)})
 
 
 def write_sums(folder: Path) -> None:
@@ -203,14 +192,8 @@ def _tokenize(
         nonlocal position
         position += amount
 
-    pieces = records.pieces(
-        source,
-        tokenizer,
-        text_field=options.text_field,
-        documents=options.documents,
-        mask=options.mask,
-        progress=read,
-    )
+    how = {"text_field": options.text_field, "documents": options.documents, "mask": options.mask}
+    pieces = records.pieces(source, tokenizer, **how, progress=read)
     with (
         report.progress(f"tokenizing {source.name}", source.size) as advance,
         contextlib.closing(_encoded(tokenizer, _chunks(pieces))) as chunks,
