@@ -45,12 +45,9 @@ class Source:
 
 
 def canonical(name: str) -> str:
-    """One spelling for a path, which means the same from any folder; an id of the hub is as it is.
-
-    A link is not followed: the file that it leads to may lack the suffix.
-    """
+    """One spelling for a path, the same from any folder; an id of the hub is as it is."""
     path = Path(os.path.expanduser(name))
-    if os.path.exists(path):
+    if os.path.exists(path):  # a link is not followed: where it leads may lack the suffix
         return str(path.parent.resolve() / path.name)
     return str(path.absolute()) if glob.has_magic(name) else name
 
@@ -177,10 +174,9 @@ def _parquet_records(file: Path, choose: Choose, progress: Progress) -> Iterator
     import pyarrow.parquet
 
     with library_errors(f"{file}: not a whole parquet file"), tempfile.TemporaryFile() as temporary:
-        if file.suffix in COMPRESSION:  # parquet is read from its end
-            compression = COMPRESSION[file.suffix]
+        if compression := COMPRESSION.get(file.suffix):  # parquet is read from its end
             shutil.copyfileobj(pyarrow.input_stream(file, compression), temporary)
-        table = pyarrow.parquet.ParquetFile(temporary if file.suffix in COMPRESSION else file)
+        table = pyarrow.parquet.ParquetFile(temporary if compression else file)
         columns = choose(table.schema_arrow.names, file)
         rows, size = max(table.metadata.num_rows, 1), file.stat().st_size
         for batch in table.iter_batches(batch_size=256, columns=columns):

@@ -102,10 +102,9 @@ def load(folder: Path) -> Store | None:
 
 
 class TokenFiles(contextlib.ExitStack):
-    """Growing files of token ids, of where documents end and of where trained tokens start, stop.
+    """Growing files: token ids, where documents end, and where runs of trained tokens start, stop.
 
-    A file of positions is sorted, so that a search tells the document of any token, or whether it
-    lies between a start and a stop.
+    Positions are sorted: a search tells the document of any token, or whether it lies in a run.
     """
 
     def __init__(self, folder: Path, dtype: str):
