@@ -465,7 +465,7 @@ REFUSED = {
     "marked.txt": (b"\xef\xbb\xbfab\xff", r"byte 5 \(0xff\) is not UTF-8"),
     "half.txt": ("aü".encode()[:-1], r"byte 1 \(0xc3\) is not UTF-8"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe4"}', r"byte 24 \(0xe4\) is not UTF-8"),
-    "field.jsonl": (b'{"body": "a", "id": 1}', "no column messages or .* text; it has body, id: choose one"),
+    "field.jsonl": (b'{"body": "a", "id": 1}', "no column messages.*; it has body, id: choose one"),
     "field.parquet": (TABLE, "or text; it has body, title: choose one with --data"),
     "json.jsonl": (b'{"text": "a"}\n\n{"text": "a}', "line 3: not JSON"),
     "list.jsonl": (b"[1]", r"line 1: not JSON .*expected an object, found '\[1\]'"),

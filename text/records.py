@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from runtime.errors import UserError
 from runtime.files import printable
 from text import files
+from text.files import Source
 
 if TYPE_CHECKING:
     from text.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ class Prompt(NamedTuple):
 
 
 def pieces(
-    source: files.Source,
+    source: Source,
     tokenizer: "Tokenizer",
     *,
     text_field: str = "text",
@@ -52,7 +53,8 @@ def pieces(
     for part in source.files or [source]:
         if files.kind(part) != ".txt":
             for place, record in files.records(part, choose, progress):
-                yield from _record_pieces(record, choose(record, place), tokenizer, mask, place)
+                values = {name: record[name] for name in choose(record, place)}
+                yield from _record_pieces(values, tokenizer, mask, place)
         elif documents == "file":
             yield from _document_pieces(files.text_blocks(part, progress), mask, part)
         else:
@@ -61,9 +63,7 @@ def pieces(
                 yield from _document_pieces([text], mask, part)
 
 
-def prompts(
-    source: files.Source, tokenizer: "Tokenizer", column: str | None = None
-) -> Iterator[Prompt]:
+def prompts(source: Source, tokenizer: "Tokenizer", column: str | None = None) -> Iterator[Prompt]:
     """The prompts of a source in order: lines of plain text, or a column of records.
 
     A column holds text, or messages: then what the assistant said last is left out. Without a
@@ -140,10 +140,8 @@ def _document_pieces(blocks: Iterable[str], mask: str, where: Any) -> Iterator[P
         yield Piece(rest, starts)
 
 
-def _record_pieces(
-    record: Mapping[str, Any], columns: list[str], tokenizer: "Tokenizer", mask: str, place: str
-) -> Iterator[Piece]:
-    match values := [record[column] for column in columns]:
+def _record_pieces(columns: dict, tokenizer: "Tokenizer", mask: str, place: str) -> Iterator[Piece]:
+    match values := list(columns.values()):
         case [None]:
             return
         case [str()]:

@@ -52,12 +52,7 @@ class Store:
 
 
 def open_store(
-    name: str,
-    tokenizer: Tokenizer,
-    options: Options,
-    *,
-    cache: str | None = None,
-    streaming: bool = False,
+    name: str, tokenizer: Tokenizer, options: Options, cache: str | None, streaming: bool
 ) -> Store:
     """The store of a source in the cache; it is built if there is none that is whole."""
     source = files.find(name, streaming=streaming)
@@ -146,7 +141,7 @@ def build(folder: Path, source: files.Source, tokenizer: Tokenizer, options: Opt
     dtype = "uint16" if tokenizer.size <= 1 << 16 else "uint32"
     with TokenFiles(folder, dtype) as training:
         with TokenFiles(folder / "held", dtype) as held_out:
-            size = _tokenize(source, tokenizer, options, training, held_out)
+            size = _tokenize(source, tokenizer, options, (training, held_out))
         count = training.tokens
         training.extend(held_out)
     shutil.rmtree(held_out.folder)
@@ -177,14 +172,10 @@ def write_sums(folder: Path) -> None:
 
 
 def _tokenize(
-    source: files.Source,
-    tokenizer: Tokenizer,
-    options: Options,
-    training: TokenFiles,
-    held_out: TokenFiles,
+    source: files.Source, tokenizer: Tokenizer, options: Options, sides: Sequence[TokenFiles]
 ) -> int:
-    """Writes the tokens of a source; returns the bytes of the text to learn."""
-    bos, size, out = [] if tokenizer.bos is None else [tokenizer.bos], 0, training
+    """Writes the tokens to train on and those held out; returns the bytes of the text to learn."""
+    bos, size, out = [] if tokenizer.bos is None else [tokenizer.bos], 0, sides[0]
     position = 0
 
     def read(amount: int) -> None:
@@ -201,8 +192,7 @@ def _tokenize(
             for piece, encoding in chunk:
                 content, ids, runs = piece.text.encode(), encoding.ids, []
                 if piece.starts:
-                    is_held_out = hash_bytes(content) < options.held_out * 2**64
-                    out = held_out if is_held_out else training
+                    out = sides[hash_bytes(content) < options.held_out * 2**64]
                 if piece.spans is not None:
                     content = "".join(piece.text[slice(*span)] for span in piece.spans).encode()
                     runs = _runs(encoding.offsets, piece.spans)
@@ -211,9 +201,10 @@ def _tokenize(
                     ids = (bos if piece.starts else []) + ids
                     ids += [tokenizer.eos] if piece.ends else []
                 out.add(ids, runs, piece.ends)
-            training.flush()
-            held_out.flush()
-            advance(position, remark=f"{report.count(training.tokens + held_out.tokens)} tokens")
+            for side in sides:
+                side.flush()
+            tokens = report.count(sum(side.tokens for side in sides))
+            advance(position, remark=f"{tokens} tokens")
     return size
 
 
