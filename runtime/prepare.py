@@ -18,13 +18,7 @@ import optim
 import sharding
 import student as students
 import text
-from config import (
-    Config,
-    needs_teacher,
-    run_folder,
-    student_config,
-    uses_teacher_loss,
-)
+from config import Config, needs_teacher, run_folder, student_config, uses_teacher_loss
 from losses import features
 from models.base import LanguageModel
 from runtime import checkpoint, files, processes, report, target_store
@@ -108,15 +102,13 @@ class Run(NamedTuple):
         hidden = jax.device_put(states.hidden, local.tokens.sharding)
         return local._replace(signal=losses.TeacherStates(hidden, self.head))
 
-    def held_out(self) -> Iterator[data.Batch]:
-        """Batches of the windows that an evaluation reads."""
+    def held_out(self) -> tuple[Iterator[data.Batch], int]:
+        """Batches of the windows that an evaluation reads, and at most how many."""
         rows = self.config.batch_size
         if self.placement.teacher_mesh is None:  # else they are to divide over its devices too
             rows //= self.config.microbatches
-        batches = data.evaluation(self.corpus, rows, *self.process_rows)
-        windows = sum(part.windows for part in self.corpus.held_out)
-        count = -(-min(self.config.eval_windows, windows) // rows)
-        return report.track(islice(batches, count), "evaluating", count)
+        count = -(-self.config.eval_windows // rows)
+        return islice(data.evaluation(self.corpus, rows, *self.process_rows), count), count
 
 
 teacher_states = sharding.jit(losses.teacher_states)
@@ -138,9 +130,6 @@ def optimizer_and_objective(
     return optim.make(config.optim, config.steps), objective
 
 
-# ---- the folder ----------------------------------------------------------------------------------
-
-
 def make_folder(config: Config) -> files.RunFolder:
     """The folder of a run, made by the first process; --no-resume moves the run that is there
     aside."""
@@ -152,8 +141,7 @@ def make_folder(config: Config) -> files.RunFolder:
                 with folder.lock():
                     aside = folder.set_aside()
                 folder.path.mkdir()
-                line = f"the run that was in {folder.path} is in {aside} now"
-                report.say(line)
+                report.say(f"the run that was in {folder.path} is in {aside} now")
     processes.sync("folder")
     return folder
 
@@ -175,17 +163,13 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
         report.say(f"continued anyway: {'; '.join(changed)}")
     steps = (folder.previous() or {}).get("steps")
     if steps not in (None, config.steps):
-        line = f"--steps was {steps}: schedules now end at {config.steps}"
-        report.say(line)
+        report.say(f"--steps was {steps}: schedules now end at {config.steps}")
     return last
 
 
 def write_config(folder: files.RunFolder) -> None:
     if jax.process_index() == 0:
         folder.write()
-
-
-# ---- text, teacher, student ----------------------------------------------------------------------
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:

@@ -258,7 +258,8 @@ def test_the_program_does_not_grow_with_depth():
 
 def test_fresh_weights_of_every_family():
     """Drawn anew for each block, the same for the same key, and with outputs near zero."""
-    for folder in FIXTURES:
+    for name in ("bloom", "llama-biases", "llama-3.2-tied", "qwen3"):
+        folder = FIXTURES[0].parent / name
         config = load(folder).config
         make = eqx.filter_jit(models.FAMILIES[config.model_type])
         model = make(config, jax.random.key(1))
