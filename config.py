@@ -292,7 +292,7 @@ def student_config(config: Config) -> Any:
 def run_folder(config: Config) -> files.RunFolder:
     """The folder of a run, which holds its configuration."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    return files.RunFolder(Path(config.out), settings, MAY_CHANGE, prefix="--")
+    return files.RunFolder(Path(config.out), settings, MAY_CHANGE)
 
 
 def uses_teacher_loss(loss: losses.Config) -> bool:

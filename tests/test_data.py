@@ -54,7 +54,6 @@ def corpus_of(folder, lengths, seq_len, *, seed=0, trained=None) -> data.Corpus:
             ids = list(range(position, position + length))
             stream.add(ids, trained[i] if trained else [], True)
             position += length
-            stream.flush()
     store.write_sums(folder)
     facts = (position, position, len(lengths), 0, trained is not None, "")
     tokens = data.Store(folder, "uint32", *facts)
