@@ -145,16 +145,16 @@ class Config:
         writes, features = self.on_policy.fraction > 0, self.loss.features != "off"
         several = self.distributed or self.coordinator is not None
         judged = self.loss.alpha > 0 or bool(self.loss.alpha_end)
-        alone, beside = "leave one out", "it needs the teacher on the student's devices"
+        alone, together = "leave one out", "it needs the teacher on the student's devices"
         for conflicts, flags, reason in (
             (targets and not uses_teacher_loss(self.loss), "--targets with --loss.alpha 0", alone),
             (targets and apart, "--teacher-devices with --targets", "no teacher is in memory"),
             (writes and not judged, "--on-policy.fraction with --loss.alpha 0",
              "nobody would judge what is written"),
-            (targets and writes, "--on-policy.fraction with --targets", beside),
-            (targets and features, "--loss.features with --targets", beside),
-            (apart and writes, "--on-policy.fraction with --teacher-devices", beside),
-            (apart and features, "--loss.features with --teacher-devices", beside),
+            (targets and writes, "--on-policy.fraction with --targets", together),
+            (targets and features, "--loss.features with --targets", together),
+            (apart and writes, "--on-policy.fraction with --teacher-devices", together),
+            (apart and features, "--loss.features with --teacher-devices", together),
             (apart and several, "--teacher-devices with several processes", "it is for one"),
             (apart and not needs_teacher(self), "--teacher-devices with --loss.alpha 0",
              "the run has no teacher"),

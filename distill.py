@@ -41,8 +41,6 @@ from runtime.prepare import Placement, Run
 
 __all__ = ["Config", "Data", "Mesh", "Optim", "State", "init_state", "main", "step", "train"]
 
-# ---- the step ------------------------------------------------------------------------------------
-
 
 class Learner(eqx.Module):
     """What is trained: the student, and what maps its hidden states to the teacher's width."""
@@ -202,18 +200,15 @@ def norms(what: str, tree: Any) -> dict[str, Float32[Array, "..."]]:
     return norm
 
 
-# ---- before the first step -----------------------------------------------------------------------
-
-
 def abstract_arguments(
     config: Config, placement: Placement, layers: list[int] | None = None
 ) -> tuple[tuple[Any, data.Batch], State]:
     """What a step of this run is given, as shapes in their places."""
     optimizer, _ = prepare.optimizer_and_objective(config)
     mesh, layout, _ = placement
-
-    key = jax.random.key(0)
-    student, projection = eqx.filter_eval_shape(prepare.fresh_learner, config, key, layers)
+    student, projection = eqx.filter_eval_shape(
+        lambda: prepare.fresh_learner(config, jax.random.key(0), layers)
+    )
     # First, so that what does not divide is named as a leaf of the student, not as its moment.
     sharding.specs(student, mesh, layout.params)
     state = eqx.filter_eval_shape(init_state, student, optimizer, projection)
@@ -225,7 +220,8 @@ def device_bytes(config: Config, placement: Placement) -> plan.DeviceBytes:
     """What a device holds of this run while it takes a step."""
     optimizer, objective = prepare.optimizer_and_objective(config)
     arguments = abstract_arguments(config, placement)
-    program = plan.compile_abstract(step, arguments, optimizer, objective)
+    with report.progress("compiling"):
+        program = plan.compile_abstract(step, arguments, optimizer, objective)
     resident = plan.resident_bytes(config, placement, *arguments, optimizer)
     return resident._replace(temporaries=program.memory_analysis().temp_size_in_bytes)
 
@@ -251,9 +247,6 @@ def print_plan(config: Config, placement: Placement) -> None:
         )
 
 
-# ---- the run -------------------------------------------------------------------------------------
-
-
 def train(config: Config) -> Path:
     """Runs, or continues, what `config` describes; returns the folder of the exported student."""
     begun = time.monotonic()
@@ -270,8 +263,7 @@ def train(config: Config) -> Path:
         with checkpoint.lock(out):
             last = prepare.last_step(config, folder)
             if last is not None and last >= config.steps and (out / "student").exists():
-                line = f"this run is finished: the student is in {out / 'student'}"
-                report.say(line)
+                report.say(f"this run is finished: the student is in {out / 'student'}")
                 return out / "student"
             if not config.force:
                 optimizer, _ = prepare.optimizer_and_objective(config)
@@ -319,11 +311,10 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
     write = compile_writer(run, state) if written.any() else None
     deadline = begun + 60 * (config.time_limit or float("inf"))
     pending: tuple[int, dict[str, Any]] | None = None
-    watch = report.Stopwatch()
+    watch, trace = report.Stopwatch(), plan.Trace(config.profile_steps, run.out / "trace")
     with (
         results.open_log(run, start) as log,
         processes.Interruption() as interruption,
-        plan.Trace(config.profile_steps, run.out / "trace") as trace,
         contextlib.closing(data.prefetch(run.batch, start, config.steps)) as batches,
     ):
         log_step = results.step_logger(run, state.student, start, log, watch, written)
@@ -416,7 +407,7 @@ def main() -> None:
         distributed=config.distributed, coordinator=config.coordinator,
         processes=config.processes, process_id=config.process_id, devices=config.devices,
     )  # fmt: skip
-    with processes.exit_with_peers(), report.quietly(config.quiet or jax.process_index() > 0):
+    with processes.exit_with_peers():
         train(config)
 
 

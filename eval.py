@@ -80,9 +80,8 @@ def evaluate(
     return {"tokens": int(tokens)} | {name: v / max(tokens, 1) for name, v in totals.items()}
 
 
-def main() -> None:
-    config = errors.cli(Config)
-    processes.start()
+def score(config: Config) -> None:
+    """Prints the figures of a model on a text."""
     folder = models.fetch(config.model)
     shape = models.config(folder)
     for name in filter(None, (config.model, config.teacher)):
@@ -98,7 +97,7 @@ def main() -> None:
     teacher = None if config.teacher is None else models.load(config.teacher, mesh=mesh)
     rows = -(-config.batch_size // mesh.size) * mesh.size  # each device has as many
     total = -(-sum(part.windows for part in corpus.held_out) // rows)
-    with jax.set_mesh(mesh), report.quietly(config.json):
+    with jax.set_mesh(mesh):
         means = evaluate(
             model, teacher, report.track(data.evaluation(corpus, rows), "scoring", total),
             to_device=partial(sharding.from_host, mesh=mesh), dtype=sharding.compute_dtype(),
@@ -123,6 +122,13 @@ def summary(means: Figures, size: int) -> Figures:
         figures |= {name: means[name] for name in ("kl", "reverse_kl", "agreement", "teacher_ce")}
         figures["teacher_perplexity"] = math.exp(min(means["teacher_ce"], 700))
     return figures
+
+
+def main() -> None:
+    config = errors.cli(Config)
+    processes.start()
+    with report.quietly(config.json):
+        score(config)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ Data = data.Config  # a field of a config hides the module it is named after
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(processes.Flags):
+class Config:
     """Compute a teacher's targets once, for distill.py --targets."""
 
     teacher: str
@@ -64,6 +64,14 @@ class Config(processes.Flags):
     mesh: sharding.Sizes = dataclasses.field(default_factory=sharding.Sizes)
     quiet: bool = False
     """Print only warnings."""
+    distributed: bool = False
+    """One of several processes, which a scheduler (Slurm, Cloud TPU, GKE, Open MPI) has started."""
+    coordinator: str | None = None
+    """host:port of the first of several processes, where no scheduler says so."""
+    processes: Annotated[int | None, at_least(1)] = None
+    """How many processes there are, with --coordinator."""
+    process_id: int | None = None
+    """Which of them this is, from 0, with --coordinator."""
 
     def __post_init__(self):
         errors.check(self)
@@ -184,7 +192,8 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
         windows[: len(positions)] = targets.windows[positions]
         return sharding.from_host((data.read(corpus, windows), windows.astype(np.int32)), mesh)
 
-    program = sharding.compiled(targets_of.lower(teacher, *batch(0), targets, config.chunk))
+    with report.progress("compiling"):
+        program = sharding.compiled(targets_of.lower(teacher, *batch(0), targets, config.chunk))
     start = time.monotonic()
 
     def save(step: int, signal: losses.Targets) -> None:
@@ -217,7 +226,10 @@ def _own_rows(x: Array) -> np.ndarray:
 
 def main() -> None:
     config = errors.cli(Config)
-    config.start_processes()
+    processes.start(
+        distributed=config.distributed, coordinator=config.coordinator,
+        processes=config.processes, process_id=config.process_id,
+    )  # fmt: skip
     with processes.exit_with_peers(), report.quietly(config.quiet or jax.process_index() > 0):
         targets = make(config)
     if jax.process_index() == 0 and not config.quiet:

@@ -18,6 +18,7 @@ import tyro
 
 import data
 import text
+from text import store
 
 SEQ_LEN = 2048
 
@@ -80,7 +81,7 @@ def encode_bare(folder: Path, documents: str) -> float:
     tokenizer = text.load_tokenizer(folder)
     source = text.find(str(folder / "text.txt"))
     pieces = [piece.text for piece in text.pieces(source, tokenizer, documents=documents)]
-    per_call = max(1, len(pieces) * data.CHUNK // sum(map(len, pieces)))
+    per_call = max(1, len(pieces) * store.CHUNK // sum(map(len, pieces)))
     started = time.perf_counter()
     for i in range(0, len(pieces), per_call):
         tokenizer.encoder.encode_batch_fast(pieces[i : i + per_call], add_special_tokens=False)
@@ -104,15 +105,15 @@ def make_store(folder: Path, tokens: int) -> data.Corpus:
     rng = np.random.default_rng(0)
     with open(folder / "tokens", "wb") as file:
         file.truncate(2 * tokens)
-    data._write_sums(folder)
+    store.write_sums(folder)
     with open(folder / "documents", "wb") as file:
         end = 0
         while end < tokens:
             ends = end + np.cumsum(rng.integers(50, 550, 1 << 16))
             file.write(np.minimum(ends[: np.searchsorted(ends, tokens) + 1], tokens))
             end = int(ends[-1])
-    store = data.Store(folder, "uint16", tokens, tokens, 0, 0, False, "")
-    return data.Corpus(((data._part(store, 0, tokens, SEQ_LEN),),), (), (), SEQ_LEN, 0)
+    sparse = store.Store(folder, "uint16", tokens, tokens, 0, 0, False, "")
+    return data.Corpus(((data._part(sparse, 0, tokens, SEQ_LEN),),), (), (), SEQ_LEN, 0)
 
 
 def batches(folder: Path, tokens: int) -> dict[str, float]:

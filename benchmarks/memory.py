@@ -53,20 +53,20 @@ def sizes(case: Case) -> tuple[int, int]:
         losses.Config(alpha=0.5), steps=100, remat=case.remat, microbatches=case.microbatches
     )
     mesh = sharding.make_mesh(devices=jax.devices()[: case.devices])
-    layout = sharding.layout(case.zero)
+    layout = sharding.Layout(case.zero)
     with sharding.use_mesh(mesh, layout):
-        state = plan.abstract_state(
-            lambda key: distill.init_state(family(config(4), key), optimizer), mesh, layout
-        )
-        teacher = eqx.filter_eval_shape(family, config(8), jax.random.key(0))
+        key = jax.random.key(0)
+        state = eqx.filter_eval_shape(lambda: distill.init_state(family(config(4), key), optimizer))
+        state = plan.with_shardings(state, plan.state_shardings(state, mesh, layout))
+        teacher = eqx.filter_eval_shape(family, config(8), key)
         teacher = plan.with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
-        split = jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp")))
+        split = sharding.row_sharding(mesh)
         ids = jax.ShapeDtypeStruct((case.rows, case.seq + 1), jnp.int32, sharding=split)
         mask = jax.ShapeDtypeStruct((case.rows, case.seq), bool, sharding=split)
         frozen = teacher, data.Batch(ids, ids, mask)
-        program = plan.compiled(distill.step, (frozen, state), optimizer, objective)
-    found = program.memory_analysis()
-    return found.argument_size_in_bytes, found.temp_size_in_bytes
+        program = plan.compile_abstract(distill.step, (frozen, state), optimizer, objective)
+    memory = program.memory_analysis()
+    return memory.argument_size_in_bytes, memory.temp_size_in_bytes
 
 
 def table(title: str, rows: dict[str, Case], columns: dict[str, dict]) -> None:

@@ -51,7 +51,7 @@ def measure(
     vocab, weights = len(head), tiles.prepare_head(head, student_hidden.dtype)
     teacher_logits = None if signal is None else signal.logits(vocab)
 
-    def chunk_fn(carry, hidden, teacher_hidden, labels):
+    def chunk_fn(sums, hidden, teacher_hidden, labels, mask):
         z = tiles.logits(weights, hidden, vocab)
         figures = {"tokens": jnp.ones(labels.shape), "ce": _cross_entropy(z, labels)[0]}
         if teacher_logits is not None:
@@ -60,11 +60,14 @@ def measure(
             for name, kind in (("kl", "forward_kl"), ("reverse_kl", "reverse_kl")):
                 figures[name] = full_divergence(z_teacher, Config(kind), z, 1.0)[0]
             figures["agreement"] = jnp.argmax(z, 0) == jnp.argmax(z_teacher, 0)
-        return carry, figures
+        return {name: sums[name] + _masked_sum(figures[name], mask) for name in sums}, None
 
-    arrays = student_hidden, None if signal is None else signal.rows, labels
-    figures = tiles.scan_chunks(chunk_fn, None, chunk or tiles.default_chunk(weights), arrays)[1]
-    return {name: _masked_sum(values, mask) for name, values in figures.items()}
+    names = ["tokens", "ce"]
+    if signal is not None:
+        names += ["teacher_ce", "kl", "reverse_kl", "agreement"]
+    zeros = dict.fromkeys(names, jnp.float32(0))
+    arrays = student_hidden, None if signal is None else signal.rows, labels, mask
+    return tiles.scan_chunks(chunk_fn, zeros, chunk or tiles.default_chunk(weights), arrays)[0]
 
 
 def _common_rows(student_head, signal):
@@ -98,15 +101,18 @@ def _value_and_grads(objective, hidden, head, signal, labels, mask, step, differ
     parts, rows = num_shards("rows"), len(hidden) * tiles.chunks(*hidden.shape[:2], chunk)[1]
     parts = parts if rows % parts == 0 else 1
 
-    def chunk_fn(d_head, hidden, rows, labels, mask):
+    def chunk_fn(carry, hidden, rows, labels, mask):
+        sums, d_head = carry
         z = tiles.logits(weights, hidden, vocab)
         ce, d_z = _cross_entropy(z, labels)
         values, grads = {"ce": ce}, [(ce_weight, d_z)]
         if divergence is not None:
             values["divergence"], d_z = divergence(rows, config, z, temperature)
             grads.append((weight, d_z))
+        # Here and not after the scan: rows of the values, and so of the logits, would be exchanged.
+        sums = sums | {name: sums[name] + _masked_sum(values[name], mask) for name in values}
         if not differentiate:
-            return d_head, (values, None)
+            return (sums, d_head), None
         # a weight that is a constant 0 costs nothing; XLA would keep 0 * x
         d_z = sum(w * d for w, d in grads if not (isinstance(w, float) and w == 0))
         # Not a product with the mask: what is masked may not be finite.
@@ -114,15 +120,13 @@ def _value_and_grads(objective, hidden, head, signal, labels, mask, step, differ
         hidden = jnp.where(mask[:, None], hidden, jnp.zeros_like(hidden))
         split = d_z.reshape(len(d_z), parts, -1), hidden.reshape(parts, -1, hidden.shape[-1])
         d_head += constrain(einsum_f32("vpr,pre->pve", *split), "rows vocab embed")
-        return d_head, (values, einsum_f32("vr,ve->re", d_z, weights).astype(hidden.dtype))
+        return (sums, d_head), einsum_f32("vr,ve->re", d_z, weights).astype(hidden.dtype)
 
-    d_head = None
+    sums, d_head = dict.fromkeys(("divergence", "ce"), jnp.float32(0)), None
     if differentiate:
         d_head = constrain(jnp.zeros((parts, *weights.shape), jnp.float32), "rows vocab embed")
     arrays = hidden, None if signal is None else signal.rows, labels, mask
-    d_head, (values, d_hidden) = tiles.scan_chunks(chunk_fn, d_head, chunk, arrays)
-    sums = {name: _masked_sum(value, mask) for name, value in values.items()}
-    sums = {"divergence": jnp.float32(0)} | sums
+    (sums, d_head), d_hidden = tiles.scan_chunks(chunk_fn, (sums, d_head), chunk, arrays)
     loss = weight * sums["divergence"] + ce_weight * sums["ce"], sums
     if not differentiate:
         return loss, None

@@ -36,7 +36,7 @@ def skewed_kl(share: float, log_a: LogProbs, log_b: LogProbs) -> LogProbs:
 
 
 def jsd(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
-    # The slope by log m is -m, which cancels that of q: m is beta p + (1 - beta) q.
+    # The slope by log m is -m, and log m has the slope (1 - beta) q / m: they cancel q's own log.
     log_m = stop(log_mixture(config.beta, log_p, log_q))
     to_q = (1 - config.beta) * jnp.exp(log_q) * (stop(log_q) - log_m)
     return config.beta * jnp.exp(log_p) * (log_p - log_m) + to_q

@@ -171,7 +171,8 @@ def load(
         shardings = jax.tree.leaves(sharding.specs(abstract, mesh))
     arrays: dict[int, jax.Array] = {}
     # The largest first: while it is read, nothing else is held but what a copy of it may take.
-    for i in sorted(range(len(entries)), key=lambda i: -math.prod(entries[i].array.shape)):
+    order = sorted(range(len(entries)), key=lambda i: -math.prod(entries[i].array.shape))
+    for i in report.track(order, f"loading {folder.name}", len(order)):
         parts = [tensors[name] for name in entries[i].names]
         arrays[i] = place_leaf(entries[i], parts, shardings[i], dtype)
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[i] for i in sorted(arrays)])

@@ -56,16 +56,22 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        with _warn() if kind else contextlib.nullcontext():  # what ends the run is what it reports
+        try:
             self.close()
+        except UserError as error:
+            if kind is None:
+                raise
+            _warn(error)  # what ends the run already goes first
 
     def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
         """Starts to write `state`, whose buffers may be donated as soon as this returns.
 
         Waits for the save before; if that one failed, it is a warning, and the run goes on.
         """
-        with _warn():
+        try:
             self.wait()
+        except UserError as error:
+            _warn(error)
         arrays = _named(state)
         sums = _checksums(arrays)
         kinds = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
@@ -147,7 +153,7 @@ def restore(folder: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any], i
         try:
             manifest, arrays = _read(path, like)
         except _Damaged as reason:
-            processes.say(False, f"warning: the checkpoint {path} is damaged and skipped: {reason}")
+            _warn(f"the checkpoint {path} is damaged and skipped: {reason}")
         else:
             state = jax.tree.unflatten(jax.tree.structure(like), arrays)
             return state, manifest["extra"], manifest["step"]
@@ -270,13 +276,9 @@ def _reason(error: Exception) -> str:
     return text.splitlines()[0].partition(" [")[0].rsplit(": ", 1)[-1][:200]
 
 
-@contextlib.contextmanager
-def _warn():
-    """A `UserError` in the body is printed, and the caller goes on."""
-    try:
-        yield
-    except UserError as error:
-        processes.say(False, f"warning: {error}")
+def _warn(reason: object) -> None:
+    if jax.process_index() == 0:
+        print(f"warning: {reason}", file=sys.stderr, flush=True)
 
 
 @functools.cache

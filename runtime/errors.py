@@ -66,17 +66,18 @@ def below(low: float | int, high: float | int) -> Constraint:
     return Constraint(f"from {low:g} to below {high:g}", lambda x: low <= x < high)
 
 
-def constraint_of(hint: Any) -> Constraint | None:
-    return next((x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Constraint)), None)
+def constraints(kind: type) -> dict[str, Constraint]:
+    """Those of a dataclass, by the names of its fields."""
+    hints = typing.get_type_hints(kind, include_extras=True).items()
+    extras = [(name, extra) for name, hint in hints for extra in getattr(hint, "__metadata__", ())]
+    return {name: extra for name, extra in extras if isinstance(extra, Constraint)}
 
 
 def check(config: object, prefix: str = "--") -> None:
     """Refuses the first field of a dataclass that breaks its constraint; None keeps any."""
-    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
-        constraint = constraint_of(hint)
-        if constraint is None or (value := getattr(config, name)) is None:
-            continue
-        if not constraint.holds(value):
+    for name, constraint in constraints(type(config)).items():
+        value = getattr(config, name)
+        if value is not None and not constraint.holds(value):
             flag = prefix + name.replace("_", "-")
             raise UserError(f"{flag} is {value}: it must be {constraint.words}")
 
@@ -110,16 +111,15 @@ def _with_constraints(info: Any) -> Any:
 
     if Constraint in info.markers or not dataclasses.is_dataclass(info.type):
         return None  # tyro's own rule for dataclasses reads it
-    spec = ConstructorRegistry.get_struct_spec(
-        dataclasses.replace(info, markers=(*info.markers, Constraint))
-    )
+    info = dataclasses.replace(info, markers=(*info.markers, Constraint))
+    spec, limits = ConstructorRegistry.get_struct_spec(info), constraints(info.type)
 
     def helped(field: Any) -> Any:
-        constraint, text = constraint_of(field.type), field.helptext
-        if constraint is None:
+        if field.name not in limits:
             return field
-        text = f"{(text() if callable(text) else text) or ''} Must be {constraint.words}."
-        return dataclasses.replace(field, helptext=text.strip())
+        text = (field.helptext() if callable(field.helptext) else field.helptext) or ""
+        words = f"{text} Must be {limits[field.name].words}."
+        return dataclasses.replace(field, helptext=words.strip())
 
     return dataclasses.replace(spec, fields=tuple(map(helped, spec.fields)))
 

@@ -50,9 +50,6 @@ class DeviceBytes(NamedTuple):
         return self.arrays + max(self.temporaries, self.gradients)
 
 
-# ---- the arguments of a step, as shapes ----------------------------------------------------------
-
-
 def with_shardings(tree: PyTree, places: PyTree) -> PyTree:
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -104,9 +101,6 @@ def compile_abstract(step: Callable, arguments: PyTree, *static: Any) -> Any:
         return step.__wrapped__(*eqx.combine((frozen, state), rest), *static)
 
     return sharding.compiled(jax.jit(run, donate_argnums=1).lower(*shapes))
-
-
-# ---- bytes ---------------------------------------------------------------------------------------
 
 
 def bytes_of(tree: PyTree) -> int:
@@ -174,9 +168,6 @@ def loss_bytes(
     return sharding.compiled(program).memory_analysis().temp_size_in_bytes
 
 
-# ---- against what there is -----------------------------------------------------------------------
-
-
 def device_memory(config: Config) -> tuple[float, str]:
     """Bytes that a device has for a run, and how they are known."""
     device = jax.devices()[0]
@@ -191,7 +182,7 @@ def device_memory(config: Config) -> tuple[float, str]:
 
 def host_memory() -> float:
     """What this process may use: the memory of the host, or the limit of its control group."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     groups = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")]
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -202,8 +193,8 @@ def host_memory() -> float:
     for group in groups:
         for name in ("memory.max", "memory.limit_in_bytes"):
             with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-                found.append(int((group / name).read_text()))
-    return float(min(found))
+                limits.append(int((group / name).read_text()))
+    return float(min(limits))
 
 
 def refuse(config: Config, resident: DeviceBytes) -> None:
@@ -276,13 +267,10 @@ def written(rules: sharding.Rules) -> str:
     return " ".join(f"{name}={','.join(axes)}" for name, axes in rules.items())
 
 
-# ---- what a step costs ---------------------------------------------------------------------------
-
-
 def step_flops(student: LanguageModel, teacher: LanguageModel | None, seq_len: int) -> float:
     """Of one token in a training step: three forward passes of the student, one of the teacher."""
-    seen = 3 * forward_flops(student, seq_len)
-    return seen if teacher is None else seen + forward_flops(teacher, seq_len)
+    flops = 3 * forward_flops(student, seq_len)
+    return flops if teacher is None else flops + forward_flops(teacher, seq_len)
 
 
 def forward_flops(model: LanguageModel, seq_len: int) -> float:
@@ -312,9 +300,9 @@ def matrix_peak(dtype: str) -> float:
 
 
 def memory(program: Any) -> str:
-    found = program.compiled.memory_analysis()
-    held, worked = found.argument_size_in_bytes, found.temp_size_in_bytes
-    return f"{size(held)} of arrays and {size(worked)} to work in, a device"
+    stats = program.compiled.memory_analysis()
+    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    return f"{size(arguments)} of arrays and {size(temporaries)} to work in, a device"
 
 
 class Trace:
@@ -324,9 +312,6 @@ class Trace:
         self.first, self.last = profile_window(steps) if steps else (0, 0)
         self.folder, self.running = folder, False
 
-    def __enter__(self) -> "Trace":
-        return self
-
     def before(self, number: int) -> None:
         if number == self.first:
             jax.profiler.start_trace(self.folder)
@@ -335,10 +320,6 @@ class Trace:
     def after(self, number: int, state: PyTree, log: report.Log, *, ends: bool) -> None:
         if self.running and (ends or number == self.last):
             jax.block_until_ready(state)
-            self.__exit__()
-            log.say(f"steps {self.first} to {number} are traced in {self.folder}")
-
-    def __exit__(self, *_: Any) -> None:
-        if self.running:
             jax.profiler.stop_trace()
-        self.running = False
+            self.running = False
+            log.say(f"steps {self.first} to {number} are traced in {self.folder}")

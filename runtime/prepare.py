@@ -18,13 +18,7 @@ import optim
 import sharding
 import student as students
 import text
-from config import (
-    Config,
-    needs_teacher,
-    run_folder,
-    student_config,
-    uses_teacher_loss,
-)
+from config import Config, needs_teacher, run_folder, student_config, uses_teacher_loss
 from losses import features
 from models.base import LanguageModel
 from runtime import checkpoint, files, processes, report, target_store
@@ -138,9 +132,6 @@ def optimizer_and_objective(
     return optim.make(config.optim, config.steps), objective
 
 
-# ---- the folder ----------------------------------------------------------------------------------
-
-
 def make_folder(config: Config) -> files.RunFolder:
     """The folder of a run, made by the first process; --no-resume moves the run that is there
     aside."""
@@ -152,8 +143,7 @@ def make_folder(config: Config) -> files.RunFolder:
                 with folder.lock():
                     aside = folder.set_aside()
                 folder.path.mkdir()
-                line = f"the run that was in {folder.path} is in {aside} now"
-                report.say(line)
+                report.say(f"the run that was in {folder.path} is in {aside} now")
     processes.sync("folder")
     return folder
 
@@ -175,17 +165,13 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
         report.say(f"continued anyway: {'; '.join(changed)}")
     steps = (folder.previous() or {}).get("steps")
     if steps not in (None, config.steps):
-        line = f"--steps was {steps}: schedules now end at {config.steps}"
-        report.say(line)
+        report.say(f"--steps was {steps}: schedules now end at {config.steps}")
     return last
 
 
 def write_config(folder: files.RunFolder) -> None:
     if jax.process_index() == 0:
         folder.write()
-
-
-# ---- text, teacher, student ----------------------------------------------------------------------
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:

@@ -1,40 +1,21 @@
 """Several processes of one run: how they meet, wait for each other, and end together."""
 
 import contextlib
-import dataclasses
 import os
 import re
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
 from runtime import errors
-from runtime.errors import UserError, at_least
+from runtime.errors import UserError
 
 PATIENCE = 60  # seconds to wait for the other processes at the start, and for a sign of their life
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Flags:
-    """How the processes of one run meet: what the config of a program for several inherits."""
-
-    distributed: bool = False
-    """One of several processes, which a scheduler (Slurm, Cloud TPU, GKE, Open MPI) has started."""
-    coordinator: str | None = None
-    """host:port of the first of several processes, where no scheduler says so."""
-    processes: Annotated[int | None, at_least(1)] = None
-    """How many processes there are, with --coordinator."""
-    process_id: Annotated[int | None, at_least(0)] = None
-    """Which of them this is, from 0, with --coordinator."""
-
-    def start_processes(self, devices: int | None = None) -> None:
-        names = (field.name for field in dataclasses.fields(Flags))
-        start(**{name: getattr(self, name) for name in names}, devices=devices)
 
 
 def start(

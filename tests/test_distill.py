@@ -23,6 +23,7 @@ import losses
 import models
 import optim
 import sharding
+import student as students
 from models.llama import Config, Llama
 from runtime import checkpoint, errors, figures, results
 from runtime.errors import UserError
@@ -47,7 +48,7 @@ def batch_of(rows: int = 8, seq: int = 24, seed: int = 0) -> data.Batch:
 
 def pair(name: str = "llama-2") -> tuple:
     teacher = models.load(FIXTURES / name)
-    return teacher, student.cut(teacher, {"layers": (0, 2)})
+    return teacher, students.cut(teacher, {"layers": (0, 2)})
 
 
 def stepped(teacher, student, batch, steps: int = 1, microbatches: int = 1, **loss):
@@ -75,7 +76,7 @@ def near(a, b, tolerance):
 @pytest.mark.parametrize("divergence", losses.DIVERGENCES)
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(divergence):
     teacher, _ = pair()
-    student = distill.students.cut(teacher, (0, 1, 2))
+    student = students.cut(teacher, {"layers": (0, 1, 2)})
     _, metrics = stepped(teacher, student, batch_of(), divergence=divergence)
     assert abs(metrics["loss"]) < 1e-6
     assert metrics["grad_norm"] < 1e-5
@@ -695,7 +696,7 @@ def test_figures_do_not_depend_on_batches(config, teacher, text):
     )
     model, other = (
         models.load(teacher),
-        distill.students.cut(models.load(teacher), {"layers": (0, 2)}),
+        students.cut(models.load(teacher), {"layers": (0, 2)}),
     )
     found = [
         eval.evaluate(other, model, data.evaluation(corpus, rows), chunk=chunk)

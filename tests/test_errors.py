@@ -238,7 +238,7 @@ def test_constraints_are_shown_in_the_help(capsys):
         assert words in help
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(st.permutations([name for name in FLAGS if "no-" not in name]), st.data())
 def test_order_and_spelling_of_flags_do_not_matter(names, data):
     args = []
@@ -258,7 +258,7 @@ def test_order_and_spelling_of_flags_do_not_matter(names, data):
     assert cli(Config, args) == expected
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(st.text())
 @example("--steps=4")
 @example("--")
@@ -271,7 +271,7 @@ junk = ["--", "-", "-x", "--stpes", "--steps=x", "--steps=4", "--resume=", "5", 
 junk += ["-" * 20, "─" * 20]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.sampled_from([*FLAGS, *junk]), max_size=6))
 def test_only_what_tyro_accepts_and_names_once_is_accepted(args):
     before = args[: args.index("--")] if "--" in args else args

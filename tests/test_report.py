@@ -18,9 +18,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hub_server import Hub
 
+import data
 from runtime import figures, report
 from runtime.errors import UserError
+from text import store
 
 ROOT = Path(__file__).parents[1]
 
@@ -323,6 +326,51 @@ def test_a_phase_within_a_run_does_not_run_into_its_bar(soon, monkeypatch, tmp_p
             said, bar, *rest = terminal.shown().split("\n")
             assert said.startswith("held out at step 2  ce 4.0000") and bar.startswith(" 20%|")
             assert not any(rest)
+
+
+FETCH = """
+import sys
+from runtime import report
+report.ON_TERMINAL = (0.0, 0.001)
+import models
+models.fetch("owner/tiny")
+"""
+
+
+def test_the_hub_client_shows_no_bars_of_its_own(tmp_path):
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    demo = ROOT / "demo" / "teacher"
+    hub.add("owner/tiny", main={name: (demo / name).read_bytes() for name in names})
+    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    with PseudoTerminal() as terminal:
+        command = [sys.executable, "-c", FETCH]
+        assert not subprocess.run(
+            command, cwd=ROOT, env=environment, stderr=terminal.stream
+        ).returncode
+        terminal.shown()
+        sent = terminal.sent.decode(errors="replace")
+    hub.shutdown()
+    hub.server_close()
+    assert "fetching owner/tiny  0s" in sent
+    assert "Fetching" not in sent and "Download" not in sent
+
+
+def test_tokenizing_says_how_far_it_is(soon, monkeypatch, tmp_path):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(store, "CHUNK", 1000)
+    path = tmp_path / "a.txt"
+    path.write_text((ROOT / "demo" / "stories.txt").read_text()[:50_000])
+    for quiet in (False, True):
+        config = data.Config((str(path),), documents="paragraph", cache=str(tmp_path / str(quiet)))
+        with report.quietly(quiet):
+            data.open_corpus(config, ROOT / "demo" / "teacher", seq_len=32, seed=0, vocab=2048)
+        shown, _ = screen.getvalue(), screen.truncate(0)
+        assert quiet or re.search(r"tokenizing \S+a.txt  \S+/\S+k  \S+ tokens.*  ETA", shown)
+    assert not shown.strip("\0")
 
 
 # ---- the table, the card, the curves -------------------------------------------------------------

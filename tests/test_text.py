@@ -470,7 +470,7 @@ REFUSED = {
     "field.jsonl": (b'{"body": "a", "id": 1}', "no field 'text'.* it has body, id: choose one"),
     "field.parquet": (TABLE, "no field 'text'.* it has body, title: choose one"),
     "json.jsonl": (b'{"text": "a"}\n\n{"text": "a}', "line 3: not JSON"),
-    "list.jsonl": (b"[1]", r"line 1: expected an object, found '\[1\]'"),
+    "list.jsonl": (b"[1]", r"line 1: not JSON .*expected an object, found '\[1\]'"),
     "surrogate.jsonl": (b'{"text": "\\ud83d"}', "line 1: not JSON .*surrogates"),
     "number.jsonl": (b'{"text": 3}', "record 1: expected text or messages in text"),
     "turns.jsonl": (b'{"messages": [{"content": "a"}]}', "record 1: expected messages with role"),
@@ -515,9 +515,7 @@ def test_sources_that_are_not_there(monkeypatch, tmp_path):
         assert "\n" not in str(it.value)
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UserError, match="nobody/nothing: no such file .* on the hub .*Couldn't reach"
-    ) as it:
+    with pytest.raises(UserError, match="nobody/nothing: cannot be read .Couldn't reach") as it:
         text.find("nobody/nothing")
     assert "\n" not in str(it.value)
 

@@ -6,19 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError
-from runtime.files import printable
+from text.files import library_errors
 
 # Around what a template generates, while it is rendered; NUL occurs in no text that is trained on.
 OPEN, CLOSE = "\0generation(", "\0)generation"
 
 
 def compile_template(source: str, folder: Path) -> Any:
-    try:
+    with library_errors(f"{folder}: its chat template is malformed"):
         return _environment().from_string(source)
-    except Exception as error:  # of jinja, or of Python where it nests too deeply
-        reason = printable(error)
-        raise UserError(f"{folder}: its chat template is malformed ({reason})") from error
 
 
 def split_marks(rendered: str) -> tuple[str, tuple[tuple[int, int], ...]]:

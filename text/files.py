@@ -57,30 +57,35 @@ def _is_glob(name: str) -> bool:
     return not set("*?[").isdisjoint(name)
 
 
+@contextlib.contextmanager
+def library_errors(problem: str) -> Iterator[None]:
+    """What a library raises over somebody's file, or its panic, is an error in its own words."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{problem} ({printable(error)})") from error
+
+
 # ---- finding -------------------------------------------------------------------------------------
 
 
 def find(name: str, *, streaming: bool = False) -> Source:
     """The source that `name`, a file, folder, glob or `id[:config][:split]`, stands for."""
-    try:
-        return _find(name, streaming)
-    except (OSError, RuntimeError) as error:  # a path may be too long, forbidden, of nobody's home
-        raise UserError(f"{name}: cannot be read ({printable(error)})") from error
-
-
-def _find(name: str, streaming: bool) -> Source:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        files = _within(path, path.rglob("*"))
-    elif path.is_file():
-        files = [path]
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:.*)?", name) and not file_kind(path):
-        return _find_on_hub(name, streaming)
-    elif _is_glob(name):
-        fixed = itertools.takewhile(lambda part: not _is_glob(part), path.parts)
-        files = _within(Path(*fixed), map(Path, glob.glob(str(path), recursive=True)))
-    else:
-        raise UserError(f"{name}: no such file or folder, and not a hub data set (owner/name)")
+    with library_errors(f"{name}: cannot be read"):  # a path may be too long, or forbidden
+        path = Path(name).expanduser()
+        if path.is_dir():
+            files = _within(path, path.rglob("*"))
+        elif path.is_file():
+            files = [path]
+        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:.*)?", name) and not file_kind(path):
+            return _find_on_hub(name, streaming)
+        elif _is_glob(name):
+            fixed = itertools.takewhile(lambda part: not _is_glob(part), path.parts)
+            files = _within(Path(*fixed), map(Path, glob.glob(str(path), recursive=True)))
+        else:
+            raise UserError(f"{name}: no such file or folder, and not a hub data set (owner/name)")
     if not files or not all(map(file_kind, files)):
         problem = "not a kind of file that is read here" if files else "no file to read in it"
         kinds = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSION)}"
@@ -111,27 +116,11 @@ def _find_on_hub(name: str, streaming: bool) -> Source:
     datasets.disable_progress_bars()  # they would run into ours
     repository, config, split = (*name.split(":", 2), "", "")[:3]
     split = split or "train"
-    with (
-        _hub_errors(f"{name}: no such file or folder, and no data set on the hub"),
-        report.progress(f"fetching {repository}"),
-    ):
-        hub = datasets.load_dataset_builder(repository, config or None)
+    hub = datasets.load_dataset_builder(repository, config or None)
     splits = hub.info.splits or {}
     size = splits[split].num_examples if split in splits else None
     facts = [repository, hub.config.name, str(hub.info.version), hub.hash, split]
     return Source(name, digest(facts), size, (), hub, split, streaming)
-
-
-@contextlib.contextmanager
-def _hub_errors(problem: str) -> Iterator[None]:
-    """What the hub's libraries raise is shown in their own words."""
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
-        raise UserError(f"{problem} ({printable(error)})") from error
 
 
 # ---- text ----------------------------------------------------------------------------------------
@@ -141,18 +130,16 @@ def _blocks(file: Path, progress: Progress) -> Iterator[bytes]:
     """The bytes of a file, uncompressed; progress is in bytes of the file itself."""
     import pyarrow
 
-    try:
-        with (
-            open(file, "rb") as raw,
-            pyarrow.input_stream(raw, compression=COMPRESSION.get(file.suffix)) as stream,
-        ):
-            before = 0
-            while block := stream.read(BLOCK):
-                progress(raw.tell() - before)
-                before = raw.tell()
-                yield block
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read to its end ({printable(error)})") from error
+    with (
+        library_errors(f"{file}: cannot be read to its end"),
+        open(file, "rb") as raw,
+        pyarrow.input_stream(raw, compression=COMPRESSION.get(file.suffix)) as stream,
+    ):
+        before = 0
+        while block := stream.read(BLOCK):
+            progress(raw.tell() - before)
+            before = raw.tell()
+            yield block
 
 
 def text_blocks(file: Path, progress: Progress) -> Iterator[str]:
@@ -220,40 +207,36 @@ def _json_records(file: Path, choose: Choose, progress: Progress) -> Iterator[tu
     for number, line in enumerate(split_lines(_blocks(file, progress), b"\n", file), start=1):
         if not line.strip():
             continue
-        try:
+        with library_errors(f"{file} line {number}: not JSON that can be read"):
             record = json.loads(line)
             if b"\\ud" in line.lower():
                 json.dumps(record, ensure_ascii=False).encode()  # fails for half a surrogate pair
-        except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
-            raise UserError(f"{file} line {number}: not JSON ({printable(error)})") from error
-        if not isinstance(record, dict):
-            beginning = printable(str(record)[:40])
-            raise UserError(f"{file} line {number}: expected an object, found {beginning!r}")
+            if not isinstance(record, dict):
+                raise ValueError(f"expected an object, found {str(record)[:40]!r}")
         yield number, record
 
 
 def _parquet_records(file: Path, choose: Choose, progress: Progress) -> Iterator[tuple[int, dict]]:
-    import pyarrow
     import pyarrow.parquet
 
     compressed = file.suffix in COMPRESSION
-    with tempfile.TemporaryFile() as uncompressed:  # parquet is read from its end
+    with (
+        library_errors(f"{file}: not a whole parquet file"),
+        tempfile.TemporaryFile() as uncompressed,  # parquet is read from its end
+    ):
         if compressed:
             uncompressed.writelines(_blocks(file, lambda amount: None))
-        try:
-            table = pyarrow.parquet.ParquetFile(uncompressed if compressed else file)
-            columns = choose(table.schema_arrow.names, file)
-            number, rows, size = 0, max(table.metadata.num_rows, 1), file.stat().st_size
-            for batch in table.iter_batches(batch_size=256, columns=columns):
-                yield from enumerate(batch.to_pylist(), start=number + 1)
-                number += len(batch)
-                progress(size * len(batch) // rows)
-        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            raise UserError(f"{file}: not a whole parquet file ({printable(error)})") from error
+        table = pyarrow.parquet.ParquetFile(uncompressed if compressed else file)
+        columns = choose(table.schema_arrow.names, file)
+        number, rows, size = 0, max(table.metadata.num_rows, 1), file.stat().st_size
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            yield from enumerate(batch.to_pylist(), start=number + 1)
+            number += len(batch)
+            progress(size * len(batch) // rows)
 
 
 def _hub_records(source: Source, choose: Choose, progress: Progress) -> Iterator[tuple[int, dict]]:
-    with _hub_errors(f"{source.name}: cannot be read"):
+    with library_errors(f"{source.name}: cannot be read"):
         if source.streaming:
             rows = source.hub.as_streaming_dataset(source.split)
         else:

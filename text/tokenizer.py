@@ -1,18 +1,18 @@
 """A tokenizer with the conventions of the files beside it."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
 from runtime.files import digest, printable, read_json
 from text.chat import compile_template, split_marks
+from text.files import library_errors
 from text.records import Piece
 
 Messages = Sequence[Mapping[str, Any]]
@@ -47,7 +47,7 @@ class Tokenizer:
         # Offsets into the text cost a third of the speed and serve only to find the spans.
         spans = any(piece.spans is not None for piece in pieces)
         encode = self.encoder.encode_batch if spans else self.encoder.encode_batch_fast
-        with _library_errors("tokenizer.json fails on a text"):
+        with library_errors("tokenizer.json fails on a text"):
             return encode([piece.text for piece in pieces], add_special_tokens=False)
 
     def render_chat(self, messages: Messages, mask: str, place: str) -> Piece:
@@ -74,12 +74,9 @@ class Tokenizer:
                 " chat_template.jinja beside tokenizer.json, or give plain text"
             )
         options = {"add_generation_prompt": prompt, "tools": None, "documents": None}
-        try:
+        with library_errors(f"{place}: the chat template refuses it"):
             text = self.template.render(messages=messages, **options, **self.special)
             text.encode()  # fails for half a surrogate pair
-        except Exception as error:  # a template is a program: it may fail in any way
-            reason = printable(error)
-            raise UserError(f"{place}: the chat template refuses it ({reason})") from error
         return split_marks(text)
 
     def _turn(self, messages: Messages, i: int, text: str, place: str) -> Span:
@@ -177,7 +174,7 @@ def _encoder(path: Path) -> Any:
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)  # a panic prints lines of its own
     try:
-        with _library_errors(f"{path}: not a tokenizer"):
+        with library_errors(f"{path}: not a tokenizer"):
             encoder = tokenizers.Tokenizer.from_buffer(path.read_bytes())
             encoder.no_truncation()  # either may have been saved with it
             encoder.no_padding()
@@ -189,23 +186,10 @@ def _encoder(path: Path) -> Any:
         os.close(null)
 
 
-@contextlib.contextmanager
-def _library_errors(problem: str) -> Iterator[None]:
-    """The tokenizer's library raises nothing precise, and panics that are no `Exception`."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise UserError(f"{problem} ({printable(error)})") from error
-
-
 def _config(path: Path) -> dict[str, Any]:
     config = read_json(path, ": save it again") if path.exists() else {}
-    try:
+    with library_errors(f"{path}: it holds what is not text"):
         json.dumps(config, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: it holds what is not text ({printable(error)})") from error
     return config
 
 
@@ -234,17 +218,14 @@ def stop_ids(folder: Path) -> tuple[int, ...]:
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path, template = folder / "chat_template.jinja", config.get("chat_template")
-    try:
+    with library_errors(f"{folder}: its chat template cannot be read"):
         if path.is_file():
             template = path.read_text(encoding="utf-8")
         elif isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if template is None or isinstance(template, str):
-            return template
-        raise TypeError("it is not text")
-    except (OSError, UnicodeDecodeError, TypeError, KeyError) as error:
-        reason = printable(error)
-        raise UserError(f"{folder}: its chat template cannot be read ({reason})") from error
+        if template is not None and not isinstance(template, str):
+            raise TypeError("it is not text")
+    return template
 
 
 def same_tokenizer(one: Path, other: Path) -> None:
