@@ -301,7 +301,7 @@ def read_header(path: Path) -> list[Tensor]:
             raise UserError(f"{path}: {what}, only {known} are supported")
         end -= math.prod(shape) * DTYPES[code].itemsize  # they fill the file to its end
         tensors.append(Tensor(name, path, end, DTYPES[code], shape))
-    return tensors
+    return tensors[::-1]
 
 
 def check(entries: list[Leaf], tensors: dict[str, Tensor], folder: Path, tied: bool) -> None:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from models.attention import Cache, Positions, attention
-from models.base import LanguageModel, ModelConfig, Tensors, linear, rematerialise, rms_norm, tensor
-from models.hf_config import HFConfig
+from models.attention import Hidden, Positions, attention
+from models.base import LanguageModel, ModelConfig, Tensors, linear, recompute, rms_norm, tensor
+from models.hf_config import LAYERS, HFConfig
 from runtime.errors import UserError
 
 from .rotary import Rope, rotate
@@ -32,18 +32,23 @@ FIXED = {
 }
 
 # What a config that does not say means, where that differs between the members of the family.
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 DEFAULTS = {
-    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131072,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
+    "llama": ENDS | {"max_position_embeddings": 2048},
+    "mistral": ENDS
+    | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
+
+# Sizes and settings by their names in a Hugging Face config.
+NAMES = {
+    "vocab": "vocab_size", "embed": "hidden_size", "mlp": "intermediate_size",
+    "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "max_positions": "max_position_embeddings", "activation": "hidden_act",
+    "norm_eps": "rms_norm_eps",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +81,11 @@ class Config(ModelConfig):
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise UserError(
-                f"num_attention_heads {self.heads} is not a multiple of num_key_value_heads"
-                f" {self.kv_heads}"
-            )
+            groups = f"num_key_value_heads {self.kv_heads}"
+            raise UserError(f"num_attention_heads {self.heads} is not a multiple of {groups}")
         if self.head_dim % 2 or (self.head_dim == 2 and self.rope.kind == "dynamic"):
-            raise UserError(
-                f"head_dim {self.head_dim} does not fit rotary positions of {self.rope.kind}"
-            )
+            rotary = f"rotary positions of {self.rope.kind}"
+            raise UserError(f"head_dim {self.head_dim} does not fit {rotary}")
 
     @property
     def longest(self) -> int:
@@ -94,8 +96,8 @@ class Config(ModelConfig):
         """From the fields of a Hugging Face config."""
         kind = settings.peek("model_type")
         settings.raw = DEFAULTS[kind] | settings.raw
-        embed, layers = settings.count("hidden_size"), settings.layers("num_hidden_layers")
-        heads = settings.count("num_attention_heads")
+        layers = settings.count("num_hidden_layers", below=LAYERS)
+        embed, heads = settings.count("hidden_size"), settings.count("num_attention_heads")
         head_dim = settings.count("head_dim", default=None)
         if head_dim is None and embed % heads:
             raise UserError(f"hidden_size {embed} does not divide into {heads} heads")
@@ -127,28 +129,14 @@ class Config(ModelConfig):
             qk_norm=kind == "qwen3",
             tied=settings.flag("tie_word_embeddings", False),
             model_type=kind,
-            bos=settings.ids("bos_token_id"),
-            eos=settings.ids("eos_token_id"),
-            pad=settings.ids("pad_token_id"),
+            **settings.ids(),
         )
 
     def write(self) -> dict[str, Any]:
         """The fields of a Hugging Face config."""
-        written = {
-            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
-            "vocab_size": self.vocab,
-            "hidden_size": self.embed,
-            "intermediate_size": self.mlp,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_positions,
-            "rope_theta": self.rope.theta,
-            "rope_scaling": self.rope.write(),
-            "hidden_act": self.activation,
-            "rms_norm_eps": self.norm_eps,
-        }
+        written = {name: getattr(self, field) for field, name in NAMES.items()}
+        written["architectures"] = [f"{self.model_type.capitalize()}ForCausalLM"]
+        written |= {"rope_theta": self.rope.theta, "rope_scaling": self.rope.write()}
         if self.model_type in ("llama", "qwen3"):
             written["attention_bias"] = self.output_bias
         if self.model_type == "llama":
@@ -229,7 +217,7 @@ class Llama(LanguageModel):
     norm: Float[Array, " embed"] = tensor("norm.weight")
     head: Float[Array, "vocab embed"] | None = tensor("lm_head.weight", when="untied")
 
-    def embed_input(self, rows: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def embed_input(self, rows: Hidden) -> Hidden:
         return rows
 
     def position_inputs(self, positions: Positions) -> tuple[PyTree, Int[Array, " layers"] | None]:
@@ -238,15 +226,7 @@ class Llama(LanguageModel):
             windows = jnp.array([size or 2**30 for size in self.config.windows])
         return self.config.rope.table(self.config.head_dim, positions), windows
 
-    def block(
-        self,
-        weights: Block,
-        x: Float[Array, "batch seq embed"],
-        positions: Positions,
-        position_inputs: PyTree,
-        layer: Int[Array, ""],
-        cache: Cache | None,
-    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
+    def block(self, weights: Block, x: Hidden, positions, position_inputs, layer, cache):
         w, eps = weights, self.config.norm_eps
         table, windows = position_inputs
         h = rms_norm(x, w.attention_norm, eps)
@@ -263,8 +243,8 @@ class Llama(LanguageModel):
         gate = linear("bse,me->bsm", h, w.gate, w.gate_bias)
         up = linear("bse,me->bsm", h, w.up, w.up_bias)
         activation = ACTIVATIONS[self.config.activation]
-        h = rematerialise(lambda gate, up: activation(gate) * up)(gate, up)
+        h = recompute(lambda gate, up: activation(gate) * up)(gate, up)
         return x + linear("bsm,em->bse", h, w.down, w.down_bias), cache
 
-    def final_norm(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def final_norm(self, x: Hidden) -> Hidden:
         return rms_norm(x, self.norm, self.config.norm_eps)
