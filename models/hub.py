@@ -168,8 +168,8 @@ def read_leaf(leaf: Leaf, tensors: list[Tensor], where: Any, dtype: Any) -> jax.
     stored = {tensor.dtype for tensor in tensors}
     if dtype is None:
         dtype = stored.pop() if len(stored) == 1 else np.float32
-    shape = local = leaf.array.shape
-    indices = [(slice(None),) * len(shape)]
+    dtype, shape = np.dtype(dtype), leaf.array.shape
+    local, indices = shape, [(slice(None),) * len(shape)]
     if where is not None:
         local = where.shard_shape(shape)
         indices = where.addressable_devices_indices_map(shape).values()
@@ -177,7 +177,7 @@ def read_leaf(leaf: Leaf, tensors: list[Tensor], where: Any, dtype: Any) -> jax.
     def region(index: tuple[slice, ...]) -> tuple[range, ...]:
         return tuple(range(n)[part] for n, part in zip(shape, index, strict=True))[leaf.stacked :]
 
-    parts = {key: aligned(local, np.dtype(dtype)) for key in set(map(region, indices))}
+    parts = {key: aligned(local, dtype) for key in set(map(region, indices))}
     tensors = [tensor._replace(shape=shape[leaf.stacked :]) for tensor in tensors]
 
     def fill(job: tuple[int, range]) -> None:
@@ -199,7 +199,7 @@ def read_leaf(leaf: Leaf, tensors: list[Tensor], where: Any, dtype: Any) -> jax.
         list(pool.map(fill, jobs))
     if where is None:  # not bound to the device, so that it can be laid over a mesh later
         return jax.device_put(parts.popitem()[1])
-    return jax.make_array_from_callback(shape, where, lambda index: parts[region(index)])
+    return jax.make_array_from_callback(shape, where, lambda x: parts[region(x)], dtype=dtype)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -237,11 +237,9 @@ def read_config(folder: Path) -> tuple[type[LanguageModel], Any]:
         raise UserError(f"{path}: no such file, so {folder} is no checkpoint")
     settings = HFConfig(files.read_json(path, ""))
     kind = settings.peek("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UserError(
-            f"{path}: model_type {reprlib.repr(kind)} is not supported, only {known} are"
-        )
+    if str(kind) not in FAMILIES:
+        what, known = reprlib.repr(kind), ", ".join(FAMILIES)
+        raise UserError(f"{path}: model_type {what} is not supported, only {known} are")
     family = FAMILIES[kind]
     try:
         config = family.Config.read(settings)
@@ -269,13 +267,11 @@ def read_index(folder: Path, family: type[LanguageModel]) -> dict[str, Tensor]:
             name, file = min(wrong)
             raise UserError(f"{index}: it and {file} do not agree on {files.printable(name)}")
     else:
-        only = [
-            f", only {path.name}" for x in ("bin", "pt", "pth") for path in folder.glob(f"*.{x}")
-        ]
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        only = f", only {pickles[0].name}" if pickles else ""
         raise UserError(
-            f"{folder}: it holds no model.safetensors and no {index.name}{''.join(only[:1])};"
-            " pickles (.bin, .pt) are never read: convert them with transformers,"
-            " from_pretrained(...) then save_pretrained(...)"
+            f"{folder}: it holds no model.safetensors and no {index.name}{only}; pickles are never"
+            " read: convert them with transformers, from_pretrained(...) then save_pretrained(...)"
         )
     whole = any(tensor.name.startswith(family.PREFIX) for tensor in stored)
     prefixes = ["" if whole or tensor.name == HEAD else family.PREFIX for tensor in stored]
@@ -341,11 +337,10 @@ def abstract(source: Source) -> LanguageModel:
         tensors = read_index(folder, family)
     except UserError:
         tensors = {}
-    dtypes = [getattr(tensors.get(leaf.names[0]), "dtype", usual) for leaf in leaves(shapes)]
-    typed = map(
-        lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype), jax.tree.leaves(shapes), dtypes
-    )
-    return jax.tree.unflatten(jax.tree.structure(shapes), typed)
+    entries = leaves(shapes)
+    dtypes = [getattr(tensors.get(leaf.names[0]), "dtype", usual) for leaf in entries]
+    sizes = [leaf.array.shape for leaf in entries]
+    return jax.tree.unflatten(jax.tree.structure(shapes), map(jax.ShapeDtypeStruct, sizes, dtypes))
 
 
 def save(
@@ -366,8 +361,7 @@ def save(
         folder = Path(folder).expanduser().resolve()
         if not replaceable(folder, notes):
             raise UserError(
-                f"{folder}: it exists and is more than a checkpoint, so it is not replaced: choose"
-                " another name"
+                f"{folder}: more than a checkpoint, so not replaced: choose another name"
             )
     texts = None if tokenizer is None else fetch(tokenizer, weights=False)
     if jax.process_index() != 0:  # the first one writes; the others lend what they hold
