@@ -55,7 +55,7 @@ class ModelConfig:
         return config
 
 
-def tensor(name: str, *, when: str | None = None) -> Any:
+def tensor(name: str, when: str | None = None) -> Any:
     """A field that holds the tensor of this name in a checkpoint, or all of these in its blocks.
 
     The field is None where the config does not set the flag `when`.

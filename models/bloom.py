@@ -108,7 +108,7 @@ class Bloom(LanguageModel):
     blocks: Block = tensor("h.{}.")
     norm: Float[Array, " embed"] = tensor("ln_f.weight")
     norm_bias: Float[Array, " embed"] = tensor("ln_f.bias")
-    head: Float[Array, "vocab embed"] | None = tensor("lm_head.weight", when="untied")
+    head: Float[Array, "vocab embed"] | None = tensor("lm_head.weight", "untied")
 
     def embed_input(self, rows: Hidden) -> Hidden:
         return layer_norm(rows, self.embedding_norm, self.embedding_norm_bias, self.config.norm_eps)

@@ -29,7 +29,6 @@ HARMLESS = (
 # Of fields with such names one means off too, as nothing does of all others.
 FACTOR = re.compile(r"multiplier|scaling|scale(_|$)|partial_rotary|rotary_pct")
 
-
 LAYERS = 10_000  # names are made for each, so more of them are refused before that
 
 
@@ -51,10 +50,8 @@ class HFConfig:
             factor_of_one = FACTOR.search(name) and value == 1 and value is not True
             off = value in (None, False, 0, "", [], {}) or factor_of_one
             if not (name in self.known or inert or off):
-                raise UserError(
-                    f"{name} = {reprlib.repr(value)} is not supported (if it changes nothing of"
-                    " what the model computes, remove it)"
-                )
+                remedy = "if it changes nothing of what the model computes, remove it"
+                raise UserError(f"{name} = {reprlib.repr(value)} is not supported ({remedy})")
 
     def get(self, names, kinds, what: str, default: Any, fits=lambda value: True) -> Any:
         """The field, of one of the `kinds`, under whichever of its names it is given."""

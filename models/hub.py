@@ -110,8 +110,7 @@ class Tensor(NamedTuple):
             numbers = np.fromfile(self.file, self.dtype, len(rows) * width, offset=start)
             return numbers.reshape(len(rows), *self.shape[1:])
         except (OSError, ValueError) as error:
-            cause = files.printable(error)
-            raise UserError(f"{self.file}: it was changed while it was read, {cause}") from None
+            raise UserError(f"{self.file} changed while it was read, {error}") from None
 
 
 class Leaf(NamedTuple):
@@ -220,9 +219,8 @@ def fingerprint(folder: Path) -> str:
         size = path.stat().st_size
         hash.update(f"{path.name} {size}\n".encode())
         count = min(1 << 10, -(-size // SAMPLE))
-        with open(path, "rb", buffering=0) as file:
-            for start in np.linspace(0, max(0, size - SAMPLE), count).astype(int).tolist():
-                hash.update(os.pread(file.fileno(), SAMPLE, start))
+        for start in np.linspace(0, max(0, size - SAMPLE), count).astype(int).tolist():
+            hash.update(np.fromfile(path, np.uint8, SAMPLE, offset=start))
     return hash.hexdigest()
 
 
@@ -283,15 +281,13 @@ def read_header(path: Path) -> list[Tensor]:
 
     try:
         with safe_open(path, "numpy") as file:
-            names = file.offset_keys()
-            parts = [file.get_slice(name) for name in names]
-            described = [(part.get_dtype(), tuple(part.get_shape())) for part in parts]
+            parts = {name: file.get_slice(name) for name in file.offset_keys()}
+            described = [(name, x.get_dtype(), tuple(x.get_shape())) for name, x in parts.items()]
         end = path.stat().st_size
     except (SafetensorError, OSError, ValueError) as error:
-        cause = files.printable(error)
-        raise UserError(f"{path}: not a whole safetensors file, {cause}") from None
+        raise UserError(f"{path}: not a whole safetensors file, {files.printable(error)}") from None
     tensors = []
-    for name, (code, shape) in zip(reversed(names), reversed(described), strict=True):
+    for name, code, shape in reversed(described):
         if code not in DTYPES:
             what, known = f"{files.printable(name)} has dtype {code}", ", ".join(DTYPES)
             raise UserError(f"{path}: {what}, only {known} are supported")

@@ -23,13 +23,10 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 # What a config may say, but not otherwise.
-FIXED = {
-    "is_causal": True,
-    "position_embedding_type": "rope",
-    "pretraining_tp": 1,
-    "use_rope": True,
-}
+FIXED = dict(is_causal=True, position_embedding_type="rope", pretraining_tp=1, use_rope=True)
 
 # What a config that does not say means, where that differs between the members of the family.
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -105,10 +102,9 @@ class Config(ModelConfig):
         activation = settings.get("hidden_act", str, "the name of an activation", "silu")
         if activation not in ACTIVATIONS:
             settings.reject("hidden_act", activation, f"one of {', '.join(ACTIVATIONS)}")
-        for name, only in FIXED.items():
+        aliases = dict.fromkeys(("hidden_activation", "activation_function"), activation)
+        for name, only in (FIXED | aliases).items():
             settings.fixed(name, only)
-        for name in ("hidden_activation", "activation_function"):
-            settings.fixed(name, activation)
         biased = settings.flag("attention_bias", False) and kind in ("llama", "qwen3")
         return cls(
             vocab=settings.count("vocab_size"),
@@ -137,11 +133,18 @@ class Config(ModelConfig):
         written = {name: getattr(self, field) for field, name in NAMES.items()}
         written["architectures"] = [f"{self.model_type.capitalize()}ForCausalLM"]
         written |= {"rope_theta": self.rope.theta, "rope_scaling": self.rope.write()}
-        if self.model_type in ("llama", "qwen3"):
+        kind, window = self.model_type, max(filter(None, self.windows), default=None)
+        if kind in ("llama", "qwen3"):
             written["attention_bias"] = self.output_bias
-        if self.model_type == "llama":
+        if kind == "llama":
             written["mlp_bias"] = self.mlp_bias
-        return written | write_windows(self)
+        if kind == "mistral":
+            written["sliding_window"] = window
+        if kind.startswith("qwen"):
+            types = [SLIDING if size else FULL for size in self.windows] or [FULL] * self.layers
+            written |= {"layer_types": types, "max_window_layers": types.count(FULL)}
+            written |= {"use_sliding_window": window is not None, "sliding_window": window}
+        return written
 
 
 def read_windows(settings: HFConfig, layers: int) -> tuple[int | None, ...]:
@@ -154,30 +157,15 @@ def read_windows(settings: HFConfig, layers: int) -> tuple[int | None, ...]:
     if kind == "llama":
         settings.fixed("sliding_window", None)
     first = settings.get("max_window_layers", int, "a number of layers", 28) if mixed else 0
-    usual = [
-        "sliding_attention" if window and layer >= first else "full_attention"
-        for layer in range(layers)
-    ]
+    usual = [SLIDING if window and layer >= first else FULL for layer in range(layers)]
     types = settings.get("layer_types", list, "a list with an entry for each layer", usual)
-    known = ["full_attention", "sliding_attention"] if window else ["full_attention"]
+    known = [FULL, SLIDING] if window else [FULL]
     if len(types) != layers or any(kind not in known for kind in types):
         settings.reject("layer_types", types, f"{' or '.join(known)} for {layers} layers")
     if not mixed and types != usual:
         settings.reject("layer_types", types, f"{usual[0]} throughout")
-    windows = tuple(window if kind == "sliding_attention" else None for kind in types)
+    windows = tuple(window if kind == SLIDING else None for kind in types)
     return windows if any(windows) else ()
-
-
-def write_windows(config: Config) -> dict[str, Any]:
-    window = max((size for size in config.windows if size), default=None)
-    if config.model_type == "mistral":
-        return {"sliding_window": window}
-    if not config.model_type.startswith("qwen"):
-        return {}
-    types = ["sliding_attention" if size else "full_attention" for size in config.windows]
-    types = types or ["full_attention"] * config.layers
-    written = {"use_sliding_window": window is not None, "sliding_window": window}
-    return written | {"layer_types": types, "max_window_layers": types.count("full_attention")}
 
 
 class Block(Tensors):
@@ -185,26 +173,22 @@ class Block(Tensors):
     query: Float[Array, "heads head_dim embed"] = tensor("self_attn.q_proj.weight")
     key: Float[Array, "kv_heads head_dim embed"] = tensor("self_attn.k_proj.weight")
     value: Float[Array, "kv_heads head_dim embed"] = tensor("self_attn.v_proj.weight")
-    query_bias: Float[Array, "heads head_dim"] | None = tensor(
-        "self_attn.q_proj.bias", when="qkv_bias"
-    )
-    key_bias: Float[Array, "kv_heads head_dim"] | None = tensor(
-        "self_attn.k_proj.bias", when="qkv_bias"
-    )
+    query_bias: Float[Array, "heads head_dim"] | None = tensor("self_attn.q_proj.bias", "qkv_bias")
+    key_bias: Float[Array, "kv_heads head_dim"] | None = tensor("self_attn.k_proj.bias", "qkv_bias")
     value_bias: Float[Array, "kv_heads head_dim"] | None = tensor(
-        "self_attn.v_proj.bias", when="qkv_bias"
+        "self_attn.v_proj.bias", "qkv_bias"
     )
-    query_norm: Float[Array, " head_dim"] | None = tensor("self_attn.q_norm.weight", when="qk_norm")
-    key_norm: Float[Array, " head_dim"] | None = tensor("self_attn.k_norm.weight", when="qk_norm")
+    query_norm: Float[Array, " head_dim"] | None = tensor("self_attn.q_norm.weight", "qk_norm")
+    key_norm: Float[Array, " head_dim"] | None = tensor("self_attn.k_norm.weight", "qk_norm")
     output: Float[Array, "embed heads head_dim"] = tensor("self_attn.o_proj.weight")
-    output_bias: Float[Array, " embed"] | None = tensor("self_attn.o_proj.bias", when="output_bias")
+    output_bias: Float[Array, " embed"] | None = tensor("self_attn.o_proj.bias", "output_bias")
     mlp_norm: Float[Array, " embed"] = tensor("post_attention_layernorm.weight")
     gate: Float[Array, "mlp embed"] = tensor("mlp.gate_proj.weight")
     up: Float[Array, "mlp embed"] = tensor("mlp.up_proj.weight")
     down: Float[Array, "embed mlp"] = tensor("mlp.down_proj.weight")
-    gate_bias: Float[Array, " mlp"] | None = tensor("mlp.gate_proj.bias", when="mlp_bias")
-    up_bias: Float[Array, " mlp"] | None = tensor("mlp.up_proj.bias", when="mlp_bias")
-    down_bias: Float[Array, " embed"] | None = tensor("mlp.down_proj.bias", when="mlp_bias")
+    gate_bias: Float[Array, " mlp"] | None = tensor("mlp.gate_proj.bias", "mlp_bias")
+    up_bias: Float[Array, " mlp"] | None = tensor("mlp.up_proj.bias", "mlp_bias")
+    down_bias: Float[Array, " embed"] | None = tensor("mlp.down_proj.bias", "mlp_bias")
 
 
 class Llama(LanguageModel):
@@ -215,7 +199,7 @@ class Llama(LanguageModel):
     embedding: Float[Array, "vocab embed"] = tensor("embed_tokens.weight")
     blocks: Block = tensor("layers.{}.")
     norm: Float[Array, " embed"] = tensor("norm.weight")
-    head: Float[Array, "vocab embed"] | None = tensor("lm_head.weight", when="untied")
+    head: Float[Array, "vocab embed"] | None = tensor("lm_head.weight", "untied")
 
     def embed_input(self, rows: Hidden) -> Hidden:
         return rows

@@ -13,16 +13,14 @@ from models.attention import Positions
 from models.hf_config import HFConfig
 from runtime.errors import UserError
 
+YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 FIELDS: dict[str, tuple[str, ...]] = {  # of each kind of rotary positions
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": (
-        "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-        "truncate",
-    ),
-}  # fmt: skip
+    "yarn": ("factor", *YARN),
+}
 ORIGINAL = "original_max_position_embeddings"
 Table = tuple[Float[Array, "#batch seq 1 half"], Float[Array, "#batch seq 1 half"]]
 
@@ -120,8 +118,11 @@ class Rope:
             short = np.clip((turns - low) / (high - low), 0, 1)
             return np.float32(short * plain + (1 - short) * plain / self.factor)
         if self.kind == "yarn":  # likewise, blended linearly over the dimensions
-            first = self.dimension(self.beta_fast, head_dim)
-            last = self.dimension(self.beta_slow, head_dim)
+            # The dimensions that turn this often over the original positions.
+            waves = [
+                self.original / (turns * 2 * math.pi) for turns in (self.beta_fast, self.beta_slow)
+            ]
+            first, last = (head_dim * math.log(wave) / (2 * math.log(self.theta)) for wave in waves)
             if self.truncate:
                 first, last = math.floor(first), math.ceil(last)
             first, last = max(first, 0), min(last, head_dim - 1)
@@ -129,11 +130,6 @@ class Rope:
             long = np.clip(ramp, 0, 1)
             return np.float32((1 - long) * plain + long * plain / self.factor)
         return plain
-
-    def dimension(self, turns: float, head_dim: int) -> float:
-        """The dimension that turns this often over the original positions."""
-        wave = self.original / (turns * 2 * math.pi)
-        return head_dim * math.log(wave) / (2 * math.log(self.theta))
 
     def attention_scale(self) -> float:
         if self.kind != "yarn":
