@@ -1,8 +1,6 @@
-"""Text from a model: sampling with a key-value cache, and data sets that a model wrote.
+"""Text from a model: the choice of a token, rows decoded together, many texts, the program:
 
 python generate.py --model DIR --prompts FILE --out FILE.parquet
-
-In order: the choice of a token; rows that are decoded together; many texts; the program.
 """
 
 import dataclasses
@@ -32,7 +30,6 @@ Occurred = Bool[Array, "batch vocab"] | None  # tokens of a row, for --repetitio
 Prompts = Int[Array, "batch seq"]
 Counts = Int[Array, " batch"]
 Keys = Key[Array, " batch"]
-Written = Int[np.ndarray, " new"]
 
 FORMATS = (".parquet", ".jsonl")
 PART = 256  # tokens of a prompt read at once
@@ -101,8 +98,8 @@ def sample_token(
     """A token for each row, by the row's key and step alone."""
     if occurred is not None:
         penalty = sampling.repetition_penalty
-        factor = jnp.where(logits > 0, 1 / penalty, penalty)
-        logits = jnp.where(occurred, logits * factor, logits)
+        penalized = logits * jnp.where(logits > 0, 1 / penalty, penalty)
+        logits = jnp.where(occurred, penalized, logits)
     vocab = logits.shape[1]
     if sampling.temperature:
         keys = jax.vmap(jax.random.fold_in)(keys, step)
@@ -161,10 +158,7 @@ def read_prompts(
     decoding: Decoding,
     room: int,
 ) -> DecodeState:
-    """Right-padded prompts with their first new token; rows of length 0 stay idle.
-
-    They are read in as many parts as the longest one has, into a cache with `room` for more.
-    """
+    """Right-padded prompts, read in parts, with their first new token; those of no length idle."""
     batch, seq = prompts.shape
     part = -(-seq // -(-seq // PART))
     prompts = jnp.pad(prompts, ((0, 0), (0, -seq % part)))
@@ -282,7 +276,7 @@ class Job(NamedTuple):
 
 def generate(
     model: LanguageModel, jobs: Sequence[Job], key: PRNGKeyArray, decoding: Decoding, *, slots: int
-) -> Iterator[list[tuple[Job, Written]]]:
+) -> Iterator[list[tuple[Job, Int[np.ndarray, " new"]]]]:
     """Every job with its new tokens, some at a time, as they are finished.
 
     Up to `slots` are continued at once, longer prompts first. As soon as a quarter of them are
@@ -400,8 +394,8 @@ def prepare(
             f" shortest has {min(map(len, tokens))}): give shorter ones, or {remedy}"
         )
     if excess := len(prompts) - len(fitting):
-        excess = f"{excess} of {len(prompts)} prompts left out: over {longest} tokens, or none"
-        print(excess, file=sys.stderr)
+        words = f"{excess} of {len(prompts)} prompts left out: over {longest} tokens, or none"
+        print(words, file=sys.stderr)
     stop = tuple(sorted({*text.stop_ids(folder), *config.stop}))
     settings = {
         "model": config.model, "prompts": config.prompts,
@@ -414,18 +408,16 @@ def prepare(
     return prompts, jobs, Decoding(config.max_new, config.sampling, stop, dtype), settings
 
 
-def answer(
-    job: Job, new: Written, stop: tuple[int, ...], decode: Callable[..., str]
-) -> dict[str, Any]:
+def answer(job: Job, tokens: list[int], stop: Sequence[int], decode: Callable) -> dict[str, Any]:
     """A record of the journal; its text is what the tokens add to that of the prompt."""
-    stopped = new[-1] in stop
-    said = new.tolist()[: len(new) - stopped]
+    stopped = tokens[-1] in stop
+    said = tokens[: len(tokens) - stopped]
     before, whole = decode(job.tokens), decode([*job.tokens, *said])
     completion = whole[len(before) :] if whole.startswith(before) else decode(said)
     if not stopped:
         completion = completion.rstrip("\ufffd")  # the first bytes of a letter
     record = {"prompt": job.prompt, "sample": job.sample, "completion": completion}
-    return record | {"finish_reason": "stop" if stopped else "length", "n_tokens": len(new)}
+    return record | {"finish_reason": "stop" if stopped else "length", "n_tokens": len(tokens)}
 
 
 def write(config: Config, jobs: list[Job], decoding: Decoding, folder: Path, add: Callable) -> None:
@@ -450,10 +442,10 @@ def run(config: Config) -> None:
     if config.push is not None:
         answers.reserve(config.push)
 
-    def add(finished: list[tuple[Job, Written]]) -> None:
-        journal.add([answer(job, new, decoding.stop, decode) for job, new in finished])
+    def add(finished):
+        journal.add([answer(job, new.tolist(), decoding.stop, decode) for job, new in finished])
 
-    def row(record: dict[str, Any]) -> dict[str, Any]:
+    def row(record):
         prompt, completion = prompts[record["prompt"]], record["completion"]
         turn = {"role": "assistant", "content": completion}
         messages = None if prompt.messages is None else [*prompt.messages, turn]
