@@ -42,6 +42,11 @@ def jsd(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
     return config.beta * jnp.exp(log_p) * (log_p - log_m) + to_q
 
 
+def tvd(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
+    d = jnp.exp(log_q) - jnp.exp(log_p)
+    return d * stop(jnp.sign(d)) / 2  # the slope of jnp.abs at 0 is 1
+
+
 def alpha_beta(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
     """f = d^2 exp[x_0, x_a, x_s] and g = -d exp[x_0, x_a], divided differences of exp.
 
@@ -79,7 +84,7 @@ DIVERGENCES = {
     "jsd": jsd,
     "skew_kl": lambda config, log_p, log_q: skewed_kl(config.skew, log_p, log_q),
     "skew_reverse_kl": lambda config, log_p, log_q: skewed_kl(config.skew, log_q, log_p),
-    "tvd": lambda config, log_p, log_q: jnp.abs(jnp.exp(log_q) - jnp.exp(log_p)) / 2,
+    "tvd": tvd,
     "alpha_beta": alpha_beta,
 }
 """`(losses.Config, log p, log q) -> f`; `--loss.divergence` takes the same names."""
