@@ -134,7 +134,7 @@ def open_corpus(
     def split(name: str, share: float) -> tuple[TokenRange, TokenRange]:
         """What of a source is to train on, and what is held out."""
         options = Options(config.text_field, config.documents, config.mask, share)
-        store = open_store(name, tokenizer, options, config.cache, config.streaming)
+        store = open_store(name, tokenizer, options, cache=config.cache, streaming=config.streaming)
         cut, total = store.training, max(1, TokenRange(store, 0, store.tokens, seq_len).windows)
         held = store.tokens - cut
         # Too few documents for their hashes to divide them as asked: hold out the last windows.
