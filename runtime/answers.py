@@ -28,10 +28,7 @@ def check_settings(out: Path, before: Settings | None, now: Settings) -> None:
 
 
 class Journal(contextlib.ExitStack):
-    """The answers that are finished, a line each, after a line of settings.
-
-    A line that a crash cut off is taken out; its answer is to be written again.
-    """
+    """The finished answers, a line each, after a line of settings; a torn last line is cut off."""
 
     def __init__(self, out: Path, settings: Settings, *, resume: bool = True):
         super().__init__()
@@ -45,9 +42,7 @@ class Journal(contextlib.ExitStack):
             with self.path.open("rb") as lines:
                 for line in lines if resume else ():
                     try:
-                        record = json.loads(line)
-                        if not line.endswith(b"\n"):
-                            break
+                        record = json.loads(line if line.endswith(b"\n") else b"")
                         if end:
                             self.offsets[record["prompt"], record["sample"]] = end
                     except (ValueError, KeyError, TypeError):
@@ -167,7 +162,6 @@ def upload(name: str, out: Path, settings: Settings) -> str:
         operations = [CommitOperationAdd(file, str(out))]
         if not hub.file_exists(name, "README.md", repo_type="dataset"):
             operations.append(CommitOperationAdd("README.md", "\n".join([*card, ""]).encode()))
-        hub.create_commit(
-            name, operations, commit_message=f"Text written by {model}", repo_type="dataset"
-        )
+        title = f"Text written by {model}"
+        hub.create_commit(name, operations, commit_message=title, repo_type="dataset")
         return f"{hub.endpoint}/datasets/{name}"

@@ -32,7 +32,6 @@ ROWS = 1 << 16  # rows whose windows are looked up at once
 SIGNALS = {"top-k": losses.TopK, "draws": losses.SampledTargets}
 
 Values = Float32[np.ndarray, "..."]
-Data = data.Config  # a field of a config hides the module it is named after
 
 
 def pack(values: Int[np.ndarray, "rows n"], width: int) -> UInt8[np.ndarray, "rows bytes"]:
@@ -110,9 +109,9 @@ class Targets:
         return text.digest(self.manifest)
 
     @property
-    def data_config(self) -> Data:
+    def data_config(self) -> data.Config:
         lists = {name: tuple(x) for name, x in self.data_flags.items() if isinstance(x, list)}
-        return Data(**self.data_flags | lists)
+        return data.Config(**self.data_flags | lists)
 
     @property
     def width(self) -> int:
@@ -266,12 +265,11 @@ def records(
 ) -> Shaped[np.ndarray, " rows"]:
     """What is on disk for these windows."""
     rows, numbers = np.zeros(len(windows), targets.record), windows.tolist()
-    values = np.concatenate([signal.log_probs, signal.rest[..., None]], -1)
+    values, u = np.concatenate([signal.log_probs, signal.rest[..., None]], -1), None
+    if targets.kind == "draws":  # one for all of a token, so that max(p, rest) has no bias
+        rngs = [np.random.default_rng([targets.seed, window]) for window in numbers]
+        u = np.stack([rng.random((targets.seq_len, 1), np.float32) for rng in rngs])
     if targets.values == "packed":
-        u = None
-        if targets.kind == "draws":  # one for all of a token, so that max(p, rest) has no bias
-            rngs = [np.random.default_rng([targets.seed, window]) for window in numbers]
-            u = np.stack([rng.random((targets.seq_len, 1), np.float32) for rng in rngs])
         values = encode(values, u)
     rows["ids"], rows["values"] = pack(signal.ids.reshape(len(rows), -1), targets.width), values
     content = [row.tobytes() for row in rows]
