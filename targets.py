@@ -24,7 +24,7 @@ import sharding
 import text
 from models.base import LanguageModel
 from runtime import checkpoint, errors, files, processes, report, target_store
-from runtime.errors import UserError, above, at_least, below
+from runtime.errors import SEED, UserError, above, at_least
 from runtime.target_store import Targets, append, unwritten
 
 Data = data.Config  # a field of a config hides the module it is named after
@@ -45,7 +45,7 @@ class Config:
     """Keep what the first steps of a run with this batch size and seed read; by default all."""
     batch_size: Annotated[int, at_least(1)] = 16
     """Windows at a time."""
-    seed: Annotated[int, below(0, 2**63)] = 0
+    seed: Annotated[int, SEED] = 0
     """Of the data's order and of draws."""
     top_k: Annotated[int | None, at_least(1)] = None
     """The likeliest tokens, with the mass of the rest; 32 unless there are --draws."""

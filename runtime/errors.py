@@ -60,6 +60,9 @@ def below(low: float | int, high: float | int) -> Constraint:
     return Constraint(f"from {low:g} to below {high:g}", lambda x: low <= x < high)
 
 
+SEED = Constraint("from 0 to 2^63 - 1", lambda seed: 0 <= seed < 2**63)
+
+
 def constraints(kind: type) -> dict[str, Constraint]:
     hints = typing.get_type_hints(kind, include_extras=True).items()
     extras = [(name, extra) for name, hint in hints for extra in getattr(hint, "__metadata__", ())]
@@ -110,11 +113,10 @@ def _with_constraints(info: Any) -> Any:
     info = dataclasses.replace(info, markers=(*info.markers, Constraint))
     spec, limits, fields = ConstructorRegistry.get_struct_spec(info), constraints(info.type), []
     for field in spec.fields:
+        text = (field.helptext() if callable(field.helptext) else field.helptext) or ""
         if limit := limits.get(field.name):
-            text = (field.helptext() if callable(field.helptext) else field.helptext) or ""
-            words = f"{text} Must be {limit.words}.".strip()
-            field = dataclasses.replace(field, helptext=words)
-        fields.append(field)
+            text += f" Must be {limit.words}."
+        fields.append(dataclasses.replace(field, helptext=" ".join(text.split())))
     return dataclasses.replace(spec, fields=tuple(fields))
 
 
