@@ -14,7 +14,7 @@ import sharding
 import student as students
 import text
 from losses import features
-from runtime import on_policy, target_store
+from runtime import files, on_policy, target_store
 from runtime.errors import SEED, UserError, above, at_least, check
 
 # A field hides the module it is named after.
@@ -279,9 +279,10 @@ def student_config(config: Config) -> Any:
     return models.config(config.teacher if config.student is None else config.student)
 
 
-def as_json(config: Config) -> dict[str, Any]:
-    """What the folder of a run holds of its configuration."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def run_folder(config: Config) -> files.RunFolder:
+    """The folder of a run, which holds its configuration."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    return files.RunFolder(Path(config.out), settings, MAY_CHANGE)
 
 
 def uses_teacher_loss(loss: losses.Config) -> bool:

@@ -24,7 +24,15 @@ import losses
 import optim
 import sharding
 import text
-from config import Config, Data, Mesh, Optim, uses_teacher_loss, with_defaults
+from config import (
+    Config,
+    Data,
+    Mesh,
+    Optim,
+    run_folder,
+    uses_teacher_loss,
+    with_defaults,
+)
 from losses import features
 from models.base import LanguageModel
 from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results
@@ -251,9 +259,9 @@ def train(config: Config) -> Path:
         if config.plan:
             print_plan(config, placement)
             return out
-        prepare.make_folder(config)
+        folder = prepare.make_folder(config)
         with checkpoint.lock(out):
-            last = prepare.last_step(config)
+            last = prepare.last_step(config, folder)
             if last is not None and last >= config.steps and (out / "student").exists():
                 report.say(f"this run is finished: the student is in {out / 'student'}")
                 return out / "student"
@@ -291,7 +299,7 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
                 " --resume-anyway"
             )
         report.say(f"continued anyway: {other}")
-    prepare.write_config(config)  # only now: what is refused leaves the run as it was
+    prepare.write_config(run_folder(config))  # only now: what is refused leaves the run as it was
     return run, eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
 
 

@@ -4,8 +4,10 @@ In this order: writing, reading what may come from a stranger, digests, a lock, 
 """
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -161,3 +163,32 @@ def changes(before: Settings, now: Settings, may_change: Set[str], prefix: str =
         for name, value in flat(now, prefix)
         if old.get(name) != value and not may_change & {name, name.partition(".")[0]}
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run and its settings, which a file in it remembers."""
+
+    path: Path
+    settings: Settings
+    """As JSON returns them: lists, not tuples."""
+    may_change: Set[str]
+
+    def previous(self) -> dict[str, Any] | None:
+        """The settings that made what is there; None where nothing is."""
+        path = self.path / "config.json"
+        return read_json(path) if path.exists() else None
+
+    def changed(self) -> list[str]:
+        """The flags that may not change and did, a line each."""
+        previous = self.previous()
+        before = self.settings if previous is None else previous
+        return changes(before, self.settings, self.may_change, "--")
+
+    def write(self) -> None:
+        write_json(self.path / "config.json", self.settings)
+
+    def set_aside(self) -> Path:
+        """Renames the folder to the first free `<path>.<number>`."""
+        names = (self.path.with_name(f"{self.path.name}.{i}") for i in itertools.count(1))
+        return self.path.rename(next(path for path in names if not path.exists()))

@@ -1,7 +1,6 @@
 """From a configuration to all that a run needs before its first step."""
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -19,7 +18,7 @@ import optim
 import sharding
 import student as students
 import text
-from config import MAY_CHANGE, Config, as_json, needs_teacher, student_config, uses_teacher_loss
+from config import Config, needs_teacher, run_folder, student_config, uses_teacher_loss
 from losses import features
 from models.base import LanguageModel
 from runtime import checkpoint, files, processes, report, target_store
@@ -131,48 +130,47 @@ def optimizer_and_objective(
     return optim.make(config.optim, config.steps), objective
 
 
-def make_folder(config: Config) -> None:
-    """The first process makes a run's folder; --no-resume moves the run that is there aside."""
-    out = Path(config.out)
+def make_folder(config: Config) -> files.RunFolder:
+    """The folder of a run, made by the first process; --no-resume moves the run that is there
+    aside."""
+    folder = run_folder(config)
     if jax.process_index() == 0:
-        with files.disk_errors(out, ": give another --out"):
-            out.mkdir(parents=True, exist_ok=True)
-            if not config.resume and (out / "config.json").exists():
-                with checkpoint.lock(out):
-                    names = (out.with_name(f"{out.name}.{i}") for i in itertools.count(1))
-                    aside = out.rename(next(path for path in names if not path.exists()))
-                out.mkdir()
-                report.say(f"the run that was in {out} is in {aside} now")
+        with files.disk_errors(folder.path, ": give another --out"):
+            folder.path.mkdir(parents=True, exist_ok=True)
+            if not config.resume and folder.previous() is not None:
+                with checkpoint.lock(folder.path):
+                    aside = folder.set_aside()
+                folder.path.mkdir()
+                report.say(f"the run that was in {folder.path} is in {aside} now")
     processes.sync("folder")
+    return folder
 
 
-def last_step(config: Config) -> int | None:
+def last_step(config: Config, folder: files.RunFolder) -> int | None:
     """The step of the last checkpoint of a run, which must have been made by the same settings."""
-    out, settings = Path(config.out), as_json(config)
-    last, path = checkpoint.latest(out / "checkpoints"), out / "config.json"
-    previous = files.read_json(path) if path.exists() else settings
-    changed = "; ".join(files.changes(previous, settings, MAY_CHANGE, "--"))
+    last = checkpoint.latest(folder.path / "checkpoints")
+    changed = folder.changed()
     if last is None:
         if changed and jax.process_index() == 0:
-            (out / CHOICE).unlink(missing_ok=True)
-        write_config(config)
+            (folder.path / CHOICE).unlink(missing_ok=True)
+        write_config(folder)
         return None
     if changed and not config.resume_anyway:
         raise UserError(
-            f"{out} has other settings ({changed}): give the same, another --out, --no-resume, or"
-            " --resume-anyway to go on with these"
+            f"{folder.path} has other settings ({'; '.join(changed)}): give the same, another"
+            " --out, --no-resume, or --resume-anyway to go on with these"
         )
     if changed:
-        report.say(f"continued anyway: {changed}")
-    steps = previous.get("steps")
+        report.say(f"continued anyway: {'; '.join(changed)}")
+    steps = (folder.previous() or {}).get("steps")
     if steps not in (None, config.steps):
         report.say(f"--steps was {steps}: schedules now end at {config.steps}")
     return last
 
 
-def write_config(config: Config) -> None:
+def write_config(folder: files.RunFolder) -> None:
     if jax.process_index() == 0:
-        files.write_json(Path(config.out) / "config.json", as_json(config))
+        folder.write()
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:

@@ -299,14 +299,6 @@ def test_other_mathematics_is_not_continued(config):
     assert metrics_of(config.out)[-1]["step"] == 8
 
 
-def test_a_run_is_moved_aside_to_the_first_free_name(tmp_path):
-    config = distill.Config(out=str(tmp_path / "run"), resume=False)
-    for _ in range(3):
-        distill.prepare.make_folder(config)
-        (tmp_path / "run" / "config.json").write_text("{")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
-
-
 def test_cross_entropy_alone_needs_no_teacher(config, teacher, monkeypatch):
     """The teacher is read for the cut and then freed; fresh weights need none of it."""
     loaded = []

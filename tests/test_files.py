@@ -87,14 +87,20 @@ def test_what_others_say_is_printed_on_one_short_line():
     assert files.printable(ValueError()) == "ValueError"
 
 
-def test_settings_that_may_not_change_are_told():
-    def changes(**now):
-        before = {"steps": 3, "optim": {"lr": 0.1, "b_1": 2}, "mesh": {"data": 1}}
-        return files.changes(before, before | now, frozenset({"--steps", "--mesh"}), "--")
+def test_a_folder_knows_the_settings_that_made_it(tmp_path):
+    def folder(**settings):
+        return files.RunFolder(tmp_path / "run", settings, frozenset({"--steps", "--mesh"}))
 
-    assert changes() == changes(steps=4, mesh={"data": 8}) == []
-    other = changes(optim={"lr": 0.2, "b_1": 3})
-    assert other == ["--optim.lr was 0.1, is 0.2", "--optim.b-1 was 2, is 3"]
+    original = folder(steps=3, optim={"lr": 0.1, "b_1": 2}, mesh={"data": 1})
+    assert original.previous() is None and original.changed() == []
+    original.path.mkdir()
+    original.write()
+    assert not folder(steps=4, optim={"lr": 0.1, "b_1": 2}, mesh={"data": 8}).changed()
+    other = folder(steps=3, optim={"lr": 0.2, "b_1": 2}, mesh={"data": 1})
+    assert other.changed() == ["--optim.lr was 0.1, is 0.2"]
+    assert original.set_aside() == tmp_path / "run.1" and not original.path.exists()
+    original.path.mkdir()
+    assert original.set_aside() == tmp_path / "run.2"
 
 
 def test_a_folder_is_locked_once(tmp_path):
