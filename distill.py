@@ -24,15 +24,7 @@ import losses
 import optim
 import sharding
 import text
-from config import (
-    Config,
-    Data,
-    Mesh,
-    Optim,
-    run_folder,
-    uses_teacher_loss,
-    with_defaults,
-)
+from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, with_defaults
 from losses import features
 from models.base import LanguageModel
 from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results

@@ -137,7 +137,7 @@ def make_folder(config: Config) -> files.RunFolder:
     if jax.process_index() == 0:
         with files.disk_errors(folder.path, ": give another --out"):
             folder.path.mkdir(parents=True, exist_ok=True)
-            if not config.resume and folder.previous() is not None:
+            if not config.resume and (folder.path / "config.json").exists():
                 with checkpoint.lock(folder.path):
                     aside = folder.set_aside()
                 folder.path.mkdir()
