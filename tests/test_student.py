@@ -259,8 +259,7 @@ def test_every_program_gets_the_compiler_options_of_a_step(monkeypatch):
         return function
 
     monkeypatch.setattr(sharding, "jit", jit)
-    copy = importlib.util.module_from_spec(
-        student.__spec__
-    )  # reloaded, its classes would be others
+    # Reloaded, its classes would be others for the rest of the tests.
+    copy = importlib.util.module_from_spec(student.__spec__)
     student.__spec__.loader.exec_module(copy)
     assert programs == {"first_and_last_states", "ablate", "influence"}
