@@ -320,7 +320,7 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
         log_step = results.step_logger(run, state.student, start, log, watch, written)
         if start == 0:
             results.evaluate(run, state.student, 0, log)
-        watch.start(start)
+        watch.lap(start)
         try:
             for number, batch in enumerate(batches, start + 1):
                 trace.before(number)

@@ -1,15 +1,13 @@
-"""Text from a model: sampling with a key-value cache, and data sets that a model wrote.
+"""Text from a model: the choice of a token, rows decoded together, many texts, the program:
 
 python generate.py --model DIR --prompts FILE --out FILE.parquet
-
-Sections: the choice of a token; rows that are decoded together; many texts; the program.
 """
 
 import dataclasses
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -27,9 +25,16 @@ from models.base import LanguageModel
 from runtime import answers, errors, processes, report
 from runtime.errors import Constraint, UserError, above, at_least, between
 
-# ---- the choice of a token -----------------------------------------------------------------------
-
 Logits = Float32[Array, "batch vocab"]
+Occurred = Bool[Array, "batch vocab"] | None  # tokens of a row, for --repetition-penalty
+Prompts = Int[Array, "batch seq"]
+Counts = Int[Array, " batch"]
+Keys = Key[Array, " batch"]
+
+FORMATS = (".parquet", ".jsonl")
+PART = 256  # tokens of a prompt read at once
+STEPS = 64  # tokens between two looks of the host at the rows
+WIDTH = 64  # prompts are padded to a multiple of it, so that texts of many sets need one program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +77,9 @@ def filter_logits(logits: Logits, sampling: Sampling) -> Logits:
 
 
 def keep_largest(logits: Logits, weights: Logits, amount: float | int) -> Logits:
-    """The largest logits, until their weights reach `amount`; the others at minus infinity.
-
-    The threshold is searched bit by bit: 32 sums, each over a vocabulary that may be split over
-    devices, where a sort would gather it and cost more.
-    """
+    """The largest logits, until their weights reach `amount`; the others at minus infinity."""
+    # The threshold is searched bit by bit: 32 sums over a vocabulary that may be split over
+    # devices, where a sort would gather it.
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     ranks = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # ordered as the floats
 
@@ -90,12 +93,8 @@ def keep_largest(logits: Logits, weights: Logits, amount: float | int) -> Logits
 
 
 def sample_token(
-    logits: Logits,
-    keys: Key[Array, " batch"],
-    step: Int[Array, " batch"],
-    occurred: Bool[Array, "batch vocab"] | None,
-    sampling: Sampling,
-) -> Int[Array, " batch"]:
+    logits: Logits, keys: Keys, step: Counts, occurred: Occurred, sampling: Sampling
+) -> Counts:
     """A token for each row, by the row's key and step alone."""
     if occurred is not None:
         penalty = sampling.repetition_penalty
@@ -103,19 +102,13 @@ def sample_token(
         logits = jnp.where(occurred, penalized, logits)
     vocab = logits.shape[1]
     if sampling.temperature:
-        step_keys = jax.vmap(jax.random.fold_in)(keys, step)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(step_keys)
+        keys = jax.vmap(jax.random.fold_in)(keys, step)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(keys)
         logits = filter_logits(logits, sampling) + noise
     # argmax, by two reductions: XLA on CPU takes ten times as long for one of pairs.
     logits = logits.T
     best = logits == jnp.max(logits, axis=0)
     return jnp.min(jnp.where(best, jnp.arange(vocab)[:, None], vocab - 1), axis=0)
-
-
-# ---- rows that are decoded together --------------------------------------------------------------
-
-PART = 256  # tokens of a prompt read at once
-STEPS = 64  # tokens between two looks of the host at the rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +125,11 @@ class DecodeState(eqx.Module):
     """Texts that are being continued, each as far as it is."""
 
     cache: Cache
-    keys: Key[Array, " batch"]
+    keys: Keys
     tokens: Int[Array, "batch new"]
-    count: Int[Array, " batch"]
+    count: Counts
     active: Bool[Array, " batch"]
-    occurred: Bool[Array, "batch vocab"] | None  # tokens of a row, for --repetition-penalty
+    occurred: Occurred
 
 
 def constrain_state(state: Any) -> Any:
@@ -147,33 +140,25 @@ def constrain_state(state: Any) -> Any:
 
 
 @sharding.jit
-def idle_state(
-    model: LanguageModel, keys: Key[Array, " batch"], capacity: int, decoding: Decoding
-) -> DecodeState:
+def idle_state(model: LanguageModel, keys: Keys, capacity: int, decoding: Decoding) -> DecodeState:
     """Rows that hold nothing yet."""
-    zeros = jnp.zeros(len(keys), jnp.int32)
-    occurred = None
-    if decoding.sampling.repetition_penalty != 1:
-        # The head may have fewer rows than the config says: on-policy text leaves padding out.
-        occurred = jnp.zeros((len(keys), len(model.unembedding)), bool)
-    tokens = jnp.zeros((len(keys), decoding.max_new), jnp.int32)
-    cache = model.cache(len(keys), capacity, decoding.dtype)
-    return constrain_state(DecodeState(cache, keys, tokens, zeros, zeros > 0, occurred))
+    batch, penalized = len(keys), decoding.sampling.repetition_penalty != 1
+    # The head may have fewer rows than the config says: on-policy text leaves padding out.
+    occurred = jnp.zeros((batch, len(model.unembedding)), bool) if penalized else None
+    tokens, count = jnp.zeros((batch, decoding.max_new), jnp.int32), jnp.zeros(batch, jnp.int32)
+    cache = model.cache(batch, capacity, decoding.dtype)
+    return constrain_state(DecodeState(cache, keys, tokens, count, count > 0, occurred))
 
 
 def read_prompts(
     model: LanguageModel,
-    prompts: Int[Array, "batch seq"],
-    lengths: Int[Array, " batch"],
-    keys: Key[Array, " batch"],
+    prompts: Prompts,
+    lengths: Counts,
+    keys: Keys,
     decoding: Decoding,
-    *,
     room: int,
 ) -> DecodeState:
-    """Right-padded prompts with their first new token, in a cache with `room` for more.
-
-    A row of length 0 stays idle. Long prompts are read in parts, as many as the longest one has.
-    """
+    """Right-padded prompts, read in parts, with their first new token; those of no length idle."""
     batch, seq = prompts.shape
     part = -(-seq // -(-seq // PART))
     prompts = jnp.pad(prompts, ((0, 0), (0, -seq % part)))
@@ -186,15 +171,14 @@ def read_prompts(
         hidden, cache = model.hidden(
             tokens, real, cache=cache, doc_length=lengths, dtype=decoding.dtype
         )
-        at = lengths - 1 - start
-        here = (0 <= at) & (at < part)
-        last = jnp.where(here[:, None], hidden[row, jnp.clip(at, 0, part - 1)], last)
+        end = jnp.clip(lengths - 1 - start, 0, part - 1)
+        last = jnp.where(real[:, :1] > 0, hidden[row, end], last)
         return start + part, cache, last
 
     state = idle_state(model, keys, prompts.shape[1] + room, decoding)
     last = jnp.zeros((batch, model.config.embed), state.cache.keys.dtype)
-    start = (jnp.zeros((), jnp.int32), state.cache, last)
-    _, cache, last = jax.lax.while_loop(lambda carry: carry[0] < jnp.max(lengths), read_part, start)
+    first = (jnp.zeros((), jnp.int32), state.cache, last)
+    _, cache, last = jax.lax.while_loop(lambda carry: carry[0] < jnp.max(lengths), read_part, first)
     occurred = state.occurred
     if occurred is not None:
         real = jnp.arange(prompts.shape[1]) < lengths[:, None]
@@ -215,32 +199,26 @@ def append_token(
     logits = einsum_f32("ve,be->vb", model.unembedding.astype(hidden.dtype), hidden).T
     logits = sharding.constrain(logits, "batch vocab")
     token = sample_token(logits, state.keys, state.count, state.occurred, decoding.sampling)
-    token = token.astype(jnp.int32)
-    active, occurred = state.active, state.occurred
+    token, active, occurred = token.astype(jnp.int32)[:, None], state.active, state.occurred
     here = active[:, None] & (jnp.arange(decoding.max_new) == state.count[:, None])
-    tokens = jnp.where(here, token[:, None], state.tokens)
+    tokens = jnp.where(here, token, state.tokens)
     if occurred is not None:
-        occurred |= active[:, None] & (jnp.arange(occurred.shape[1]) == token[:, None])
+        occurred |= active[:, None] & (jnp.arange(occurred.shape[1]) == token)
     count = state.count + active.astype(jnp.int32)
-    ended = (token[:, None] == jnp.array(decoding.stop, jnp.int32)).any(axis=1)
+    ended = (token == jnp.array(decoding.stop, jnp.int32)).any(axis=1)
     active = active & ~ended & (count < decoding.max_new)
-    state = DecodeState(state.cache, state.keys, tokens, count, active, occurred)
-    return constrain_state(state)
+    return constrain_state(DecodeState(state.cache, state.keys, tokens, count, active, occurred))
 
 
 @sharding.jit(donate="all-except-first")
 def decode(
-    frozen: tuple[LanguageModel, Int[Array, ""] | int],
-    state: DecodeState,
-    decoding: Decoding,
-    steps: int,
+    frozen: tuple[LanguageModel, Any], state: DecodeState, decoding: Decoding, steps: int
 ) -> DecodeState:
     """Up to `steps` more tokens for each row, until so many rows are idle; consumes the state."""
     model, idle = frozen
 
     def goes_on(carry):
-        step, state = carry
-        return (step < steps) & (jnp.sum(~state.active) < idle)
+        return (carry[0] < steps) & (jnp.sum(~carry[1].active) < idle)
 
     def advance(carry):
         step, state = carry
@@ -256,21 +234,13 @@ def decode(
 
 @sharding.jit
 def sample(
-    model: LanguageModel,
-    prompts: Int[Array, "batch seq"],
-    lengths: Int[Array, " batch"],
-    key: PRNGKeyArray,
-    decoding: Decoding,
-) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
-    """Continuations of right-padded prompts, and how many tokens each has; zeros follow them.
-
-    Each row has a key of its own, so that what it says does not depend on its neighbours, nor on
-    the mesh in scope.
-    """
-    batch, steps = len(prompts), decoding.max_new
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    state = read_prompts(model, prompts, lengths, keys, decoding, room=steps)
-    state = decode((model, batch), state, decoding, steps)
+    model: LanguageModel, prompts: Prompts, lengths: Counts, key: PRNGKeyArray, decoding: Decoding
+) -> tuple[Int[Array, "batch new"], Counts]:
+    """Continuations of right-padded prompts, and how many tokens each has; zeros follow them."""
+    # A row has a key of its own: it depends neither on its neighbours nor on the mesh in scope.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
+    state = read_prompts(model, prompts, lengths, keys, decoding, decoding.max_new)
+    state = decode((model, len(prompts)), state, decoding, decoding.max_new)
     return state.tokens, state.count
 
 
@@ -279,28 +249,21 @@ def continuations(
     tokenizer: Path,
     prompts: Int[np.ndarray, "batch seq"],
     *,
-    layout: sharding.Layout | None = None,
-    max_new: int = 32,
-    dtype: Any = None,
+    layout: sharding.Layout,
+    dtype: Any,
 ) -> Iterator[str]:
     """Lines that show how each model continues the same prompts, by its likeliest tokens."""
-    encoder, stop = text.load_tokenizer(tokenizer).encoder, text.stop_ids(tokenizer)
-    lengths = np.full(len(prompts), prompts.shape[1])
-    greedy = Decoding(max_new, Sampling(temperature=0.0), stop, dtype)
-    samples = {}
+    decode = text.load_tokenizer(tokenizer).encoder.decode
+    greedy = Decoding(32, Sampling(temperature=0.0), text.stop_ids(tokenizer), dtype)
+    lengths, samples = np.full(len(prompts), prompts.shape[1]), {}
     for name, (model, mesh) in writers.items():
         with sharding.use_mesh(mesh, layout):
             result = sample(model, prompts, lengths, jax.random.key(0), greedy)
             samples[name] = tuple(map(sharding.to_host, result))
     for row, prompt in enumerate(prompts):
-        yield f"\n> {encoder.decode(prompt.tolist())!r}"
+        yield f"\n> {decode(prompt.tolist())!r}"
         for name, (tokens, counts) in samples.items():
-            yield f"{name:8}  {encoder.decode(tokens[row, : counts[row]].tolist())!r}"
-
-
-# ---- many texts ----------------------------------------------------------------------------------
-
-WIDTH = 64  # prompts are padded to a multiple of it, so that texts of many sets need one program
+            yield f"{name:8}  {decode(tokens[row, : counts[row]].tolist())!r}"
 
 
 class Job(NamedTuple):
@@ -312,18 +275,12 @@ class Job(NamedTuple):
 
 
 def generate(
-    model: LanguageModel,
-    jobs: Sequence[Job],
-    key: PRNGKeyArray,
-    decoding: Decoding,
-    *,
-    slots: int,
+    model: LanguageModel, jobs: Sequence[Job], key: PRNGKeyArray, decoding: Decoding, *, slots: int
 ) -> Iterator[list[tuple[Job, Int[np.ndarray, " new"]]]]:
     """Every job with its new tokens, some at a time, as they are finished.
 
-    Up to `slots` are continued at once. As soon as a quarter of them are finished others take their
-    place; so short texts wait for long ones only at the end. Longer prompts come first: they are
-    read together with those of their length.
+    Up to `slots` are continued at once, longer prompts first. As soon as a quarter of them are
+    finished others take their place: short texts wait for long ones only at the end.
     """
     shards = sharding.num_shards("batch")
     slots = -(-min(slots, len(jobs)) // shards) * shards
@@ -338,8 +295,12 @@ def generate(
         while queue and len(free) >= min(group, len(queue)):
             added = {free.pop(): queue.popleft() for _ in range(min(group, len(queue)))}
             running |= added
-            prompts = prompt_arrays(added, group, width, padding=slots)
-            state = insert_prompts((model, key, *prompts), state, decoding)
+            prompts, lengths = np.zeros((group, width), np.int32), np.zeros(group, np.int32)
+            names, places = np.zeros((group, 2), np.int32), np.full(group, slots, np.int32)
+            for i, (slot, job) in enumerate(added.items()):
+                lengths[i], names[i], places[i] = len(job.tokens), job[:2], slot
+                prompts[i, : lengths[i]] = job.tokens
+            state = insert_prompts((model, key, prompts, lengths, names, places), state, decoding)
         idle = min(group, len(queue)) if queue else slots
         state = decode((model, np.int32(idle)), state, decoding, STEPS)
         tokens, counts, active = map(sharding.to_host, (state.tokens, state.count, state.active))
@@ -347,24 +308,12 @@ def generate(
         yield [(running.pop(slot), tokens[slot, : counts[slot]]) for slot in ended]
 
 
-def prompt_arrays(
-    jobs: Mapping[int, Job], group: int, width: int, padding: int
-) -> list[np.ndarray]:
-    """Tokens, lengths, names and slots of a group of jobs; unused rows have the slot `padding`."""
-    prompts, lengths = np.zeros((group, width), np.int32), np.zeros(group, np.int32)
-    names, slots = np.zeros((group, 2), np.int32), np.full(group, padding, np.int32)
-    for i, (slot, job) in enumerate(jobs.items()):
-        prompts[i, : len(job.tokens)], lengths[i] = job.tokens, len(job.tokens)
-        names[i], slots[i] = job[:2], slot
-    return [prompts, lengths, names, slots]
-
-
 @sharding.jit(donate="all-except-first")
 def insert_prompts(frozen: tuple[Any, ...], state: DecodeState, decoding: Decoding) -> DecodeState:
     """With other prompts in some rows; consumes the state. A slot beyond the last row is none."""
     model, key, prompts, lengths, names, slots = frozen
     name_keys = jax.vmap(lambda name: jax.random.fold_in(jax.random.fold_in(key, name[0]), name[1]))
-    fresh = read_prompts(model, prompts, lengths, name_keys(names), decoding, room=0)
+    fresh = read_prompts(model, prompts, lengths, name_keys(names), decoding, 0)
 
     def insert(old, axes, new):
         new = new[tuple(map(slice, old.shape))]  # a cache rounded up may have more than the rows
@@ -373,9 +322,6 @@ def insert_prompts(frozen: tuple[Any, ...], state: DecodeState, decoding: Decodi
         return old.at[tuple(at)].set(new, mode="drop")
 
     return constrain_state(jax.tree.map(insert, state, sharding.axes(state), fresh))
-
-
-# ---- the program ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -387,8 +333,10 @@ class Config(Sampling):
     prompts: str
     """File, folder or glob of .txt (one prompt a line), .jsonl, .parquet (also .gz, .zst), or a
     hub data set as id[:config][:split]."""
-    out: str
-    """File to write, .parquet or .jsonl."""
+    out: Annotated[
+        str, Constraint("a .parquet or .jsonl file", lambda x: Path(x).suffix in FORMATS)
+    ]
+    """File to write."""
     column: str | None = None
     """The column of prompts, text or messages; by default messages, else prompt (for a model with
     a chat template what its user says), else text."""
@@ -414,127 +362,104 @@ class Config(Sampling):
     """Print only warnings and the result."""
     mesh: sharding.Sizes = dataclasses.field(default_factory=lambda: sharding.Sizes(-1, 1, 1))
 
-    def __post_init__(self):
-        super().__post_init__()
-        if Path(self.out).suffix not in (".parquet", ".jsonl"):
-            raise UserError(f"--out {self.out}: expected the name of a .parquet or .jsonl file")
-
 
 def prepare(
     config: Config, folder: Path, tokenizer: text.Tokenizer
 ) -> tuple[list[text.Prompt], list[Job], Decoding, dict[str, Any]]:
     """All prompts, the jobs of those that are not too long, and the settings of what is written."""
-    shape = models.config(folder)
+    shape, dtype = models.config(folder), sharding.compute_dtype(config.compute_dtype)
     if tokenizer.size > shape.vocab:
         raise UserError(
             f"{folder}: the tokenizer has ids up to {tokenizer.size - 1}, the model's vocabulary"
             f" has {shape.vocab}: they do not belong together"
         )
-    for token in config.stop:
-        if not 0 <= token < shape.vocab:
-            raise UserError(f"--stop {token}: expected token ids from 0 to {shape.vocab - 1}")
+    if any(not 0 <= token < shape.vocab for token in config.stop):
+        stop = " ".join(map(str, config.stop))
+        raise UserError(f"--stop {stop}: expected token ids from 0 to {shape.vocab - 1}")
     prompts = list(text.prompts(text.find(config.prompts), tokenizer, config.column))
     if not prompts:
         raise UserError(f"{config.prompts}: no prompts in it: all it holds is empty or blank")
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
-    encodings = tokenizer.encode([prompt.piece for prompt in prompts])
-    tokens = [
-        encoding.ids if prompt.piece.rendered else bos + encoding.ids
-        for prompt, encoding in zip(prompts, encodings, strict=True)
-    ]
+    pieces = [prompt.piece for prompt in prompts]
+    encodings = zip(pieces, tokenizer.encode(pieces), strict=True)
+    tokens = [encoded.ids if piece.rendered else bos + encoded.ids for piece, encoded in encodings]
     longest, remedy = config.max_prompt, "raise --max-prompt"
     if shape.longest is not None and shape.longest - config.max_new < longest:
         longest = max(0, shape.longest - config.max_new)
         remedy = f"lower --max-new (the model has {shape.longest} positions)"
-    lengths = list(map(len, tokens))
-    if not min(lengths):
-        raise UserError(f"{config.prompts}: prompt {lengths.index(0) + 1} has no tokens")
-    fitting = [i for i, length in enumerate(lengths) if length <= longest]
+    fitting = [i for i, ids in enumerate(tokens) if 0 < len(ids) <= longest]
     if not fitting:
         raise UserError(
             f"{config.prompts}: all {len(prompts)} prompts are longer than {longest} tokens (the"
-            f" shortest has {min(lengths)}): give shorter ones, or {remedy}"
+            f" shortest has {min(map(len, tokens))}): give shorter ones, or {remedy}"
         )
     if excess := len(prompts) - len(fitting):
-        print(
-            f"{excess} of {len(prompts)} prompts left out: over {longest} tokens", file=sys.stderr
-        )
-    dtype = sharding.compute_dtype(config.compute_dtype)
+        words = f"{excess} of {len(prompts)} prompts left out: over {longest} tokens, or none"
+        print(words, file=sys.stderr)
     stop = tuple(sorted({*text.stop_ids(folder), *config.stop}))
-    sampling = config.sampling
     settings = {
         "model": config.model, "prompts": config.prompts,
         "samples": config.samples, "max-prompt": longest, "max-new": config.max_new,
         "seed": config.seed, "stop": list(stop), "compute-dtype": dtype,
-        **{name.replace("_", "-"): value for name, value in vars(sampling).items()},
+        **{name.replace("_", "-"): value for name, value in vars(config.sampling).items()},
         "text of the prompts": text.digest(tokens), "weights": models.fingerprint(folder),
     }  # fmt: skip
     jobs = [Job(i, j, tokens[i]) for i in fitting for j in range(config.samples)]
-    return prompts, jobs, Decoding(config.max_new, sampling, stop, dtype), settings
+    return prompts, jobs, Decoding(config.max_new, config.sampling, stop, dtype), settings
 
 
-def write(
-    config: Config,
-    jobs: list[Job],
-    decoding: Decoding,
-    folder: Path,
-    tokenizer: text.Tokenizer,
-    journal: answers.Journal,
-) -> None:
-    """Lets the model do these jobs."""
-    mesh = sharding.make_mesh(**config.mesh.sizes)
-    model = models.load(folder, dtype=decoding.dtype, mesh=mesh)
-    key, start, done, written = jax.random.key(config.seed), time.monotonic(), 0, 0
-    with sharding.use_mesh(mesh), report.progress("generating", len(jobs)) as advance:
-        for finished in generate(model, jobs, key, decoding, slots=config.batch_size):
-            journal.add([answer(job, new, decoding.stop, tokenizer) for job, new in finished])
-            done, written = done + len(finished), written + sum(len(new) for _, new in finished)
-            speed = report.count(written / (time.monotonic() - start))
-            advance(done, remark=f"{speed} tok/s")
-
-
-def answer(
-    job: Job, new: Int[np.ndarray, " new"], stop: tuple[int, ...], tokenizer: text.Tokenizer
-) -> dict[str, Any]:
+def answer(job: Job, tokens: list[int], stop: Sequence[int], decode: Callable) -> dict[str, Any]:
     """A record of the journal; its text is what the tokens add to that of the prompt."""
-    stopped, decode = new[-1] in stop, tokenizer.encoder.decode
-    said = new.tolist()[: len(new) - stopped]
+    stopped = tokens[-1] in stop
+    said = tokens[: len(tokens) - stopped]
     before, whole = decode(job.tokens), decode([*job.tokens, *said])
     completion = whole[len(before) :] if whole.startswith(before) else decode(said)
     if not stopped:
         completion = completion.rstrip("\ufffd")  # the first bytes of a letter
     record = {"prompt": job.prompt, "sample": job.sample, "completion": completion}
-    return record | {"finish_reason": "stop" if stopped else "length", "n_tokens": len(new)}
+    return record | {"finish_reason": "stop" if stopped else "length", "n_tokens": len(tokens)}
 
 
-def records(prompts: Sequence[text.Prompt], journal: answers.Journal) -> Iterator[dict[str, Any]]:
-    """The data set, in the order of its prompts."""
-    for record in journal:
-        prompt, completion = prompts[record["prompt"]], record["completion"]
-        turn = {"role": "assistant", "content": completion}
-        messages = None if prompt.messages is None else [*prompt.messages, turn]
-        row = {"prompt": prompt.piece.text, "completion": completion, "messages": messages}
-        yield row | {name: record[name] for name in ("finish_reason", "n_tokens")}
+def write(config: Config, jobs: list[Job], decoding: Decoding, folder: Path, add: Callable) -> None:
+    """Lets the model do these jobs, and adds them as they are finished."""
+    mesh = sharding.make_mesh(**config.mesh.sizes)
+    model = models.load(folder, dtype=decoding.dtype, mesh=mesh)
+    key, start, done, tokens = jax.random.key(config.seed), time.monotonic(), 0, 0
+    with sharding.use_mesh(mesh), report.progress("generating", len(jobs)) as advance:
+        for finished in generate(model, jobs, key, decoding, slots=config.batch_size):
+            add(finished)
+            done, tokens = done + len(finished), tokens + sum(len(new) for _, new in finished)
+            advance(done, remark=f"{report.count(tokens / (time.monotonic() - start))} tok/s")
 
 
 def run(config: Config) -> None:
-    out = Path(config.out).expanduser()
-    folder = models.fetch(config.model)
+    out, folder = Path(config.out).expanduser(), models.fetch(config.model)
     tokenizer = text.load_tokenizer(folder)
     prompts, jobs, decoding, settings = prepare(config, folder, tokenizer)
-    columns = None
+    columns, decode = None, tokenizer.encoder.decode
     if out.suffix == ".parquet":  # what does not fit is refused now, not in the end
         columns = answers.schema([prompt.messages for prompt in prompts if prompt.messages])
     if config.push is not None:
         answers.reserve(config.push)
+
+    def add(finished):
+        journal.add([answer(job, new.tolist(), decoding.stop, decode) for job, new in finished])
+
+    def row(record):
+        prompt, completion = prompts[record["prompt"]], record["completion"]
+        turn = {"role": "assistant", "content": completion}
+        messages = None if prompt.messages is None else [*prompt.messages, turn]
+        row = {"prompt": prompt.piece.text, "completion": completion, "messages": messages}
+        return row | {name: record[name] for name in ("finish_reason", "n_tokens")}
+
     if out.exists() and config.resume and not answers.journal_path(out).exists():
         answers.check_settings(out, answers.settings_of(out), settings)
         print(f"{out} is finished", file=sys.stderr)
     else:
         with answers.Journal(out, settings, resume=config.resume) as journal:
             if missing := [job for job in jobs if job[:2] not in journal]:
-                write(config, missing, decoding, folder, tokenizer, journal)
-            answers.save(out, records(prompts, journal), columns, settings)
+                write(config, missing, decoding, folder, add)
+            answers.save(out, map(row, journal), columns, settings)
             journal.remove()
         print(f"{len(jobs)} answers  {out}")
     if config.push is not None:

@@ -60,9 +60,7 @@ class Config:
         if self.lr_end > self.lr:
             raise UserError(f"--optim.lr-end is {self.lr_end}: --optim.lr is only {self.lr}")
         if self.name == "adafactor" and self.moment_dtype != "float32":
-            raise UserError(
-                f"--optim.moment-dtype is {self.moment_dtype}: adafactor has no first moment"
-            )
+            raise UserError("--optim.moment-dtype bfloat16: adafactor has no first moment")
 
 
 def make(config: Config, steps: int) -> "Optimizer":
@@ -219,12 +217,14 @@ def _rule(config: Config, finite: Bool[Array, ""] | bool) -> optax.GradientTrans
         case "adafactor":
             return guard(_adafactor())
         case "muon":
-            dimensions = _over_axes(_muon_dimensions)
-            muon = optax.contrib.scale_by_muon(
-                beta=config.momentum, weight_dimension_numbers=dimensions
+            muon = optax.contrib.muon(
+                None,  # of unit learning rate
+                beta=config.momentum,
+                muon_weight_dimension_numbers=_over_axes(_muon_dimensions),
+                consistent_rms=0.2,  # about Adam's, so that one rate serves both (Liu et al. 2025)
             )
-            muon = optax.chain(guard(muon), optax.stateless(_scale_by_shape))
-            return optax.partition({"muon": muon, "adam": adam}, _over_axes(_muon_label))
+            labels = _over_axes(lambda names: "muon" if _muon_dimensions(names) else "adam")
+            return optax.partition({"muon": guard(muon), "adam": adam}, labels)
 
 
 def _guard(
@@ -258,28 +258,13 @@ def _guard(
     return optax.GradientTransformation(lambda params: cast(rule.init(params), dtype), update)
 
 
-def _muon_label(names: Axes) -> str:  # embedding and head lie outside of the blocks
-    return "muon" if is_matrix(names) and "layers" in names else "adam"
-
-
-def _muon_dimensions(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers:
-    """`embed` against all else, apart for each layer and projection."""
+def _muon_dimensions(names: Axes) -> optax.contrib.MuonDimensionNumbers | None:
+    """`embed` against all else, apart for each layer and projection; none outside of the blocks."""
+    if not is_matrix(names) or "layers" not in names:
+        return None
     embed, others = names.index("embed"), _other_axes(names)
     ins, outs = (others, (embed,)) if embed < others[0] else ((embed,), others)
     return optax.contrib.MuonDimensionNumbers(reduction_axis=ins, output_axis=outs)
-
-
-def _scale_by_shape(updates: PyTree, _) -> PyTree:
-    """Orthogonal matrices at Adam's root mean square, so that one learning rate serves both.
-
-    An orthogonal [out, in] has 1 / sqrt(max(out, in)); Adam has about 0.2 (Liu et al. 2025).
-    """
-
-    def scaled(update: Array, names: tuple[str, ...]) -> Array:
-        longer = max(math.prod(update.shape[i] for i in side) for side in _muon_dimensions(names))
-        return 0.2 * longer**0.5 * update
-
-    return jax.tree.map(scaled, updates, sharding.axes(updates))
 
 
 def _adafactor() -> optax.GradientTransformation:

@@ -57,10 +57,10 @@ def plain(shape: str, rows: int, new: int, runs: int) -> dict:
     mask = torch.arange(LONGEST) >= LONGEST - lengths[:, None]  # left-padded, as it expects
 
     def run():
-        found = model.generate(
+        tokens_out = model.generate(
             tokens.long(), attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
         )
-        assert found.shape == (rows, LONGEST + new)
+        assert tokens_out.shape == (rows, LONGEST + new)
 
     return result(run, rows * new, runs)
 

@@ -36,8 +36,8 @@ def measured(folder: Path, seed: int) -> dict[str, float]:
     teacher = ROOT / "demo" / "teacher"
     source = data.Config(source=(str(ROOT / "demo" / "stories.txt"),), documents="paragraph")
     corpus = data.open_corpus(source, teacher, seq_len=SEQ, seed=seed, vocab=2048)
-    beside = models.load(teacher)
-    return eval.evaluate(models.load(folder), beside, data.evaluation(corpus, BATCH))
+    student = models.load(folder)
+    return eval.evaluate(student, models.load(teacher), data.evaluation(corpus, BATCH))
 
 
 def train(out: Path, steps: int, seed: int, flags: list[str]) -> float:
@@ -70,8 +70,8 @@ def main() -> None:
             for about, flags in RUNS.items():
                 out = Path(name) / f"{seed}, {about}"
                 seconds = train(out, args.steps, seed, flags)
-                found = measured(out / "student", seed)
-                figures = " | ".join(f"{found[figure]:.4f}" for figure in FIGURES)
+                means = measured(out / "student", seed)
+                figures = " | ".join(f"{means[figure]:.4f}" for figure in FIGURES)
                 spent = f"{read(out):,} | {seconds:.0f}"
                 print(f"| {seed} | {about} | {figures} | {spent} |", flush=True)
 

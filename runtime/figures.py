@@ -8,6 +8,7 @@ from pathlib import Path
 from runtime.files import atomic_write
 from runtime.report import Metrics, count, figure, read_metrics
 
+HEADER = ["", "cross entropy", "perplexity", "KL", "top-1 agreement", "gap recovered"]
 HELD_OUT = {"color": "tab:orange", "marker": "o", "ms": 4, "label": "held out"}
 PANELS = {  # what each panel draws of the metrics, and how
     "training loss": {"loss": {"label": "loss"}, "divergence": {"label": "divergence"}},
@@ -28,9 +29,8 @@ def curves(metrics_path: Path, png_path: Path) -> None:
 
     metrics = read_metrics(metrics_path)
     sheet = Figure(figsize=(11, 7), layout="constrained")
-    for panel, (title, series) in zip(
-        sheet.subplots(2, 2, sharex=True).flat, PANELS.items(), strict=True
-    ):
+    panels = sheet.subplots(2, 2, sharex=True).flat
+    for panel, (title, series) in zip(panels, PANELS.items(), strict=True):
         panel.set_title(title)
         panel.grid(which="both", alpha=0.2)
         panel.spines[["top", "right"]].set_visible(False)
@@ -51,42 +51,31 @@ def curves(metrics_path: Path, png_path: Path) -> None:
         sheet.savefig(half, format="png", dpi=130)
 
 
-HEADER = ["", "cross entropy", "perplexity", "KL", "top-1 agreement", "gap recovered"]
-
-
 def rows(metrics: Sequence[Metrics]) -> list[list[str]]:
     """Header, teacher, student at step 0 and student now, from the evaluations among `metrics`."""
-    evaluations = [line for line in metrics if "eval/ce" in line]
+    table, evaluations = [HEADER], [line for line in metrics if "eval/ce" in line]
     if not evaluations:
-        return [HEADER]
+        return table
     start, teacher = evaluations[0]["eval/ce"], evaluations[-1].get("eval/teacher_ce")
     gap = None if None in (start, teacher) or start <= teacher else start - teacher
-
-    def student(line: Metrics) -> list[str]:
+    models = {} if teacher is None else {"teacher": {"eval/ce": teacher}}
+    for line in (evaluations[0], evaluations[-1]):
+        models[f"student at step {line['step']}"] = line
+    for name, line in models.items():
         ce, kl, agreement = (line.get(f"eval/{key}") for key in ("ce", "kl", "agreement"))
-        recovered = None if None in (gap, ce) else (start - ce) / gap
-        return row(f"student at step {line['step']}", ce, kl, agreement, recovered)
-
-    students = [student(evaluations[0]), student(evaluations[-1])][: len(evaluations)]
-    return [HEADER, *([] if teacher is None else [row("teacher", teacher)]), *students]
-
-
-def row(name: str, ce: float | None, kl: float | None = None, *shares: float | None) -> list[str]:
-    """The cells of a model; None is shown as a dash."""
-    perplexity = None if ce is None else math.exp(min(ce, 700))
-    shown = "-" if ce is None else f"{perplexity:.2f}" if perplexity < 1e4 else count(perplexity)
-    cells = ["-" if share is None else f"{share:.1%}" for share in (*shares, None, None)[:2]]
-    return [name, figure(ce), shown, figure(kl), *cells]
+        recovered = None if name == "teacher" or None in (gap, ce) else (start - ce) / gap
+        perplexity = math.exp(min(ce or 0, 700))
+        shown = f"{perplexity:.2f}" if perplexity < 1e4 else count(perplexity)
+        shares = ["-" if share is None else f"{share:.1%}" for share in (agreement, recovered)]
+        table.append([name, figure(ce), "-" if ce is None else shown, figure(kl), *shares])
+    return table
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """The rows as aligned plain text."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *right]))
-    return "\n".join(lines)
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ([name.ljust(first), *map(str.rjust, cells, widths)] for name, *cells in rows)
+    return "\n".join(map("  ".join, lines))
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -100,17 +89,15 @@ def model_card(
     *, teacher: str | None, start: str, data: str, loss: str, tokens: int, steps: int,
     rows: Sequence[Sequence[str]],
 ) -> str:  # fmt: skip
-    """The README of a student; `start` says what it was before training.
-
-    A teacher from a folder goes by the folder's name: only an id of the hub can be `base_model`.
-    """
-    base = ""
-    if teacher is not None and Path(teacher).exists():
-        teacher = Path(teacher).resolve().name
-    elif teacher is not None:
-        base = f"base_model: {json.dumps(teacher.partition('@')[0])}\n"
-    title = f"A model trained on {data}" if teacher is None else f"A student of {teacher}"
-    taught = "" if teacher is None else f"- **Teacher**: {teacher}\n"
+    """The README of a student; `start` says what it was before training."""
+    base = taught = ""
+    title = f"A model trained on {data}"
+    if teacher is not None:
+        if Path(teacher).exists():  # only an id of the hub can be `base_model`
+            teacher = Path(teacher).resolve().name
+        else:
+            base = f"base_model: {json.dumps(teacher.partition('@')[0])}\n"
+        title, taught = f"A student of {teacher}", f"- **Teacher**: {teacher}\n"
     return f"""---
 {base}library_name: transformers
 pipeline_tag: text-generation

@@ -26,8 +26,7 @@ class Config(Sampling):
     flag_prefix: ClassVar[str] = "--on-policy."
 
     fraction: Annotated[float, between(0, 1)] = 0.0
-    """Share of the steps whose text is written by a model instead of read; they are drawn by the
-    seed."""
+    """Share of the steps, drawn by the seed, whose text is written by a model instead of read."""
     writer: Literal["student", "teacher"] = "student"
     """Who writes it: the student as it is before that step, or the teacher."""
     prompt: Annotated[int | None, at_least(1)] = None
@@ -40,10 +39,7 @@ class Config(Sampling):
         """Of prompts and of what follows them, at most, in rows that predict `seq_len` tokens."""
         prompt = self.prompt or max(1, seq_len // 4)
         if prompt > seq_len:
-            raise UserError(
-                f"--on-policy.prompt is {prompt}: with --seq-len {seq_len} it must be {seq_len} or"
-                " less, so that something can follow"
-            )
+            raise UserError(f"--on-policy.prompt {prompt}: it must be --seq-len {seq_len} or less")
         return prompt, min(self.max_new or seq_len, seq_len + 1 - prompt)
 
 
@@ -62,7 +58,7 @@ def on_policy_steps(config: Config, seed: int, start: int, stop: int) -> Bool[np
 
 def compile_writer(
     writer: LanguageModel, batch: data.Batch, step: Int[Array, ""], **settings: Any
-) -> Callable[[LanguageModel, data.Batch, Int[Array, ""]], data.Batch]:
+) -> Callable[..., data.Batch]:
     """`continue_rows` with these settings, compiled for such a writer and such batches."""
     program = sharding.compiled(continue_rows.lower(writer, batch, step, **settings))
     return lambda *inputs: processes.block_on_cpu(program(*inputs, **settings))
@@ -80,28 +76,24 @@ def continue_rows(
     stop: tuple[int, ...],
     dtype: Any = None,
 ) -> data.Batch:
-    """The batch of a step, continued by `writer` after the beginnings of its rows.
+    """The batch of a step, its rows continued by `writer` with the first `vocab` tokens.
 
-    A row is a document: the last one that its first tokens reach, from where it begins there, and
-    then what was sampled, from the first `vocab` tokens, which alone counts. A document that has
-    ended is not continued: its row counts nothing.
+    A row is the last document that its first tokens reach, and what was sampled, which alone
+    counts; nothing where the document has ended.
     """
-    width = batch.tokens.shape[1]
-    longest, new = config.lengths(width - 1)
+    at = jnp.arange(batch.tokens.shape[1])
+    longest, new = config.lengths(len(at) - 1)
     prompts, lengths = row_prompts(batch, longest, stop)
     if len(writer.unembedding) > vocab:  # tokens that only the writer has
         head = writer.unembedding[:vocab]
         writer = eqx.tree_at(lambda model: model.head, writer, head, is_leaf=lambda x: x is None)
     decoding = Decoding(new, config.sampling, stop, dtype)
     words, counts = sample(writer, prompts, lengths, step_keys(seed, step)[1], decoding)
-    at = jnp.arange(width)
     starts, ends = lengths[:, None], (lengths + counts)[:, None]
-    tokens = jnp.pad(prompts, ((0, 0), (0, width - longest)))
-    after = jnp.clip(at - starts, 0, new - 1)
-    tokens = jnp.where(at < starts, tokens, jnp.take_along_axis(words, after, axis=1))
+    words = jnp.take_along_axis(words, jnp.clip(at - starts, 0, new - 1), axis=1)
+    tokens = jnp.where(at < starts, jnp.pad(prompts, ((0, 0), (0, len(at) - longest))), words)
     segments = (at < ends).astype(jnp.int32)
-    mask = ((starts <= at) & (at < ends))[:, 1:]
-    continued = data.Batch(tokens * segments, segments, mask)
+    continued = data.Batch(tokens * segments, segments, ((starts <= at) & (at < ends))[:, 1:])
     return jax.tree.map(lambda x: sharding.constrain(x, "batch seq"), continued)
 
 
@@ -118,6 +110,5 @@ def row_prompts(
     ended = (end == jnp.array(stop, jnp.int32)).any(axis=1, keepdims=True)
     # Alone it is the token by which some tokenizers begin a document.
     lengths = jnp.where(ended & (lengths > 1), 0, lengths)
-    first = last - lengths + 1
-    prompts = jnp.take_along_axis(tokens, jnp.minimum(first + at, longest - 1), axis=1)
-    return jnp.where(at < lengths, prompts, 0), lengths[:, 0]
+    source = jnp.minimum(last - lengths + 1 + at, longest - 1)
+    return jnp.where(at < lengths, jnp.take_along_axis(tokens, source, axis=1), 0), lengths[:, 0]

@@ -102,15 +102,13 @@ class Run(NamedTuple):
         hidden = jax.device_put(states.hidden, local.tokens.sharding)
         return local._replace(signal=losses.TeacherStates(hidden, self.head))
 
-    def held_out(self) -> Iterator[data.Batch]:
-        """Batches of the windows that an evaluation reads."""
+    def held_out(self) -> tuple[Iterator[data.Batch], int]:
+        """Batches of the windows that an evaluation reads, and at most how many."""
         rows = self.config.batch_size
         if self.placement.teacher_mesh is None:  # else they are to divide over its devices too
             rows //= self.config.microbatches
-        batches = data.evaluation(self.corpus, rows, *self.process_rows)
-        windows = sum(part.windows for part in self.corpus.held_out)
-        count = -(-min(self.config.eval_windows, windows) // rows)
-        return report.track(islice(batches, count), "evaluating", count)
+        count = -(-self.config.eval_windows // rows)
+        return islice(data.evaluation(self.corpus, rows, *self.process_rows), count), count
 
 
 teacher_states = sharding.jit(losses.teacher_states)
@@ -140,7 +138,7 @@ def make_folder(config: Config) -> files.RunFolder:
         with files.disk_errors(folder.path, ": give another --out"):
             folder.path.mkdir(parents=True, exist_ok=True)
             if not config.resume and folder.previous() is not None:
-                with folder.lock():
+                with checkpoint.lock(folder.path):
                     aside = folder.set_aside()
                 folder.path.mkdir()
                 report.say(f"the run that was in {folder.path} is in {aside} now")
@@ -158,8 +156,9 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
         write_config(folder)
         return None
     if changed and not config.resume_anyway:
-        folder.check(
-            "give the same, another --out, --no-resume, or --resume-anyway to go on with these"
+        raise UserError(
+            f"{folder.path} has other settings ({'; '.join(changed)}): give the same, another"
+            " --out, --no-resume, or --resume-anyway to go on with these"
         )
     if changed:
         report.say(f"continued anyway: {'; '.join(changed)}")

@@ -77,8 +77,9 @@ def step_logger(
 def score(run: Run, student: LanguageModel) -> dict[str, int | float]:
     """Figures on held-out windows, as metrics."""
     teacher = None if run.placement.teacher_mesh is not None else run.teacher
+    batches, total = run.held_out()
     scores = evaluation.evaluate(
-        student, teacher, run.held_out(),
+        student, teacher, report.track(batches, "evaluating", total),
         to_device=run.to_device, dtype=run.objective.dtype, chunk=run.config.loss.chunk,
     )  # fmt: skip
     names = ("ce", "kl", "agreement", "teacher_ce")

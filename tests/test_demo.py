@@ -29,38 +29,38 @@ TOKENIZER = Tokenizer.from_file(str(DEMO / "teacher" / "tokenizer.json"))
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
 
 
-def found(pattern: str) -> list[tuple[str, ...]]:
+def matches(pattern: str) -> list[tuple[str, ...]]:
     """What the groups of `pattern` hold, in each of many stories that has it."""
-    groups = [match.groups() for told in STORIES if (match := re.search(pattern, told))]
+    groups = [match.groups() for tale in STORIES if (match := re.search(pattern, tale))]
     assert len(groups) > 50
     return groups
 
 
 def test_stories_are_clean_paragraphs():
     assert len(set(STORIES)) == len(STORIES)
-    for told in STORIES:
-        assert 120 <= len(told.split()) <= 240
-        assert not re.search(r"[^A-Za-z,.?!:'\" -]|  | [,.?!]", told), told
-        assert told.count('"') % 2 == 0, told
-        assert all(s[0].isupper() for s in re.split(r'[.!?] "?|\." "?', told)), told
+    for tale in STORIES:
+        assert 120 <= len(tale.split()) <= 240
+        assert not re.search(r"[^A-Za-z,.?!:'\" -]|  | [,.?!]", tale), tale
+        assert tale.count('"') % 2 == 0, tale
+        assert all(s[0].isupper() for s in re.split(r'[.!?] "?|\." "?', tale)), tale
 
 
 def test_articles_agree():
     silent = {"honest"}
-    for told in STORIES:
-        for article, word in re.findall(r"\b([Aa]n?) (\w+)", told):
-            assert (word[0] in "aeiou" or word in silent) == (article.lower() == "an"), told
+    for tale in STORIES:
+        for article, word in re.findall(r"\b([Aa]n?) (\w+)", tale):
+            assert (word[0] in "aeiou" or word in silent) == (article.lower() == "an"), tale
 
 
 def test_pronouns_agree_where_all_are_of_one_gender():
     genders = []
-    for told in STORIES:
-        names = re.findall(r"\b[A-Z]\w+(?:la|na|ra|lia|nda|bo|rin|ko|mus|ric)\b", told)
+    for tale in STORIES:
+        names = re.findall(r"\b[A-Z]\w+(?:la|na|ra|lia|nda|bo|rin|ko|mus|ric)\b", tale)
         female = {name.endswith("a") for name in names}
         if len(female) == 1:
             genders += female
             wrong = "he|him|his" if female == {True} else "she|her"
-            assert not re.search(rf"\b({wrong})\b", told, re.IGNORECASE), told
+            assert not re.search(rf"\b({wrong})\b", tale, re.IGNORECASE), tale
     assert min(genders.count(True), genders.count(False)) > 50
 
 
@@ -69,7 +69,7 @@ def test_what_is_given_away_is_gone():
         r"(?:gathered|found) (\w+) .*(?:Take|Have) (\w+) .* had (\w+) \w+ left\. .* gave (?:him|"
         r"her) (\w+) .* (?:was|were) only (\w+) .* remembered the (\w+) .* remembered the (\w+)"
     )
-    for words in found(pattern):
+    for words in matches(pattern):
         n, a, rest, b, left, first, second = (NUMBERS.index(word) + 1 for word in words)
         assert (rest, left, first, second) == (n - a, n - a - b, a, b)
 
@@ -79,7 +79,7 @@ def test_swapped_things_change_hands():
         r"(\w+) had an? (\w+ \w+), but .* met (\w+) the \w+, who had an? (\w+ \w+)\. .* look\w* for"
         r" an? (\w+ \w+)\. .* (?:found|met) (\w+) the .*In the end (.*), and all three"
     )
-    for hero, first, owner, wanted, asked, other, end in found(pattern):
+    for hero, first, owner, wanted, asked, other, end in matches(pattern):
         owners = dict(re.findall(r"(\w+) had the (\w+ \w+)", end))
         assert owners == {hero: wanted, owner: asked, other: first}
 
@@ -89,7 +89,7 @@ def test_what_was_forgotten_was_asked_for_and_not_brought():
         r"bring me .* of (\w+), .* of (\w+) and .* of (\w+),\" .*Here is .* of (\w+), and here is"
         r" .* of (\w+),\" .*what about the (\w+)\?"
     )
-    for *asked, brought, too, forgotten in found(pattern):
+    for *asked, brought, too, forgotten in matches(pattern):
         assert sorted(asked) == sorted((brought, too, forgotten))
 
 
@@ -105,7 +105,7 @@ def test_the_trace_leads_to_who_could_leave_it():
         r"and (?:the heavy|there was a|there were)(?: wet| heap of fresh)? (\w+) .* the day before:"
         r" (.*) must have been (\w+)\."
     )
-    for trace, neighbours, thief in found(pattern):
+    for trace, neighbours, thief in matches(pattern):
         kinds = dict(re.findall(r"(\w+) the (\w+)", neighbours))
         could = [name for name, kind in kinds.items() if kind in able[trace].split()]
         assert could == [thief]
@@ -113,20 +113,20 @@ def test_the_trace_leads_to_who_could_leave_it():
 
 def test_text_is_what_the_script_makes(tmp_path):
     make.text(tmp_path)
-    made = (tmp_path / "stories.txt").read_bytes()
-    assert made == (DEMO / "stories.txt").read_bytes()
-    assert made.decode().strip().split("\n\n")[7] == story(7)
+    content = (tmp_path / "stories.txt").read_bytes()
+    assert content == (DEMO / "stories.txt").read_bytes()
+    assert content.decode().strip().split("\n\n")[7] == story(7)
 
 
 def test_tokenizer_is_what_the_script_makes(tmp_path):
     make.tokenizer(tmp_path)
     for name in ("tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / name).read_bytes() == (DEMO / "teacher" / name).read_bytes()
-    made, kept = (
+    new, old = (
         json.loads((folder / "tokenizer.json").read_text())["model"]
         for folder in (tmp_path, DEMO / "teacher")
     )
-    assert made == kept
+    assert new == old
 
 
 def test_settings_name_the_end_of_a_story():
@@ -135,7 +135,7 @@ def test_settings_name_the_end_of_a_story():
     assert TOKENIZER.get_vocab_size() == make.VOCABULARY
     assert TOKENIZER.token_to_id(config["eos_token"]) == generation["eos_token_id"]
     assert TOKENIZER.encode(story(1)).ids[0] != generation["eos_token_id"]
-    assert max(len(TOKENIZER.encode(told).ids) for told in STORIES) < config["model_max_length"]
+    assert max(len(TOKENIZER.encode(tale).ids) for tale in STORIES) < config["model_max_length"]
 
 
 @given(st.text())

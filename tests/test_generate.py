@@ -59,9 +59,9 @@ def filtered(p: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.top_p < 1:
         p[np.cumsum(p) - p >= sampling.top_p] = 0
     p[p < sampling.min_p * p[0]] = 0
-    found = np.zeros_like(p)
-    found[order] = p / p.sum()
-    return found
+    result = np.zeros_like(p)
+    result[order] = p / p.sum()
+    return result
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_tokens_are_drawn_from_the_filtered_distribution(sampling):
     by = np.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
     scaled = np.where(occurred, logits * by, logits) / sampling.temperature
     expected = DRAWS * filtered(np.exp(scaled) / np.exp(scaled).sum(), sampling)
-    found = np.bincount(np.asarray(drawn), minlength=60)
-    assert not found[expected == 0].any()
+    counts = np.bincount(np.asarray(drawn), minlength=60)
+    assert not counts[expected == 0].any()
     often = expected >= 5
-    cells = [(found[often], expected[often]), ([found[~often].sum()], [expected[~often].sum()])]
-    found, expected = (np.concatenate(parts) for parts in zip(*cells, strict=True))
-    found, expected = found[expected > 0], expected[expected > 0]
-    distance = ((found - expected) ** 2 / expected).sum()
-    assert distance < scipy.stats.chi2.isf(1e-3, len(found) - 1)
+    cells = [(counts[often], expected[often]), ([counts[~often].sum()], [expected[~often].sum()])]
+    counts, expected = (np.concatenate(parts) for parts in zip(*cells, strict=True))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    distance = ((counts - expected) ** 2 / expected).sum()
+    assert distance < scipy.stats.chi2.isf(1e-3, len(counts) - 1)
 
 
 def test_the_first_token_of_a_text_follows_the_model():
@@ -111,10 +111,10 @@ def test_the_first_token_of_a_text_follows_the_model():
     tokens, _ = sample(
         model, prompts, jnp.full(draws, 3), jax.random.key(1), Decoding(1, Sampling(top_k=20))
     )  # fmt: skip
-    found = np.bincount(np.asarray(tokens[:, 0]), minlength=96)
-    assert not found[expected == 0].any()
-    found, expected = found[expected > 0], expected[expected > 0]
-    assert ((found - expected) ** 2 / expected).sum() < scipy.stats.chi2.isf(1e-3, 19)
+    counts = np.bincount(np.asarray(tokens[:, 0]), minlength=96)
+    assert not counts[expected == 0].any()
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    assert ((counts - expected) ** 2 / expected).sum() < scipy.stats.chi2.isf(1e-3, 19)
 
 
 @pytest.mark.parametrize(
@@ -155,13 +155,13 @@ def test_greedy_text_is_that_of_full_passes(strict, monkeypatch, part):
 
 def texts(model, jobs, slots, sampling):
     decoding = Decoding(10, sampling, (2, 5, 7, 30, 44))
-    found = [
+    finished = [
         (job[:2], tokens.tolist())
         for some in generate.generate(model, jobs, jax.random.key(1), decoding, slots=slots)
         for job, tokens in some
     ]
-    assert sorted(name for name, _ in found) == sorted(job[:2] for job in jobs)
-    return dict(found)
+    assert sorted(name for name, _ in finished) == sorted(job[:2] for job in jobs)
+    return dict(finished)
 
 
 def test_a_row_does_not_depend_on_the_others_nor_on_the_mesh(monkeypatch):
@@ -527,8 +527,8 @@ WRONG = {
         r"longer than 28 tokens.*lower --max-new .the model has 128 positions",
     ),
     "seed": (dict(seed=-1), "--seed is -1: it must be from 0"),
-    "hidden": (dict(out=".jsonl"), "--out .jsonl: expected the name of"),
-    "ending": (dict(out="x.csv"), "--out x.csv: expected the name of a .parquet or .jsonl file"),
+    "hidden": (dict(out=".jsonl"), "--out is .jsonl: it must be a .parquet or .jsonl file"),
+    "ending": (dict(out="x.csv"), "--out is x.csv: it must be a .parquet or .jsonl file"),
     "empty": (dict(content=" \n\n"), "prompts.txt: no prompts in it"),
     "missing": (dict(prompts="nowhere.txt"), "nowhere.txt: no such file"),
     "column": (dict(name="p.jsonl", content='{"a": 1}', column="b"), "no column b; it has a"),
@@ -678,9 +678,9 @@ def test_the_same_weights_of_another_day_go_on(base, plain, monkeypatch):
 
 def test_push(base, hub):
     ran(**base, push="me/set")
-    (made,) = hub.created
-    assert (made["name"], made["type"]) == ("set", "dataset")
-    assert made.get("private") or made["visibility"] == "private"  # older clients, newer ones
+    (created,) = hub.created
+    assert (created["name"], created["type"]) == ("set", "dataset")
+    assert created.get("private") or created["visibility"] == "private"  # older clients, newer ones
     assert hub.files["train.jsonl"] == base["out"].read_bytes()
     card = hub.files["README.md"].decode()
     assert "data_files: train.jsonl" in card and "| max-new | 12 |" in card

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_distill import FIXTURES, config, metrics_of, pair, stepped, teacher, text  # noqa: F401
+from test_distill import ADAMW, FIXTURES, config, metrics_of, pair, teacher, text  # noqa: F401
 from test_features import Reached, brief  # noqa: F401
 
 import data
@@ -17,6 +17,7 @@ import distill
 import generate
 import losses
 import models
+import optim
 import sharding
 from runtime import on_policy
 from runtime.errors import UserError
@@ -43,130 +44,125 @@ def rows_of(seed: int = 0) -> data.Batch:
 PROMPTS = [(0, 8), (3, 8), (0, 4), (0, 0), (0, 0), (7, 8), (3, 8), (0, 8)]  # in the rows above
 
 
-def ending(model):
-    shape = dataclasses.replace(model.config, eos=STOP)
-    leaves, _ = jax.tree.flatten(model)
-    empty = eqx.filter_eval_shape(lambda: type(model)(shape, jax.random.key(0)))
-    return jax.tree.unflatten(jax.tree.structure(empty), leaves)
+@pytest.fixture(scope="module")
+def model():
+    return models.load(FIXTURES / "qwen2-mixed")
 
 
-def ends(model) -> tuple[int, ...]:
-    eos = model.config.eos
-    return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+def written(writer, batch, step=STEP, vocab=96, stop=(STOP,), **settings):
+    settings = {"config": on_policy.Config(prompt=8, **settings), "stop": stop, "vocab": vocab}
+    continued = on_policy.continue_rows(writer, batch, step, seed=SEED, **settings)
+    return jax.tree.map(np.asarray, continued)
 
 
-def written(writer, batch, step=STEP, vocab=96, seed=0, **settings):
-    config = on_policy.Config(prompt=8, **settings)
-    settings = {"config": config, "seed": seed, "vocab": vocab, "stop": ends(writer)}
-    return data.Batch(*map(np.asarray, on_policy.continue_rows(writer, batch, step, **settings)))
-
-
-@pytest.mark.parametrize("name", ["llama-2", "bloom"])
-def test_the_likeliest_continuations_of_the_last_documents(name):
+def test_the_likeliest_continuations_of_the_last_documents():
     """Against the whole model, run anew for every token."""
-    model, batch = models.load(FIXTURES / name), rows_of()
-    # The token that most rows come to ends them: some at once, some later, some never.
-    free = written(model, batch, temperature=0.0)
-    often = np.bincount(free.tokens[free.segments > 0]).argmax()
-    batch.tokens[batch.tokens == STOP] = often
-    shape = dataclasses.replace(model.config, eos=int(often))
-    outline = eqx.filter_eval_shape(lambda: type(model)(shape, jax.random.key(0)))
-    model = jax.tree.unflatten(jax.tree.structure(outline), jax.tree.leaves(model))
-    continued = written(model, batch, temperature=0.0)
-    assert (
-        continued.tokens.dtype == continued.segments.dtype == np.int32
-        and continued.mask.dtype == bool
-    )
+    model, batch = models.load(FIXTURES / "bloom"), rows_of()
     whole = eqx.filter_jit(model)
+    starts, ends = (np.array(side) for side in zip(*PROMPTS, strict=True))
+
+    def texts() -> list[list[int]]:
+        """Each prompt with 13 tokens more, whatever they are."""
+        rows = [row[a:b].tolist() for row, a, b in zip(batch.tokens, starts, ends, strict=True)]
+        for _ in range(13):
+            padded = np.array([row + [0] * (21 - len(row)) for row in rows], np.int32)
+            at = np.maximum([len(row) - 1 for row in rows], 0)
+            best = whole(padded)[np.arange(8), at].argmax(1).tolist()
+            rows = [[*row, token] for row, token in zip(rows, best, strict=True)]
+        return rows
+
+    # The token that most rows come to ends them: some at once, some later, some never.
+    often = int(np.bincount(np.concatenate([row[-13:] for row in texts()])).argmax())
+    batch.tokens[batch.tokens == STOP] = often
+    continued = written(model, batch, stop=(often,), temperature=0.0)
+    types = [x.dtype for x in jax.tree.leaves(continued)]
+    assert types == [np.int32, np.int32, bool]
     lengths = set()
-    for row, (first, last) in enumerate(PROMPTS):
-        text = batch.tokens[row, first:last].tolist()
-        size = len(text)
-        if row in (4,) or not text:
+    for row, expected in enumerate(texts()):
+        size = ends[row] - starts[row]
+        if row == 4 or not size:
             assert not continued.segments[row].any() and not continued.mask[row].any()
             continue
-        while len(text) < size + 13:
-            padded = np.zeros((1, 21), np.int32)
-            padded[0, : len(text)] = text
-            text.append(int(whole(padded)[0, len(text) - 1].argmax()))
-            if text[-1] == often:
-                break
-        lengths.add(len(text) - size)
-        assert continued.tokens[row].tolist() == text + [0] * (21 - len(text))
-        assert continued.segments[row].tolist() == [1] * len(text) + [0] * (21 - len(text))
+        if often in expected[size:]:
+            expected = expected[: expected.index(often, size) + 1]
+        lengths.add(len(expected) - size)
+        assert continued.tokens[row].tolist() == expected + [0] * (21 - len(expected))
+        assert continued.segments[row].tolist() == [1] * len(expected) + [0] * (21 - len(expected))
         labels = continued.tokens[row, 1:][continued.mask[row]]
-        assert labels.tolist() == text[size:]
+        assert labels.tolist() == expected[size:]
         assert np.flatnonzero(continued.mask[row])[0] == size - 1
     assert len(lengths) > 1, "all rows are as long as each other"
 
 
-def test_as_many_as_are_asked_for():
-    model, batch = ending(models.load(FIXTURES / "llama-2")), rows_of()
-    continued = written(model, batch, max_new=3)
-    counts = continued.mask.sum(1)
-    assert counts.max() == 3 and counts[3] == counts[4] == 0
+def test_lengths():
     rest = on_policy.Config(prompt=8, max_new=99).lengths(20)
     assert rest == (8, 13) and on_policy.Config().lengths(20) == (5, 16)
 
 
-def test_a_penalty_for_what_has_occurred_where_only_the_writer_has_some_tokens():
-    """Vocabularies that are padded to unequal widths: the head is cut, the penalty follows it."""
-    model, batch = models.load(FIXTURES / "llama-2"), rows_of()
+def test_tokens_that_only_the_writer_has_are_not_written():
+    """Vocabularies are padded to unequal widths: the head is cut, the penalty follows it."""
+    model, batch = models.load(FIXTURES / "llama-3.2-tied"), rows_of()
     batch.tokens[:] %= 20
-    plain = written(model, batch, vocab=20, temperature=0.0)
-    continued = written(model, batch, vocab=20, temperature=0.0, repetition_penalty=1e9)
-    assert continued.tokens.max() < 20 and (continued.tokens != plain.tokens).any()
+    assert eqx.filter_jit(model)(batch.tokens).argmax(-1).max() >= 20
+    plain = written(model, batch, vocab=20, temperature=0.0, max_new=3)
+    continued = written(model, batch, vocab=20, temperature=0.0, max_new=3, repetition_penalty=1e9)
+    for texts in (plain, continued):
+        assert texts.tokens.max() < 20
+        counts = texts.mask.sum(1)
+        assert counts.max() == 3 and counts[3] == 0
+    assert (continued.tokens != plain.tokens).any()
 
 
-def test_the_text_is_of_the_step_and_the_seed():
-    model, batch = models.load(FIXTURES / "llama-2"), rows_of()
-    continued = written(model, batch)
-    assert np.array_equal(continued.tokens, written(model, batch).tokens)
-    assert not np.array_equal(continued.tokens, written(model, batch, step=STEP + 1).tokens)
-    assert not np.array_equal(continued.tokens, written(model, batch, seed=1).tokens)
-    prompts, lengths = on_policy.row_prompts(jax.tree.map(jnp.asarray, batch), 8, ())
-    tokens, counts = generate.sample(
-        model, prompts, lengths, on_policy.step_keys(0, STEP)[1],
-        generate.Decoding(13, stop=ends(model)),
-    )  # fmt: skip
-    for row, size in enumerate(np.asarray(lengths)):
-        labels = continued.tokens[row, size : size + int(counts[row])]
-        assert labels.tolist() == tokens[row, : counts[row]].tolist()
+def test_the_text_is_of_the_step_and_the_seed(model):
+    batch = rows_of()
+    continued = written(model, batch, temperature=0.7)
+    assert np.array_equal(continued.tokens, written(model, batch, temperature=0.7).tokens)
+    other = written(model, batch, step=STEP + 1, temperature=0.7)
+    assert not np.array_equal(continued.tokens, other.tokens)
+    prompts, lengths = on_policy.row_prompts(jax.tree.map(jnp.asarray, batch), 8, (STOP,))
+
+    def samples(seed: int) -> list[list[int]]:
+        decoding = generate.Decoding(13, generate.Sampling(temperature=0.7), (STOP,))
+        key = on_policy.step_keys(seed, STEP)[1]
+        tokens, counts = generate.sample(model, prompts, lengths, key, decoding)
+        return [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
+
+    said = [
+        row[1:][mask].tolist() for row, mask in zip(continued.tokens, continued.mask, strict=True)
+    ]
+    assert said == samples(SEED) != samples(SEED + 1)
 
 
-def test_on_a_mesh_the_text_is_the_same():
-    model, batch = models.load(FIXTURES / "qwen2-mixed"), rows_of()
+def test_on_a_mesh_the_text_is_the_same(model):
+    batch, mesh = rows_of(), sharding.make_mesh(2, 2, 2)
     alone = written(model, batch, temperature=0.7)
-    mesh = sharding.make_mesh(2, 2, 2)
     model = sharding.shard(model, sharding.specs(model, mesh))
     with sharding.use_mesh(mesh):
         there = sharding.from_host(batch, mesh)
-        how = on_policy.Config(prompt=8, temperature=0.7)
+        config = on_policy.Config(prompt=8, temperature=0.7)
         split = on_policy.continue_rows(
-            model, there, STEP, config=how, seed=0, vocab=96, stop=ends(model)
+            model, there, STEP, config=config, seed=SEED, vocab=96, stop=(STOP,)
         )
-    for mine, data_s, expected in zip(split, there, alone, strict=True):
-        assert mine.sharding.is_equivalent_to(data_s.sharding, mine.ndim)
-        assert mine.dtype == data_s.dtype
-        np.testing.assert_array_equal(mine, expected)
-
-
-def test_tokens_that_only_the_writer_has_are_not_written():
-    model, batch = models.load(FIXTURES / "llama-3.2-tied"), rows_of()
-    batch.tokens[:] %= 20
-    assert written(model, batch, temperature=9.0).tokens.max() > 20
-    assert written(model, batch, temperature=9.0, vocab=20).tokens.max() < 20
+    for x, batch_x, expected in zip(*map(jax.tree.leaves, (split, there, alone)), strict=True):
+        assert x.sharding.is_equivalent_to(batch_x.sharding, x.ndim)
+        assert x.dtype == batch_x.dtype
+        np.testing.assert_array_equal(x, expected)
 
 
 def test_a_step_on_it_counts_what_was_written():
-    teacher, student = pair()  # noqa: F811
-    continued = written(student, rows_of())
-    _, metrics = stepped(teacher, student, continued, divergence="reverse_kl")
+    teacher, student = pair("qwen2-mixed")  # noqa: F811
+    objective, optimizer = losses.Objective(losses.Config("reverse_kl")), optim.make(ADAMW, 10)
+    continued = written(teacher, rows_of(), temperature=0.7)
+
+    def metrics_on(batch):
+        state = distill.init_state(jax.tree.map(jnp.copy, student), optimizer)
+        return jax.device_get(distill.step((teacher, batch), state, optimizer, objective)[1])
+
+    metrics = metrics_on(continued)
     assert metrics["counted"] == continued.mask.sum()
     # Prompts and padding are read, and judged by nobody.
     other = continued._replace(tokens=np.where(continued.segments > 0, continued.tokens, 9))
-    _, also = stepped(teacher, student, other, divergence="reverse_kl")
-    assert also["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+    assert metrics_on(other)["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
 
 
@@ -197,7 +193,7 @@ def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, brief):  # n
     whole, lines = models.load(folder), metrics_of(config.out)
     turns = [line["on_policy"] for line in lines if "loss" in line]
     assert set(turns[:3]) == set(turns[3:]) == {0, 1}
-    assert "text that the student writes" in (Path(folder) / "README.md").read_text()
+    assert "50% of the steps on the student's text" in (Path(folder) / "README.md").read_text()
     cut = tmp_path / "cut"
     shutil.copytree(config.out, cut)
     shutil.rmtree(cut / "student")
@@ -210,9 +206,9 @@ def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, brief):  # n
 @pytest.mark.parametrize("writer", ["student", "teacher"])
 def test_who_writes_at_a_step(config, teacher, brief, monkeypatch, writer):  # noqa: F811
     """The student as the steps before have left it, or the teacher; on any mesh, in parts."""
-    asks = asked(config, fraction=1.0, writer=writer)
-    mesh = distill.Mesh(data=2, fsdp=2, tensor=2)
-    asks = dataclasses.replace(asks, microbatches=2, mesh=mesh)
+    asks = dataclasses.replace(asked(config, fraction=1.0, writer=writer), microbatches=2)
+    if writer == "student":
+        asks = dataclasses.replace(asks, mesh=distill.Mesh(data=2, fsdp=2, tensor=2))
     calls = []
     compile_writer = on_policy.compile_writer
 

@@ -254,13 +254,11 @@ def test_schedule_reads_the_step_it_is_given_and_an_equal_optimizer_compiles_onc
     assert len(traces) == 1
 
 
-def moment(state, name):
-    """The first moment of every leaf, as one tree."""
-    rule = state[1]  # of the chain: clipping, rule, decay, learning rate
-    if name != "muon":
-        return rule.trace if name == "sgd" else rule.mu
-    inner = rule.inner_states
-    return inner["muon"].inner_state[0].mu, inner["adam"].inner_state.mu
+def moments(state):
+    """Every tree of first moments in a state."""
+    named = {"mu", "trace"}
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: isinstance(x, Model))
+    return [tree for path, tree in leaves if getattr(path[-1], "name", None) in named]
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])
@@ -270,7 +268,7 @@ def test_moments_lie_where_their_parameters_lie(name):
     shape = eqx.filter_eval_shape(optim.make(optim.Config(name), STEPS).init, params)
     placed = arrays_of_specs(sharding.specs(params, mesh))
     found = {}
-    for tree in jax.tree.leaves(moment(shape, name), is_leaf=lambda x: isinstance(x, Model)):
+    for tree in moments(shape):
         found |= arrays_of_specs(sharding.specs(tree, mesh))
     whole = arrays_of_specs(sharding.specs(shape, mesh))
     assert found == placed
@@ -310,7 +308,7 @@ def test_bfloat16_moments_are_rounded_once_and_only_in_storage(name, beta):
     weight = 1 if name == "sgd" else np.float32(1 - beta)
     kept = jnp.asarray(weight * first).astype(jnp.bfloat16).astype(jnp.float32)
     kept = jnp.asarray(np.float32(beta) * np.asarray(kept) + weight * second)
-    ours = jax.tree.leaves(moment(state, name), is_leaf=lambda x: isinstance(x, Model))[0]
+    ours = next(tree for tree in moments(state) if isinstance(tree.blocks.up, jax.Array))
     assert ours.blocks.up.dtype == jnp.bfloat16
     # the two sides may order their float32 operations otherwise: a tie may fall to either side
     exact = np.asarray(ours.blocks.up == kept.astype(jnp.bfloat16))
@@ -418,3 +416,35 @@ def test_nonsense_is_refused_by_the_name_of_its_flag(wrong, flag, monkeypatch):
 def test_a_warmup_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match=r"--optim\.warmup is 11: .*--steps \(10\)"):
         optim.make(optim.Config(warmup=11), 10)
+
+
+class Pair(eqx.Module):
+    student: Model
+    projection: Wide | None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "frozen"),
+    [
+        ("embedding", {"student.embedding"}),
+        ("student.norm", {"student.norm"}),
+        ("blocks.*norm*", {"student.blocks.norm"}),
+        ("projection.*", {"projection.up", "projection.bias"}),
+    ],
+)
+def test_a_pattern_may_leave_out_the_first_part_of_a_path(pattern, frozen):
+    params = Pair(model(values(0)), Wide(jnp.zeros((2, 16, 8)), jnp.zeros((2, 16))))
+    trainable = optim.make(optim.Config(freeze=(pattern,)), STEPS).trainable(params)
+    assert {name for name, leaf in arrays(trainable).items() if not leaf} == frozen
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd", "muon"])
+def test_what_is_not_finite_changes_nothing(name):
+    optimizer = optim.make(optim.Config(name), STEPS)
+    params, grads = model(values(0)), model(values(1))
+    state = optimizer.init(params)
+    params, state, _ = update(optimizer, grads, state, params, jnp.array(0))
+    broken = eqx.tree_at(lambda m: m.norm, grads, jnp.full(8, jnp.inf))
+    after, following, stats = update(optimizer, broken, state, params, jnp.array(1))
+    assert not stats["finite"] and eqx.tree_equal((after, following), (params, state))
+    np.testing.assert_allclose(stats["lr"], optimizer.lr(1))

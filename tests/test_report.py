@@ -427,9 +427,14 @@ def test_a_table_survives_a_student_that_diverged():
 def card(**changed):
     start = "3 of the teacher's 24 blocks: 0, 2, 23"
     given = {"teacher": "bigscience/bloom-1b7", "start": start}
-    told = {"data": "stories.txt", "loss": "forward KL at T = 1", "tokens": 1_234_567, "steps": 300}
+    facts = {
+        "data": "stories.txt",
+        "loss": "forward KL at T = 1",
+        "tokens": 1_234_567,
+        "steps": 300,
+    }
     rows = figures.rows([evaluation(0, 6.0), evaluation(300, 3.0)])
-    return figures.model_card(**(given | told | {"rows": rows} | changed))
+    return figures.model_card(**(given | facts | {"rows": rows} | changed))
 
 
 def test_model_card_states_the_facts():

@@ -34,11 +34,11 @@ def generated(folder: Path, prompts: np.ndarray, lengths: np.ndarray, **how) -> 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     left = np.stack([np.roll(row, -n) for row, n in zip(prompts, lengths, strict=True)])
     real = np.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None]
-    found = model.generate(
+    result = model.generate(
         torch.tensor(left, dtype=torch.int64), attention_mask=torch.tensor(real),
         max_new_tokens=NEW, do_sample=False, eos_token_id=list(ENDS), pad_token_id=0, **how,
     )  # fmt: skip
-    rows = found[:, prompts.shape[1] :].tolist()
+    rows = result[:, prompts.shape[1] :].tolist()
     ends = [[i for i, token in enumerate(row) if token in ENDS] for row in rows]
     return [row[: end[0] + 1] if end else row for row, end in zip(rows, ends, strict=True)]
 
@@ -59,8 +59,8 @@ def test_greedy_text(name, penalty, tmp_path, monkeypatch):
         models.load(tmp_path), jnp.asarray(prompts), jnp.asarray(lengths),
         jax.random.key(0), Decoding(NEW, Sampling(0.0, repetition_penalty=penalty), ENDS),
     )  # fmt: skip
-    found = [row[:n].tolist() for row, n in zip(np.asarray(tokens), counts, strict=True)]
-    assert found == expected
+    result = [row[:n].tolist() for row, n in zip(np.asarray(tokens), counts, strict=True)]
+    assert result == expected
 
 
 FILTERS = {
@@ -89,11 +89,11 @@ def test_filters(name):
     expected = torch.tensor(logits)
     for warper in warpers:
         expected = warper(None, expected)
-    found = np.asarray(filter_logits(jnp.asarray(logits), sampling))
-    assert np.isfinite(found).any(axis=1).all()
+    result = np.asarray(filter_logits(jnp.asarray(logits), sampling))
+    assert np.isfinite(result).any(axis=1).all()
     if name != "temperature" and name != "top-k-of-more":
-        assert not np.isfinite(found).all(axis=1).any()
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+        assert not np.isfinite(result).all(axis=1).any()
+    np.testing.assert_allclose(result, expected.numpy(), rtol=1e-6)
 
 
 def test_repetition_penalty():
@@ -103,11 +103,11 @@ def test_repetition_penalty():
     penalised = theirs.RepetitionPenaltyLogitsProcessor(1.5)(
         torch.tensor(said), torch.tensor(logits)
     )
-    seen = np.zeros(logits.shape, bool)
-    np.put_along_axis(seen, said, True, axis=1)
+    occurred = np.zeros(logits.shape, bool)
+    np.put_along_axis(occurred, said, True, axis=1)
     keys, step = jax.random.split(jax.random.key(0), 50), jnp.zeros(50, jnp.int32)
     greedy = Sampling(temperature=0.0, repetition_penalty=1.5)
-    found = sample_token(jnp.asarray(logits), keys, step, jnp.asarray(seen), greedy)
+    result = sample_token(jnp.asarray(logits), keys, step, jnp.asarray(occurred), greedy)
     expected = penalised.argmax(dim=-1).numpy()
     assert (expected != logits.argmax(axis=1)).any()
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(result, expected)
