@@ -73,7 +73,8 @@ class TopK(Targets):
         z_entries, z = z[entries], z.at[entries].set(-jnp.inf)
         # Of the rest itself: one less the sum of the entries would be lost in rounding.
         lse_rest = jnp.maximum(jax.nn.logsumexp(z, 0), LOWEST)
-        log_q = jax.nn.log_softmax(jnp.vstack([z_entries, lse_rest]), 0)
+        lse = jnp.logaddexp(lse_rest, jax.nn.logsumexp(z_entries, 0))
+        log_q = jnp.vstack([z_entries, lse_rest]) - lse
         f, g = terms(config, jnp.vstack([self.log_probs.T, self.rest]), log_q)
         g -= jnp.exp(log_q) * g.sum(0)
         d_z = (jnp.exp(z - lse_rest) * g[-1]).at[entries].set(g[:-1])
