@@ -638,8 +638,8 @@ def test_a_disk_that_is_full_from_the_start(base, tmp_path):
     code += " signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import generate;"
     code += " from runtime import errors; errors.run(generate.main)"
     done = subprocess.run(
-        [sys.executable, "-c", code, *words, "--mesh.data=1", "--max-new=12"], cwd=ROOT, capture_output=True,
-        text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        [sys.executable, "-c", code, *words, "--mesh.data=1", "--max-new=12"], cwd=ROOT,
+        capture_output=True, text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
     assert "cannot be written" in done.stderr and len(done.stderr.splitlines()) == 1
