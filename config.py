@@ -15,11 +15,10 @@ import student as students
 import text
 from losses import features
 from runtime import files, on_policy, target_store
-from runtime.errors import UserError, above, at_least, below, check
+from runtime.errors import SEED, UserError, above, at_least, check
 
 # A field hides the module it is named after.
 Data, Optim, OnPolicy = data.Config, optim.Config, on_policy.Config
-SEED = below(0, 2**63)
 DEMO = Path(__file__).resolve().parent / "demo"
 
 
@@ -203,10 +202,8 @@ def with_defaults(config: Config) -> Config:
         features.pairs(config.loss.feature_pairs, layers, models.config(teacher).layers)
     if config.on_policy.fraction:
         config.on_policy.lengths(seq_len)
-    name = "demo"
-    if named is not None:
-        folder = Path(named)
-        name = (folder.resolve() if folder.exists() else Path(named.partition("@")[0])).name
+    name = Path(named or "demo")
+    name = (name.resolve() if name.exists() else Path(str(name).partition("@")[0])).name
     compute = sharding.compute_dtype(config.compute_dtype)
     if config.compute_dtype == "auto" and config.plan and (config.devices or config.device_memory):
         compute = "bfloat16"  # for accelerators elsewhere
@@ -224,17 +221,14 @@ def with_defaults(config: Config) -> Config:
 
 def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> Data:
     """The text, where no flag names one: that of kept targets, the demo's, or WikiText."""
-    if config.source:
-        pass
-    elif stored is not None:
-        fields = dataclasses.fields(config)
-        given = {f.name: getattr(config, f.name) for f in fields}
-        given = {f.name: given[f.name] for f in fields if given[f.name] != f.default}
+    if not config.source and stored is not None:
+        values = ((f, getattr(config, f.name)) for f in dataclasses.fields(config))
+        given = {field.name: value for field, value in values if value != field.default}
         config = dataclasses.replace(stored.data_config, **given)
-    elif embedded:
+    elif not config.source and embedded:
         stories = (str(DEMO / "stories.txt"),)
         config = dataclasses.replace(config, source=stories, documents="paragraph")
-    else:
+    elif not config.source:
         config = dataclasses.replace(config, source=("Salesforce/wikitext:wikitext-103-raw-v1",))
     return dataclasses.replace(
         config,
@@ -246,14 +240,10 @@ def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> 
 def _seq_len(config: Config, teacher: str, usual: int, stored: target_store.Targets | None) -> int:
     names = [teacher] if config.student is None else [teacher, config.student]
     limits = [models.config(name).longest for name in names]
-    longest = min((limit for limit in limits if limit is not None), default=None)
-    if config.seq_len is not None and longest is not None and config.seq_len > longest:
+    longest = min((limit for limit in limits if limit is not None), default=config.seq_len or usual)
+    if config.seq_len is not None and config.seq_len > longest:
         raise UserError(f"--seq-len {config.seq_len}: the model was made for {longest} positions")
-    if stored is not None:
-        usual = stored.seq_len
-    elif longest is not None:
-        usual = min(usual, longest)
-    return config.seq_len or usual
+    return config.seq_len or (min(usual, longest) if stored is None else stored.seq_len)
 
 
 def _student_layers(config: Config, teacher: Any) -> int:
@@ -276,15 +266,15 @@ def _student_layers(config: Config, teacher: Any) -> int:
 
 def student_config(config: Config) -> Any:
     """The model a run trains, before blocks are chosen."""
-    widths = {
-        name: getattr(config, f"student_{name}") for name in ("embed", "mlp", "heads", "kv_heads")
-    }
+    names = ("embed", "mlp", "heads", "kv_heads")
+    widths = {name: getattr(config, f"student_{name}") for name in names}
     if config.student_init == "random":
         return students.resized(models.config(config.teacher), config.student_layers, **widths)
-    for name, width in widths.items():
-        if width is not None:
-            flag, remedy = name.replace("_", "-"), "add --student-init random"
+    for name in names:
+        if widths[name] is not None:
+            remedy = "add --student-init random"
             remedy = remedy if config.student is None else "leave it out beside --student"
+            flag = name.replace("_", "-")
             raise UserError(f"--student-{flag} is for fresh weights: {remedy}")
     return models.config(config.teacher if config.student is None else config.student)
 
@@ -292,7 +282,7 @@ def student_config(config: Config) -> Any:
 def run_folder(config: Config) -> files.RunFolder:
     """The folder of a run, which holds its configuration."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    return files.RunFolder(Path(config.out), settings, MAY_CHANGE, prefix="--")
+    return files.RunFolder(Path(config.out), settings, MAY_CHANGE)
 
 
 def uses_teacher_loss(loss: losses.Config) -> bool:

@@ -1,10 +1,9 @@
 """Tokens, from stores on disk to batches: a batch is a pure function of the step.
 
-Text is tokenized once, into flat files in a cache folder. The stream of tokens is read in windows
-that overlap by one token, so that each but a document's first is predicted exactly once an epoch;
-the last window of a stream is padded and masked. A permutation computed per index shuffles the
-windows, anew in every epoch, so that nothing is as long as the stream and any step is as near as
-the first.
+Text is tokenized once, into flat files. They are read in windows that overlap by one token, so that
+each but a document's first is predicted exactly once an epoch; the last window is padded and
+masked. A permutation computed per index shuffles the windows anew in every epoch, so that nothing
+is as long as the stream and any step is as near as the first.
 """
 
 import collections
@@ -12,13 +11,12 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import IO, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
@@ -28,6 +26,7 @@ from runtime.errors import Constraint, UserError, between, check
 from text.store import BLOCK, Options, Store, hash_bytes, open_store
 
 T = TypeVar("T")
+Rows = Int[np.ndarray, " rows"]
 POSITIVE = Constraint("above 0", lambda weights: all(0 < weight < math.inf for weight in weights))
 
 
@@ -66,12 +65,9 @@ class Batch(NamedTuple):
     """Rows of `seq_len + 1` tokens."""
 
     tokens: Int32[np.ndarray, "rows positions"]
-    segments: Int32[np.ndarray, "rows positions"]
-    """The documents of a row, numbered from 1; 0 is padding."""
-    mask: Bool[np.ndarray, "rows targets"]
-    """Whether predicting the token after each position counts."""
-    signal: Any = None
-    """What a teacher says of these rows, one of `losses.signal`; None where it is not asked yet."""
+    segments: Int32[np.ndarray, "rows positions"]  # documents of a row, from 1; 0 is padding
+    mask: Bool[np.ndarray, "rows targets"]  # whether predicting the token after a position counts
+    signal: Any = None  # of the teacher, one of `losses.signal`, where it is asked already
 
 
 class TokenRange(NamedTuple):
@@ -80,12 +76,16 @@ class TokenRange(NamedTuple):
     store: Store
     start: int
     stop: int
-    windows: int
+    seq_len: int
+
+    @property
+    def windows(self) -> int:
+        return max(0, -(-(self.stop - self.start - 1) // self.seq_len))
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Windows to train and to evaluate on. Within a group every window comes once an epoch."""
+    """Windows to train and to evaluate on; within a group every window comes once an epoch."""
 
     groups: tuple[tuple[TokenRange, ...], ...]
     weights: tuple[float, ...]
@@ -94,18 +94,16 @@ class Corpus:
     seed: int
 
     @property
+    def sizes(self) -> list[int]:
+        return [sum(part.windows for part in group) for group in self.groups]
+
+    @property
     def tokens(self) -> int:
         """Tokens to train on."""
         return sum(part.stop - part.start for group in self.groups for part in group)
 
     @property
-    def sizes(self) -> list[int]:
-        """How many windows to train on each group has."""
-        return [sum(part.windows for part in group) for group in self.groups]
-
-    @property
     def windows(self) -> int:
-        """Windows to train on."""
         return sum(self.sizes)
 
     @property
@@ -128,42 +126,32 @@ def open_corpus(
     """
     tokenizer = text.load_tokenizer(tokenizer_folder)
     if tokenizer.size > vocab:
-        raise UserError(
-            f"{tokenizer_folder}: the tokenizer has ids up to {tokenizer.size - 1}, the model's"
-            f" vocabulary has {vocab}: they do not belong together"
-        )
+        problem = f"has ids up to {tokenizer.size - 1}, the model's vocabulary has {vocab}"
+        raise UserError(f"{tokenizer_folder}: the tokenizer {problem}: they do not belong together")
     if not config.source:
         raise UserError("no text to train on: name some with --data.source")
+
+    def split(name: str, share: float) -> tuple[TokenRange, TokenRange]:
+        """What of a source is to train on, and what is held out."""
+        options = Options(config.text_field, config.documents, config.mask, share)
+        store = open_store(name, tokenizer, options, cache=config.cache, streaming=config.streaming)
+        cut, total = store.training, max(1, TokenRange(store, 0, store.tokens, seq_len).windows)
+        held = store.tokens - cut
+        # Too few documents for their hashes to divide them as asked: hold out the last windows.
+        if share > 0 and not seq_len < held <= max(4 * share, 2 / total) * store.tokens:
+            held = max(1, round(share * total))
+            if held == 1 and total > 2 and (store.tokens - 1) % seq_len:
+                held = 2  # the last one is not whole, and may be a few tokens only
+            cut = max(0, total - held) * seq_len
+        held_out = TokenRange(store, cut, store.tokens, seq_len)
+        return TokenRange(store, 0, cut, seq_len), held_out
+
     share = 0.0 if config.eval_source else config.held_out
-
-    def store(name: str, held_out: float) -> Store:
-        options = Options(config.text_field, config.documents, config.mask, held_out)
-        return open_store(name, tokenizer, options, cache=config.cache, streaming=config.streaming)
-
-    pairs = [_split(store(name, share), share, seq_len) for name in config.source]
-    training, held_out = zip(*pairs, strict=True)
+    training, held_out = zip(*(split(name, share) for name in config.source), strict=True)
     if config.eval_source:
-        whole = store(config.eval_source, 1.0)
-        held_out = (_part(whole, 0, whole.tokens, seq_len),)
+        held_out = (split(config.eval_source, 1.0)[1],)
     groups = tuple((part,) for part in training) if config.weights else (training,)
     return Corpus(groups, config.weights, held_out, seq_len, seed)
-
-
-def _part(store: Store, start: int, stop: int, seq_len: int) -> TokenRange:
-    return TokenRange(store, start, stop, max(0, -(-(stop - start - 1) // seq_len)))
-
-
-def _split(store: Store, share: float, seq_len: int) -> tuple[TokenRange, TokenRange]:
-    """What of a store is to train on, and what is held out."""
-    cut, total = store.training, max(1, _part(store, 0, store.tokens, seq_len).windows)
-    held = store.tokens - cut
-    # Too few documents for their hashes to divide them as asked: hold out the last windows.
-    if share > 0 and not seq_len < held <= max(4 * share, 2 / total) * store.tokens:
-        held = max(1, round(share * total))
-        if held == 1 and total > 2 and (store.tokens - 1) % seq_len:
-            held = 2  # the last one is not whole, and may be a few tokens only
-        cut = max(0, total - held) * seq_len
-    return _part(store, 0, cut, seq_len), _part(store, cut, store.tokens, seq_len)
 
 
 def batch(
@@ -171,19 +159,19 @@ def batch(
 ) -> Batch:
     """The rows of one process in the batch of a step; all processes' rows are the whole batch."""
     if corpus.windows < batch_size or min(corpus.sizes) == 0:
+        needed = (batch_size - 1) * corpus.seq_len + 2
         held_out = sum(part.stop - part.start for part in corpus.held_out)
         raise UserError(
-            f"too little text: a batch of {batch_size} x {corpus.seq_len} needs at least"
-            f" {(batch_size - 1) * corpus.seq_len + 2} tokens (each source of a mixture 2), found"
-            f" {corpus.tokens} to train on and {held_out} held out: give more text, a smaller"
-            " batch or shorter sequences"
+            f"too little text: a batch of {batch_size} x {corpus.seq_len} needs at least {needed}"
+            f" tokens (each source of a mixture 2), found {corpus.tokens} to train on and"
+            f" {held_out} held out: give more text, a smaller batch or shorter sequences"
         )
     return read(corpus, windows(corpus, step, batch_size, process_index, process_count))
 
 
 def windows(
     corpus: Corpus, step: int, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Int[np.ndarray, " rows"]:
+) -> Rows:
     """Which windows, numbered through all sources, are the rows of one process at a step."""
     rows = _rows(step, batch_size, process_index, process_count)
     groups, windows = assign_sources(rows, corpus.weights, corpus.seed)
@@ -199,9 +187,32 @@ def windows(
     return windows
 
 
-def read(corpus: Corpus, windows: Int[np.ndarray, " rows"]) -> Batch:
-    """Windows to train on, by their numbers."""
-    return _read([part for parts in corpus.groups for part in parts], windows, corpus.seq_len)
+def read(corpus: Corpus, windows: Rows, *, held_out: bool = False) -> Batch:
+    """Windows by their numbers through all sources; those beyond the last are padding."""
+    parts = corpus.held_out if held_out else [part for group in corpus.groups for part in group]
+    ends = np.cumsum([part.windows for part in parts])
+    chosen = np.minimum(np.searchsorted(ends, windows, "right"), len(parts) - 1)
+    tokens = np.zeros((len(windows), corpus.seq_len + 1), np.int32)
+    segments, mask = np.zeros_like(tokens), np.ones((len(windows), corpus.seq_len), bool)
+    for i in np.unique(chosen):
+        part, rows = parts[i], np.flatnonzero(chosen == i)
+        folder, dtype = part.store.folder, np.dtype(part.store.dtype)
+        starts = part.start + (windows[rows] - (ends[i] - part.windows)) * corpus.seq_len
+        places = starts[:, None] + np.arange(corpus.seq_len + 1)
+        real = places < part.stop
+        with open(folder / "tokens", "rb", 0) as file, open(folder / "sums", "rb", 0) as sums:
+            for row, start, count in zip(rows, starts.tolist(), real.sum(1).tolist(), strict=True):
+                content = _checked(file, sums, start * dtype.itemsize, count * dtype.itemsize)
+                tokens[row, :count] = np.frombuffer(content, dtype)
+        # Mapped for this call alone: pages once touched stay resident as long as a mapping.
+        documents = np.memmap(folder / "documents", np.int64, "r")
+        before = np.searchsorted(documents, places, "right")
+        segments[rows] = (before - before[:, :1] + 1) * real
+        if part.store.masked:  # then tokens between a start and a stop are learned
+            bounds = np.memmap(folder / "trained", np.int64, "r")
+            mask[rows] = np.searchsorted(bounds, places[:, 1:], "right") % 2 == 1
+    mask &= (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    return Batch(tokens, segments, mask)
 
 
 def evaluation(
@@ -211,23 +222,21 @@ def evaluation(
     total = sum(part.windows for part in corpus.held_out)
     for step in range(-(-total // batch_size)):
         rows = _rows(step, batch_size, process_index, process_count)
-        yield _read(corpus.held_out, rows, corpus.seq_len)
+        yield read(corpus, rows, held_out=True)
 
 
-def _rows(step: int, batch_size: int, index: int, count: int) -> Int[np.ndarray, " rows"]:
+def _rows(step: int, batch_size: int, index: int, count: int) -> Rows:
     if batch_size % count:
         raise UserError(f"a batch of {batch_size} rows does not divide over {count} processes")
     own = batch_size // count
     return step * batch_size + index * own + np.arange(own)
 
 
-def assign_sources(
-    rows: Int[np.ndarray, " rows"], weights: Sequence[float], seed: int
-) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
+def assign_sources(rows: Rows, weights: Sequence[float], seed: int) -> tuple[Rows, Rows]:
     """For each row of the endless sequence: its source, and how many rows of it came before.
 
-    Of any n rows the first source has n * weight, rounded up or down by the seed; of those that
-    are left the next has its share, and so on. In integers: the counts must be exact.
+    Of any n rows the first source has n * weight, rounded up or down by the seed; of the rest the
+    next has its share, and so on. In integers: the counts must be exact.
     """
     source = np.full_like(rows, max(0, len(weights) - 1))
     before, left = rows.copy(), np.ones(len(rows), bool)
@@ -246,19 +255,23 @@ def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray
     """Where a permutation of `range(size)`, one for each key, puts these indices.
 
     A Feistel network on pairs of numbers below a and b, with a * b just above `size`; what falls
-    beyond `size` is sent on until it does not (Black and Rogaway 2002, ciphers with arbitrary
-    finite domains).
+    beyond is sent on (Black and Rogaway 2002, ciphers with arbitrary finite domains).
     """
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
     # Twelve rounds: with eight, orders of as few as five are not equally likely.
     keys = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=48).digest(), np.uint32)
 
+    def mix(x):  # 31 bits that depend on all bits of x: the finalizer of splitmix64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+        return x >> 33
+
     def encrypt(index):
         left, right = index // b, index % b
         for even, odd in keys.reshape(-1, 2):
-            left = (left + _hash_mix(right ^ even)) % a
-            right = (right + _hash_mix(left ^ odd)) % b
+            left = (left + mix(right ^ even)) % a
+            right = (right + mix(left ^ odd)) % b
         return left * b + right
 
     index = encrypt(index.astype(np.uint64))
@@ -267,94 +280,27 @@ def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray
     return index.astype(np.int64)
 
 
-def _hash_mix(x: np.ndarray) -> np.ndarray:
-    """31 bits that depend on all bits of x (the finalizer of splitmix64)."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x >> 33
-
-
-def _read(parts: Sequence[TokenRange], windows: Int[np.ndarray, " rows"], seq_len: int) -> Batch:
-    """Windows, numbered through all parts; those beyond the last are padding."""
-    ends = np.cumsum([part.windows for part in parts])
-    chosen = np.minimum(np.searchsorted(ends, windows, "right"), len(parts) - 1)
-    batches = []
-    for i in np.unique(chosen):
-        own = windows[chosen == i] - (ends[i] - parts[i].windows)
-        batches.append(_read_part(parts[i], own, seq_len))
-    if len(batches) == 1:
-        return batches[0]
-    order = np.argsort(np.argsort(chosen, kind="stable"))
-    arrays = zip(*(batch[:3] for batch in batches), strict=True)
-    return Batch(*(np.concatenate(parts)[order] for parts in arrays))
-
-
-def _read_part(part: TokenRange, windows: Int[np.ndarray, " rows"], seq_len: int) -> Batch:
-    store, width, dtype = part.store, seq_len + 1, np.dtype(part.store.dtype)
-    starts = part.start + windows * seq_len
-    counts = np.clip(part.stop - starts, 0, width)
-    tokens = np.zeros((len(starts), width), np.int32)
-    paths = (store.folder / name for name in ("tokens", "sums"))
-    with contextlib.ExitStack() as opened:
-        files = [opened.enter_context(open(path, "rb", buffering=0)).fileno() for path in paths]
-        for row, start, count in zip(tokens, starts.tolist(), counts.tolist(), strict=True):
-            content = _checked(store, files, start * dtype.itemsize, count * dtype.itemsize)
-            row[:count] = np.frombuffer(content, dtype)
-    _, first = marks_in_windows(store.folder / "documents", starts, width)
-    first[:, 0] = True
-    segments, mask = np.cumsum(first, axis=1, dtype=np.int32), ~first[:, 1:]
-    if store.masked:
-        before, toggles = marks_in_windows(store.folder / "trained", starts, width)
-        toggles[:, 0] = before % 2
-        mask &= np.logical_xor.accumulate(toggles, axis=1)[:, 1:]
-    for row in np.flatnonzero(counts < width):
-        segments[row, counts[row] :] = 0
-        mask[row, max(counts[row] - 1, 0) :] = False
-    return Batch(tokens, segments, mask)
-
-
-def _checked(store: Store, files: Sequence[int], start: int, size: int) -> memoryview:
+def _checked(tokens: IO[bytes], sums: IO[bytes], start: int, size: int) -> memoryview:
     """Bytes of the token file, after its blocks that hold them were compared to their sums."""
     first, stop = start // BLOCK, -(-(start + size) // BLOCK)
-    blocks = memoryview(os.pread(files[0], (stop - first) * BLOCK, first * BLOCK))
-    sums = np.frombuffer(os.pread(files[1], (stop - first) * 4, first * 4), "<u4").tolist()
+    blocks = memoryview(os.pread(tokens.fileno(), (stop - first) * BLOCK, first * BLOCK))
+    expected = os.pread(sums.fileno(), (stop - first) * 4, first * 4)
     present = [zlib.crc32(blocks[i : i + BLOCK]) for i in range(0, len(blocks), BLOCK)]
-    if size and present != sums:
+    if size and present != np.frombuffer(expected, "<u4").tolist():
         with contextlib.suppress(OSError):  # without it, the next start builds the store anew
-            (store.folder / "store.json").unlink()
+            Path(tokens.name).with_name("store.json").unlink()
         raise UserError(
-            f"{store.folder / 'tokens'}: it was damaged between the bytes {first * BLOCK} and"
-            f" {stop * BLOCK}: run this again, and the text is tokenized anew"
+            f"{tokens.name}: it was damaged between the bytes {first * BLOCK} and {stop * BLOCK}:"
+            " run this again, and the text is tokenized anew"
         )
     return blocks[start - first * BLOCK :][:size]
-
-
-def marks_in_windows(
-    path: Path, starts: Int[np.ndarray, " rows"], width: int
-) -> tuple[Int[np.ndarray, " rows"], Bool[np.ndarray, "rows {width}"]]:
-    """Of a file of positions: how many lie up to the start of each window, and where in it more do.
-
-    The file is mapped for this call alone: pages once touched stay resident as long as a mapping
-    lives, and over many steps that would be the whole file.
-    """
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    positions = np.frombuffer(mapped, np.int64)
-    before = np.searchsorted(positions, starts, "right")
-    counts = np.searchsorted(positions, starts + (width - 1), "right") - before
-    rows = np.repeat(np.arange(len(starts)), counts)
-    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    marks = np.zeros((len(starts), width), bool)
-    # Where one run stops and the next starts, the two cancel.
-    np.bitwise_xor.at(marks, (rows, positions[before[rows] + within] - starts[rows]), True)
-    return before, marks
 
 
 def prefetch(load: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:
     """`load(step)` for each step, computed ahead in a thread; its exceptions are raised here.
 
-    Close the generator, or let it go, to end the thread, once it is done with what it loads: a
-    thread that is inside native code when the interpreter ends would abort the process.
+    Close the generator, or let it go, to end the thread once it has loaded: in native code at the
+    interpreter's end it would abort the process.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:

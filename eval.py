@@ -22,7 +22,6 @@ from runtime import errors, processes, report
 from runtime.errors import UserError, at_least
 
 Data = data.Config  # a field of a config hides the module it is named after
-Figures = dict[str, int | float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,24 +65,22 @@ def evaluate(
     to_device: Callable[[data.Batch], data.Batch] = lambda batch: batch,
     dtype: Any = None,
     chunk: int | None = None,
-) -> Figures:
+) -> dict[str, int | float]:
     """Means over all counted tokens of all batches; exact however they are cut into batches.
 
     The teacher's side is that of the batch's signal where `to_device` adds one.
     """
-    totals: Figures = {}
+    totals: dict[str, float] = {"tokens": 0.0}
     for batch in batches:
         sums = jax.device_get(_sums(model, teacher, to_device(batch), dtype=dtype, chunk=chunk))
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    tokens = totals.pop("tokens", 0.0)
+        totals |= {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
+    tokens = totals.pop("tokens")
     return {"tokens": int(tokens)} | {name: v / max(tokens, 1) for name, v in totals.items()}
 
 
 def score(config: Config) -> None:
     """Prints the figures of a model on a text."""
     folder = models.fetch(config.model)
-    shape = models.config(folder)
     for name in filter(None, (config.model, config.teacher)):
         longest = models.config(name).longest
         if longest is not None and config.seq_len > longest:
@@ -91,7 +88,8 @@ def score(config: Config) -> None:
     if config.teacher is not None:
         text.same_tokenizer(models.fetch(config.teacher, weights=False), folder)
     everything = dataclasses.replace(config.data, held_out=1.0, eval_source=None)
-    corpus = data.open_corpus(everything, folder, seq_len=config.seq_len, seed=0, vocab=shape.vocab)
+    vocab = models.config(folder).vocab
+    corpus = data.open_corpus(everything, folder, seq_len=config.seq_len, seed=0, vocab=vocab)
     mesh = sharding.make_mesh(**config.mesh.sizes)
     model = models.load(folder, mesh=mesh)
     teacher = None if config.teacher is None else models.load(config.teacher, mesh=mesh)
@@ -104,24 +102,17 @@ def score(config: Config) -> None:
         )  # fmt: skip
     if not means["tokens"]:
         raise UserError(f"{' '.join(config.data.source)}: no token to score")
-    figures = summary(means, corpus.bytes)
-    if config.json:
-        print(json.dumps({name: report.plain(value) for name, value in figures.items()}))
-        return
-    width = max(map(len, figures))
-    for name, value in figures.items():
-        print(f"{name:{width}}  {value:{',' if name == 'tokens' else '.4f'}}")
-
-
-def summary(means: Figures, size: int) -> Figures:
-    """The figures of an evaluation of `size` bytes of text, by the names that `--json` prints."""
-    ce, tokens = means["ce"], means["tokens"]
+    tokens, ce = means["tokens"], means["ce"]
     figures = {"tokens": tokens, "ce": ce, "perplexity": math.exp(min(ce, 700))}
-    figures["bits_per_byte"] = ce * tokens / math.log(2) / size
-    if "kl" in means:
+    figures["bits_per_byte"] = ce * tokens / math.log(2) / corpus.bytes
+    if teacher is not None:
         figures |= {name: means[name] for name in ("kl", "reverse_kl", "agreement", "teacher_ce")}
         figures["teacher_perplexity"] = math.exp(min(means["teacher_ce"], 700))
-    return figures
+    if config.json:
+        print(json.dumps({name: report.plain(value) for name, value in figures.items()}))
+    else:
+        for name, value in figures.items():
+            print(f"{name:{max(map(len, figures))}}  {value:{',' if name == 'tokens' else '.4f'}}")
 
 
 def main() -> None:

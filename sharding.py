@@ -24,7 +24,6 @@ from runtime.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-
 # In order of precedence: each mesh axis goes to the first axis of an array that claims it. So a
 # head ("vocab embed") is split over its vocabulary alone, an activation over its batch first.
 RULES: dict[str, tuple[str, ...]] = {
@@ -36,7 +35,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "embed": ("fsdp",),
 }
-
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -58,13 +56,11 @@ class Layout:
     @property
     def params(self) -> Rules:
         """For parameters, gradients and activations."""
-        whole = {"rows": ("data", "fsdp"), "vocab": ("tensor",), "embed": ()}
-        return self._rules(whole)
+        return self._rules({"rows": ("data", "fsdp"), "vocab": ("tensor",), "embed": ()})
 
     @property
     def moments(self) -> Rules:
-        split = {"vocab": ("data", "fsdp", "tensor"), "embed": ("data", "fsdp")}
-        return self._rules(split)
+        return self._rules({"vocab": ("data", "fsdp", "tensor"), "embed": ("data", "fsdp")})
 
     def _rules(self, zero_1: Rules) -> Rules:
         return RULES | (zero_1 if self.zero == 1 else {}) | dict(map(_rule, self.overrides))
@@ -113,20 +109,20 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes `data`, `fsdp`, `tensor`; a size of -1 takes the devices that are left."""
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [data, fsdp, tensor]
-    asked = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh {asked}: sizes are positive, and at most one is -1 (what is left)")
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
+    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    mesh = "mesh " + " x ".join(f"{name} {size}" for name, size in sizes.items())
+    rest = [name for name, size in sizes.items() if size == -1]
+    if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"{mesh}: sizes are positive, and at most one is -1 (what is left)")
+    for name in rest:
+        sizes[name] = len(devices) // -math.prod(sizes.values())
+    if math.prod(sizes.values()) != len(devices):
+        count = len(devices)
         raise UserError(
-            f"mesh {asked} does not match {len(devices)} devices: choose sizes whose product is"
-            f" {len(devices)}"
+            f"{mesh} does not match {count} devices: choose sizes whose product is {count}"
         )
     kinds = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=kinds, devices=devices)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
 
 
 def axes(tree: PyTree) -> PyTree:
@@ -181,22 +177,21 @@ def claims(
 
 def specs(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> PyTree:
     """A `NamedSharding` for every array of `tree` (arrays or their shapes), by its axis names."""
-    named, structure = jax.tree_util.tree_flatten_with_path(tree)
-    declared = structure.flatten_up_to(axes(tree))
-    placed = []
-    for (path, leaf), names in zip(named, declared, strict=True):
-        if not hasattr(leaf, "shape"):
-            placed.append(None)
-        else:
-            where = jax.tree_util.keystr(path).lstrip(".")
-            placed.append(NamedSharding(mesh, _fit(where, leaf.shape, names, mesh, rules)))
-    return jax.tree.unflatten(structure, placed)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    places = [
+        NamedSharding(mesh, _fit(jax.tree_util.keystr(path).lstrip("."), leaf, names, mesh, rules))
+        for (path, leaf), names in zip(leaves, structure.flatten_up_to(axes(tree)), strict=True)
+    ]
+    return jax.tree.unflatten(structure, places)
 
 
-def _fit(where, shape, names, mesh: Mesh | AbstractMesh, rules: Rules | None) -> PartitionSpec:
+def _fit(
+    name: str, leaf: Any, names: Any, mesh: Mesh | AbstractMesh, rules: Rules | None
+) -> PartitionSpec:
+    """The mesh axes over which each dimension of a leaf is split."""
     if names is None:
         return PartitionSpec()
-    entries = claims(names, mesh, rules)
+    entries, shape = claims(names, mesh, rules), leaf.shape
     if "vocab" in names and "embed" in names:
         rows, width = names.index("vocab"), names.index("embed")
         if shape[rows] % _parts(mesh, entries[rows]):  # the losses pad it; the array need not be
@@ -204,18 +199,16 @@ def _fit(where, shape, names, mesh: Mesh | AbstractMesh, rules: Rules | None) ->
             entries[rows] = ()
             while shape[width] % _parts(mesh, entries[width]):
                 entries[width] = entries[width][:-1]
-    for i, (name, size) in enumerate(zip(names, shape, strict=True)):
+    for i, (axis, size) in enumerate(zip(names, shape, strict=True)):
         parts = _parts(mesh, entries[i])
-        if size % parts == 0:
-            continue
-        if name == "kv_heads":  # few enough to hold whole: grouped attention on many devices
+        if size % parts and axis == "kv_heads":  # few: every device holds them whole
             entries[i] = ()
-            continue
-        nearest = max(n for n in range(1, parts) if size % n == 0)
-        raise UserError(
-            f"{where}: its {size} {name} do not divide over {parts} devices of the mesh axes"
-            f" {', '.join(entries[i])}; the nearest mesh that works has {nearest} there"
-        )
+        elif size % parts:
+            nearest = max(n for n in range(1, parts) if size % n == 0)
+            raise UserError(
+                f"{name}: its {size} {axis} do not divide over {parts} devices of the mesh axes"
+                f" {', '.join(entries[i])}; the nearest mesh that works has {nearest} there"
+            )
     return PartitionSpec(*(entry or None for entry in entries))
 
 
@@ -293,14 +286,12 @@ def compiler_options() -> dict[str, str]:
     """Of the compiler, as they are best for the devices here."""
     # Of this library's fusions on the CPU, those of other operations than products read constants
     # as whole arrays and run on one thread: more memory, and more time for losses and sums.
-    known = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
-    if jax.default_backend() != "cpu":
-        return {}
-    try:
-        jax.jit(lambda: 0, compiler_options=known)()
-    except jax.errors.JaxRuntimeError:  # other versions lack it
-        return {}
-    return known
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+    if jax.default_backend() == "cpu":
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # other versions lack it
+            jax.jit(lambda: 0, compiler_options=options)()
+            return options
+    return {}
 
 
 def jit(function: Callable | None = None, *, donate: str = "none") -> Callable:

@@ -9,17 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
 
 import losses
 import sharding
-from models.attention import positions
+from models.attention import Hidden, positions
 from models.base import LanguageModel
 from runtime.errors import UserError
 
 METHODS = ("greedy", "influence", "uniform", "first", "last", "random")
-
-Progress = Callable[[int, int, str], None]  # done, of how many, the figure so far
 
 
 class Calibration(NamedTuple):
@@ -41,30 +39,25 @@ def parse(how: str) -> tuple[int, ...] | None:
     """The blocks that `how` lists, `None` where it names a way of choosing them."""
     if how in METHODS:
         return None
-    try:
-        layers = tuple(int(layer) for layer in how.split(","))
-    except ValueError:
+    words = [word.strip() for word in how.split(",")]
+    layers = [int(word) if word.isdecimal() else -1 for word in words]
+    if layers != sorted(set(layers)) or layers[0] < 0:
         raise UserError(
             f"--student-init is {how!r}: it must be one of {', '.join(METHODS)}, or a list of"
-            " blocks such as 0,2,5"
-        ) from None
-    if list(layers) != sorted(set(layers)) or layers[0] < 0:
-        raise UserError(f"--student-init is {how}: the blocks must ascend, each named once, from 0")
-    return layers
+            " blocks such as 0,2,5, which ascend, each named once"
+        )
+    return tuple(layers)
 
 
 def check(depth: int, layers: int, how: str) -> None:
     """Refuses what no choice among `depth` blocks can give."""
     listed = parse(how)
     if listed is not None and (len(listed) != layers or listed[-1] >= depth):
-        raise UserError(
-            f"--student-init {how} must list {layers} of the teacher's blocks, 0 to {depth - 1}"
-        )
+        blocks = f"{layers} of the teacher's blocks, 0 to {depth - 1}"
+        raise UserError(f"--student-init {how} must list {blocks}")
     if not 1 <= layers <= depth:
-        raise UserError(
-            f"--student-layers is {layers}: the teacher has {depth} blocks to keep (--student-init"
-            " random can have more)"
-        )
+        more = f"the teacher has {depth} blocks to keep (--student-init random can have more)"
+        raise UserError(f"--student-layers is {layers}: {more}")
 
 
 def choose_layers(
@@ -74,7 +67,7 @@ def choose_layers(
     calibration: Calibration | None = None,
     *,
     dtype: Any = None,
-    progress: Progress = lambda done, total, figure: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, figure: None,
 ) -> Choice:
     """Which `layers` of the teacher's blocks a student keeps.
 
@@ -91,21 +84,13 @@ def choose_layers(
         first = depth - layers if how == "last" else 0
         last = layers - 1 if how == "first" else depth - 1
         return Choice(tuple(np.linspace(first, last, layers).round().astype(int).tolist()))
-    if how == "random":
-        raise UserError("--student-init random keeps no blocks: make the student with fresh()")
-    if calibration is None:
-        raise UserError(f"--student-init {how} needs calibration windows to judge blocks by")
+    if how == "random" or calibration is None:
+        lack = "keeps no blocks, see fresh()" if how == "random" else "needs calibration windows"
+        raise UserError(f"--student-init {how} {lack}")
     if how == "influence":
         turns = np.asarray(influence(teacher, calibration, dtype))
         progress(1, 1, f"influence {turns.min():.3f} to {turns.max():.3f}")
         return Choice(tuple(sorted(np.argsort(-turns, kind="stable")[:layers].tolist())))
-    return choose_greedily(teacher, layers, calibration, dtype, progress)
-
-
-def choose_greedily(
-    teacher: LanguageModel, layers: int, calibration: Calibration, dtype: Any, progress: Progress
-) -> Choice:
-    depth = teacher.config.layers
     left, kl = list(range(depth)), 0.0
     total, done = sum(range(layers + 1, depth + 1)), 0
     start, target = first_and_last_states(teacher, calibration, dtype)
@@ -131,7 +116,7 @@ def block_fn(teacher: LanguageModel, calibration: Calibration) -> Callable[[Arra
     here = positions(calibration.tokens, calibration.segments)
     position_inputs = teacher.position_inputs(here)
 
-    def apply(layer: Int[Array, ""], x: Float[Array, "batch seq embed"]) -> Array:
+    def apply(layer: Int[Array, ""], x: Hidden) -> Hidden:
         weights = jax.tree.map(lambda leaf: leaf[layer], teacher.blocks)
         x = sharding.constrain(x, "batch seq embed")
         return teacher.block(weights, x, here, position_inputs, layer, None)[0]
@@ -140,9 +125,7 @@ def block_fn(teacher: LanguageModel, calibration: Calibration) -> Callable[[Arra
 
 
 @sharding.jit
-def first_and_last_states(
-    teacher: LanguageModel, calibration: Calibration, dtype: Any
-) -> tuple[Float[Array, "batch seq embed"], Float[Array, "batch seq embed"]]:
+def first_and_last_states(teacher: LanguageModel, calibration: Calibration, dtype: Any):
     """The input of the first block, and what the head reads."""
     x = teacher.embed(calibration.tokens, jnp.dtype(dtype or teacher.dtype))
     apply = block_fn(teacher, calibration)
@@ -152,13 +135,13 @@ def first_and_last_states(
 @sharding.jit
 def ablate(
     teacher: LanguageModel,
-    x: Float[Array, "batch seq embed"],
-    target: Float[Array, "batch seq embed"],
+    x: Hidden,
+    target: Hidden,
     calibration: Calibration,
     order: Int[Array, " layers"],
     i: Int[Array, ""],
     count: Int[Array, ""],
-) -> tuple[Float32[Array, ""], Float[Array, "batch seq embed"]]:
+) -> tuple[Float32[Array, ""], Hidden]:
     """The KL if block `order[i]` goes, and the states after it: `x` are the states before it."""
     apply = block_fn(teacher, calibration)
     rest = jax.lax.fori_loop(i + 1, count, lambda j, x: apply(order[j], x), x)
@@ -228,8 +211,10 @@ def resized(config: Any, layers: int, **widths: int | None) -> Any:
     """A teacher's config with another number of layers and other widths (embed, mlp, heads …)."""
     given = {name: width for name, width in widths.items() if width is not None}
     known = {field.name for field in dataclasses.fields(config)}
-    if foreign := [name.replace("_", "-") for name in given if name not in known]:
-        raise UserError(f"--student-{foreign[0]} means nothing to {config.model_type}")
+    for name in given:
+        if name not in known:
+            flag = name.replace("_", "-")
+            raise UserError(f"--student-{flag} means nothing to {config.model_type}")
     heads = given.get("heads", config.heads)
     groups = given.get("kv_heads", config.kv_heads if "kv_heads" in known else heads)
     if heads % groups:

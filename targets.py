@@ -10,7 +10,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
@@ -24,7 +24,7 @@ import sharding
 import text
 from models.base import LanguageModel
 from runtime import checkpoint, errors, files, processes, report, target_store
-from runtime.errors import UserError, above, at_least, below
+from runtime.errors import SEED, UserError, above, at_least
 from runtime.target_store import Targets, append, unwritten
 
 Data = data.Config  # a field of a config hides the module it is named after
@@ -45,7 +45,7 @@ class Config:
     """Keep what the first steps of a run with this batch size and seed read; by default all."""
     batch_size: Annotated[int, at_least(1)] = 16
     """Windows at a time."""
-    seed: Annotated[int, below(0, 2**63)] = 0
+    seed: Annotated[int, SEED] = 0
     """Of the data's order and of draws."""
     top_k: Annotated[int | None, at_least(1)] = None
     """The likeliest tokens, with the mass of the rest; 32 unless there are --draws."""
@@ -76,26 +76,17 @@ class Config:
     def __post_init__(self):
         errors.check(self)
         if self.top_k and self.draws:
-            raise UserError(
-                f"--top-k {self.top_k} and --draws {self.draws}: targets are one or the other"
-            )
+            kinds = f"--top-k {self.top_k} and --draws {self.draws}"
+            raise UserError(f"{kinds}: targets are one or the other")
         if not self.data.source:
             raise UserError("--data.source is missing: name the text that students will read")
-
-    @property
-    def kind(self) -> tuple[str, int]:
-        """Of the targets, and how many tokens each position keeps."""
-        return ("draws", self.draws) if self.draws else ("top-k", self.top_k or 32)
 
 
 @eqx.filter_jit
 def targets_of(
-    teacher: LanguageModel,
-    batch: data.Batch,
-    windows: Int[Array, " rows"],
-    targets: Targets,
+    teacher: LanguageModel, batch: data.Batch, windows: Int[Array, " rows"], targets: Targets,
     chunk: int | None = None,
-) -> losses.Targets:
+) -> losses.Targets:  # fmt: skip
     """What a teacher says of a batch, as far as `targets` keep it."""
     states = losses.teacher_states(teacher, batch, dtype=targets.dtype)
     settings = {"count": targets.entries, "temperature": targets.temperature, "chunk": chunk}
@@ -108,10 +99,9 @@ def make(config: Config) -> Targets:
     """Computes the targets that `config` describes, or those of them that are not written yet."""
     mesh = sharding.make_mesh(**config.mesh.sizes)
     if sharding.process_rows(mesh)[1] < jax.process_count():
-        raise UserError(
-            f"--mesh.tensor {mesh.shape['tensor']}: each process writes rows of its own, so it must"
-            f" divide the devices of a process, here {jax.local_device_count()}"
-        )
+        size, devices = mesh.shape["tensor"], jax.local_device_count()
+        why = f"each process writes rows of its own, so it must divide the {devices} devices of one"
+        raise UserError(f"--mesh.tensor {size}: {why}")
     targets, corpus = describe(config)
     remedy = "; make room or give permission, and the same command goes on from what is there"
     with files.disk_errors(targets.folder, remedy), checkpoint.lock(targets.folder):
@@ -128,11 +118,10 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
     """The targets of a config, whether or not they are on disk, and the text they are for."""
     folder = models.fetch(config.teacher)
     shape = models.config(folder)
-    longest = shape.longest or config.seq_len or 1024
-    seq_len = config.seq_len or min(1024, longest)
-    if seq_len > longest:
-        raise UserError(f"--seq-len {seq_len}: the model was made for {longest} positions")
-    kind, entries = config.kind
+    seq_len = config.seq_len or min(1024, shape.longest or 1024)
+    if seq_len > (shape.longest or seq_len):
+        raise UserError(f"--seq-len {seq_len}: the model was made for {shape.longest} positions")
+    kind, entries = ("draws", config.draws) if config.draws else ("top-k", config.top_k or 32)
     if entries + (kind == "draws") > shape.vocab:
         raise UserError(f"--{kind} {entries}: the teacher's vocabulary has {shape.vocab} tokens")
     corpus = data.open_corpus(
@@ -142,34 +131,22 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
     windows = np.arange(corpus.windows)
     if config.steps is not None:
         windows = np.unique(data.windows(corpus, 0, config.steps * config.batch_size))
+    names = tuple(map(text.canonical, config.data.source))
+    eval_source = config.data.eval_source and text.canonical(config.data.eval_source)
+    flags = dataclasses.replace(config.data, source=names, eval_source=eval_source, cache=None)
     targets = Targets(
-        Path(config.out),
-        windows,
-        teacher=models.fingerprint(folder),
-        teacher_name=text.canonical(config.teacher),
+        Path(config.out), windows, models.fingerprint(folder), text.canonical(config.teacher),
         tokenizer=text.load_tokenizer(folder).fingerprint,
         data=target_store.windows_digest(corpus),
-        data_flags=_flags(config.data),
-        seq_len=seq_len,
-        vocab=shape.vocab,
-        temperature=config.temperature,
+        data_flags=json.loads(json.dumps(dataclasses.asdict(flags))),
+        seq_len=seq_len, vocab=shape.vocab, temperature=config.temperature,
         dtype=sharding.compute_dtype(config.compute_dtype),
-        kind=kind,
-        entries=entries,
-        values=config.values,
-        seed=config.seed,
-        shard=1,
+        kind=kind, entries=entries, values=config.values, seed=config.seed, shard=1,
         index=zlib.crc32(windows.astype("<i8").tobytes()),
-    )
-    shard = min(target_store.SHARD // targets.record, -(-len(windows) // jax.process_count()))
-    return dataclasses.replace(targets, shard=max(1, shard)), corpus
-
-
-def _flags(config: Data) -> dict[str, Any]:
-    names = tuple(map(text.canonical, config.source))
-    eval_source = config.eval_source and text.canonical(config.eval_source)
-    config = dataclasses.replace(config, source=names, eval_source=eval_source, cache=None)
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    )  # fmt: skip
+    share = -(-len(windows) // jax.process_count())
+    shard = max(1, min(share, target_store.SHARD // targets.record.itemsize))
+    return dataclasses.replace(targets, shard=shard), corpus
 
 
 def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.sharding.Mesh) -> None:
@@ -185,11 +162,11 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
     if jax.process_index() == 0 and not config.quiet:
         print(f"{left.sum()} of {len(targets.windows)} windows to compute", file=sys.stderr)
     teacher = models.load(config.teacher, mesh=mesh)
+    parts = [todo[step * rows :][:rows] for step in range(steps)]
 
     def batch(step: int) -> tuple[data.Batch, Int[Array, " rows"]]:
-        windows = np.zeros(rows, np.int64)  # what fills up the last batch is thrown away
-        positions = todo[step * rows : (step + 1) * rows]
-        windows[: len(positions)] = targets.windows[positions]
+        windows = targets.windows[parts[step]]
+        windows = np.pad(windows, (0, rows - len(windows)))  # and what that gives is thrown away
         return sharding.from_host((data.read(corpus, windows), windows.astype(np.int32)), mesh)
 
     with report.progress("compiling"):
@@ -197,10 +174,9 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
     start = time.monotonic()
 
     def save(step: int, signal: losses.Targets) -> None:
-        positions = todo[step * rows : (step + 1) * rows]
-        if len(positions):  # another process may have more
-            own = jax.tree.map(lambda x: _own_rows(x)[: len(positions)], signal)
-            append(targets, own, positions)
+        if len(parts[step]):  # another process may have more
+            own = jax.tree.map(lambda x: _own_rows(x)[: len(parts[step])], signal)
+            append(targets, own, parts[step])
         done = min(len(todo), (step + 1) * rows)
         speed = count * done * targets.seq_len / (time.monotonic() - start)
         progress(done, len(todo), f"{report.count(speed)} tok/s")
@@ -234,10 +210,8 @@ def main() -> None:
         targets = make(config)
     if jax.process_index() == 0 and not config.quiet:
         tokens = len(targets.windows) * targets.seq_len
-        print(
-            f"{report.count(tokens)} tokens of {config.teacher} in {targets.folder},"
-            f" {targets.record / targets.seq_len:.1f} bytes each"
-        )
+        size = f"{targets.record.itemsize / targets.seq_len:.1f} bytes each"
+        print(f"{report.count(tokens)} tokens of {config.teacher} in {targets.folder}, {size}")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def make_store(folder: Path, tokens: int) -> data.Corpus:
             file.write(np.minimum(ends[: np.searchsorted(ends, tokens) + 1], tokens))
             end = int(ends[-1])
     sparse = store.Store(folder, "uint16", tokens, tokens, 0, 0, False, "")
-    return data.Corpus(((data._part(sparse, 0, tokens, SEQ_LEN),),), (), (), SEQ_LEN, 0)
+    return data.Corpus(((data.TokenRange(sparse, 0, tokens, SEQ_LEN),),), (), (), SEQ_LEN, 0)
 
 
 def batches(folder: Path, tokens: int) -> dict[str, float]:

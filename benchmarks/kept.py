@@ -48,7 +48,7 @@ def sizes(folder: Path) -> None:
         wide = dataclasses.replace(
             targets_of_demo(folder / name, 1, **kind), vocab=250_880, seq_len=1024
         )
-        print(f"| {name} | {wide.record / 1024:.1f} |", flush=True)
+        print(f"| {name} | {wide.record.itemsize / 1024:.1f} |", flush=True)
 
 
 def speeds(folder: Path, turns: int) -> None:

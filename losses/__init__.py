@@ -1,4 +1,5 @@
 """What the student is trained on: divergences, their schedules, the head walked in chunks."""
+# ruff: noqa: F401
 
 from .chunked import distill_loss, measure, sample_targets, top_k
 from .divergences import DIVERGENCES
@@ -12,9 +13,3 @@ from .signal import (
     partition_rows,
     teacher_states,
 )
-
-__all__ = [
-    "DIVERGENCES", "Config", "Divergence", "Objective", "SampledTargets", "Signal", "Targets",
-    "TeacherStates", "TopK", "distill_loss", "measure", "partition_rows", "sample_targets",
-    "teacher_states", "top_k",
-]  # fmt: skip

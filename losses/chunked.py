@@ -15,13 +15,13 @@ from models.attention import einsum_f32
 from sharding import claims, constrain, num_shards
 
 
+@partial(jax.custom_vjp, nondiff_argnames=("objective",))
 def distill_loss(
     student_hidden: Float[Array, "batch seq embed"],
     student_head: Float[Array, "vocab embed"],
     signal: Signal,
     labels: Int[Array, "batch seq"],
     mask: Bool[Array, "batch seq"],
-    *,
     objective: Objective,
     step: Int[Array, ""] | int,
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
@@ -31,9 +31,56 @@ def distill_loss(
     Only the student is differentiated, and only through the loss. Without a signal the loss is the
     cross entropy alone. The caller divides by the tokens of the whole optimizer step.
     """
-    arrays = student_hidden, _common_rows(student_head, signal), signal, labels, mask
-    total, sums = _loss(objective, *arrays, jnp.asarray(step))
-    return total, jax.lax.stop_gradient(sums)
+    return _value_and_grads(student_hidden, student_head, signal, labels, mask, objective, step)[0]
+
+
+def _value_and_grads(hidden, student_head, signal, labels, mask, objective, step):
+    """`distill_loss`, and its gradients on hidden and head before any cotangent."""
+    config, (vocab, weights) = objective.config, _prepare_head(student_head, signal, hidden.dtype)
+    alpha, temperature = objective.at("alpha", step), objective.at("temperature", step)
+    weight = alpha * temperature**2 if config.temperature_squared else alpha
+    rows, divergence, ce_weight = None, None, 1.0
+    if signal is not None:
+        rows, divergence, ce_weight = signal.rows, signal.divergence(vocab), 1.0 - alpha
+    chunk = config.chunk or tiles.default_chunk(weights)
+    # Devices add up head gradients of their own, which are reduced once and not at every chunk.
+    parts = num_shards("rows")
+    if len(hidden) * tiles.chunks(*hidden.shape[:2], chunk)[1] % parts:
+        parts = 1
+
+    def chunk_fn(carry, hidden, rows, labels, mask):
+        sums, d_head = carry
+        z = tiles.logits(weights, hidden, vocab)
+        terms = [("ce", ce_weight, *_cross_entropy(z, labels))]
+        if divergence is not None:
+            terms.append(("divergence", weight, *divergence(rows, config, z, temperature)))
+        # Here and not after the scan: rows of the values, and so of the logits, would be exchanged.
+        sums = sums | {name: sums[name] + jnp.sum(x, where=mask) for name, _, x, _ in terms}
+        # a weight that is a constant 0 costs nothing; XLA would keep 0 * x
+        d_z = sum(w * d for _, w, _, d in terms if not (isinstance(w, float) and w == 0))
+        # Not a product with the mask: what is masked may not be finite.
+        d_z = constrain(jnp.where(mask, d_z, 0.0).astype(hidden.dtype), "vocab rows")
+        hidden = jnp.where(mask[:, None], hidden, jnp.zeros_like(hidden))
+        split = d_z.reshape(len(d_z), parts, -1), hidden.reshape(parts, -1, hidden.shape[-1])
+        d_head += constrain(einsum_f32("vpr,pre->pve", *split), "rows vocab embed")
+        return (sums, d_head), einsum_f32("vr,ve->re", d_z, weights).astype(hidden.dtype)
+
+    sums = dict.fromkeys(("divergence", "ce"), jnp.float32(0))
+    d_head = constrain(jnp.zeros((parts, *weights.shape), jnp.float32), "rows vocab embed")
+    init, arrays = (sums, d_head), (hidden, rows, labels, mask)
+    (sums, d_head), d_hidden = tiles.scan_chunks(chunk_fn, init, chunk, arrays)
+    d_head = constrain(d_head.sum(0), "vocab embed")[:vocab].astype(student_head.dtype)
+    d_head = jnp.pad(d_head, [(0, len(student_head) - vocab), (0, 0)])
+    return (weight * sums["divergence"] + ce_weight * sums["ce"], sums), (d_hidden, d_head)
+
+
+def _backward(objective, grads, cotangents):
+    scale, _ = cotangents
+    d_hidden, d_head = ((scale * g.astype(scale.dtype)).astype(g.dtype) for g in grads)
+    return d_hidden, d_head, None, None, None, None
+
+
+distill_loss.defvjp(_value_and_grads, _backward)
 
 
 def measure(
@@ -47,9 +94,11 @@ def measure(
 ) -> dict[str, Float32[Array, ""]]:
     """Sums over the tokens of `mask`: tokens and ce; beside a teacher teacher_ce, kl, reverse_kl
     and agreement (tokens for which both find the same successor likeliest) too."""
-    head = _common_rows(student_head, signal)
-    vocab, weights = len(head), tiles.prepare_head(head, student_hidden.dtype)
-    teacher_logits = None if signal is None else signal.logits(vocab)
+    vocab, weights = _prepare_head(student_head, signal, student_hidden.dtype)
+    names, rows, teacher_logits = ["tokens", "ce"], None, None
+    if signal is not None:
+        names += ["teacher_ce", "kl", "reverse_kl", "agreement"]
+        rows, teacher_logits = signal.rows, signal.logits(vocab)
 
     def chunk_fn(sums, hidden, teacher_hidden, labels, mask):
         z = tiles.logits(weights, hidden, vocab)
@@ -57,97 +106,32 @@ def measure(
         if teacher_logits is not None:
             z_teacher = teacher_logits(teacher_hidden)
             figures["teacher_ce"] = _cross_entropy(z_teacher, labels)[0]
-            for name, kind in (("kl", "forward_kl"), ("reverse_kl", "reverse_kl")):
-                figures[name] = full_divergence(z_teacher, Config(kind), z, 1.0)[0]
+            figures["kl"] = full_divergence(z_teacher, Config("forward_kl"), z, 1.0)[0]
+            figures["reverse_kl"] = full_divergence(z_teacher, Config("reverse_kl"), z, 1.0)[0]
             figures["agreement"] = jnp.argmax(z, 0) == jnp.argmax(z_teacher, 0)
-        return {name: sums[name] + _masked_sum(figures[name], mask) for name in sums}, None
+        add = partial(jnp.sum, where=mask, dtype=jnp.float32)
+        return {name: sums[name] + add(x) for name, x in figures.items()}, None
 
-    names = ["tokens", "ce"]
-    if signal is not None:
-        names += ["teacher_ce", "kl", "reverse_kl", "agreement"]
-    zeros = dict.fromkeys(names, jnp.float32(0))
-    arrays = student_hidden, None if signal is None else signal.rows, labels, mask
+    zeros, arrays = dict.fromkeys(names, jnp.float32(0)), (student_hidden, rows, labels, mask)
     return tiles.scan_chunks(chunk_fn, zeros, chunk or tiles.default_chunk(weights), arrays)[0]
 
 
-def _common_rows(student_head, signal):
-    """The student's head cut to the teacher's: padding rows of the wider have no probability."""
+def _prepare_head(head, signal, dtype):
+    """Tokens that student and teacher share, and the student's head for tiles of their logits:
+    padding rows of the wider have no probability."""
     teacher_head = getattr(signal, "head", None)
-    return student_head if teacher_head is None else student_head[: len(teacher_head)]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(objective, *arrays):
-    return _value_and_grads(objective, *arrays, differentiate=False)[0]
-
-
-def _loss_backward(objective, grads, cotangents):
-    scale, _ = cotangents
-    d_hidden, d_head = ((scale * g.astype(scale.dtype)).astype(g.dtype) for g in grads)
-    return d_hidden, d_head, None, None, None, None
-
-
-def _value_and_grads(objective, hidden, head, signal, labels, mask, step, differentiate=True):
-    """`distill_loss` and, if asked for, its gradients on hidden and head before any cotangent."""
-    config, vocab = objective.config, len(head)
-    alpha, temperature = objective.at("alpha", step), objective.at("temperature", step)
-    weight = alpha * temperature**2 if config.temperature_squared else alpha
-    ce_weight = 1.0 if signal is None else 1.0 - alpha
-    weights = tiles.prepare_head(head, hidden.dtype)
-    divergence = None if signal is None else signal.divergence(vocab)
-    chunk = config.chunk or tiles.default_chunk(head)
-    # Parts of a chunk that lie on different devices: each adds up a head gradient of its own, so
-    # that these are reduced once and not at every chunk.
-    parts, rows = num_shards("rows"), len(hidden) * tiles.chunks(*hidden.shape[:2], chunk)[1]
-    parts = parts if rows % parts == 0 else 1
-
-    def chunk_fn(carry, hidden, rows, labels, mask):
-        sums, d_head = carry
-        z = tiles.logits(weights, hidden, vocab)
-        ce, d_z = _cross_entropy(z, labels)
-        values, grads = {"ce": ce}, [(ce_weight, d_z)]
-        if divergence is not None:
-            values["divergence"], d_z = divergence(rows, config, z, temperature)
-            grads.append((weight, d_z))
-        # Here and not after the scan: rows of the values, and so of the logits, would be exchanged.
-        sums = sums | {name: sums[name] + _masked_sum(values[name], mask) for name in values}
-        if not differentiate:
-            return (sums, d_head), None
-        # a weight that is a constant 0 costs nothing; XLA would keep 0 * x
-        d_z = sum(w * d for w, d in grads if not (isinstance(w, float) and w == 0))
-        # Not a product with the mask: what is masked may not be finite.
-        d_z = constrain(jnp.where(mask, d_z, 0.0).astype(hidden.dtype), "vocab rows")
-        hidden = jnp.where(mask[:, None], hidden, jnp.zeros_like(hidden))
-        split = d_z.reshape(len(d_z), parts, -1), hidden.reshape(parts, -1, hidden.shape[-1])
-        d_head += constrain(einsum_f32("vpr,pre->pve", *split), "rows vocab embed")
-        return (sums, d_head), einsum_f32("vr,ve->re", d_z, weights).astype(hidden.dtype)
-
-    sums, d_head = dict.fromkeys(("divergence", "ce"), jnp.float32(0)), None
-    if differentiate:
-        d_head = constrain(jnp.zeros((parts, *weights.shape), jnp.float32), "rows vocab embed")
-    arrays = hidden, None if signal is None else signal.rows, labels, mask
-    (sums, d_head), d_hidden = tiles.scan_chunks(chunk_fn, (sums, d_head), chunk, arrays)
-    loss = weight * sums["divergence"] + ce_weight * sums["ce"], sums
-    if not differentiate:
-        return loss, None
-    d_head = constrain(d_head.sum(0), "vocab embed")[:vocab]
-    return loss, (d_hidden, d_head.astype(head.dtype))
-
-
-_loss.defvjp(_value_and_grads, _loss_backward)
+    vocab = len(head if teacher_head is None else teacher_head[: len(head)])
+    return vocab, tiles.prepare_head(head[:vocab], dtype)
 
 
 def _cross_entropy(z, labels):
     """Per row, and its gradient on the logits `z`, [vocab, rows]."""
     hit = jnp.arange(len(z), dtype=labels.dtype)[:, None] == labels
     lse = jax.nn.logsumexp(z, 0)
-    value, z = tiles.barrier((lse - jnp.where(hit, z, 0).sum(0), z))
-    q = jnp.exp(tiles.log_probs(z, lse))
+    value = lse - jnp.where(hit, z, 0).sum(0)
+    value, z = jax.lax.optimization_barrier((value, z))  # as in `full_divergence`
+    q = jnp.exp(z - lse)
     return value, jnp.where(hit, q - 1, q)
-
-
-def _masked_sum(values, mask):
-    return jnp.where(mask, values, jnp.zeros_like(values)).sum(dtype=jnp.float32)
 
 
 def top_k(
@@ -180,9 +164,6 @@ def sample_targets(
     threshold. Hardly any unbiased sample of this size varies less. What is drawn at a position
     depends on the number of its window alone.
     """
-    shape = teacher.hidden.shape[:2]
-    positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-    windows = jnp.broadcast_to(windows[:, None], shape)
 
     def chunk_fn(log_p, windows, positions):
         def noise(window, position):
@@ -194,7 +175,9 @@ def sample_targets(
         ids = ids[:, :-1]
         return SampledTargets(ids, jnp.take_along_axis(log_p, ids, 1), priorities[:, -1])
 
-    return _scan_log_probs(chunk_fn, teacher, temperature, chunk, windows, positions)
+    shape = teacher.hidden.shape[:2]
+    rows = (jnp.broadcast_to(x, shape) for x in (windows[:, None], jnp.arange(shape[1])))
+    return _scan_log_probs(chunk_fn, teacher, temperature, chunk, *rows)
 
 
 def _scan_log_probs(target_fn, teacher: TeacherStates, temperature, chunk, *arrays):

@@ -9,8 +9,6 @@ derivative what cancels exactly on paper and only nearly in float32.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LogProbs = Float[Array, "*shape"]
-
+# Stands for -inf, so that 0 times a logarithm is 0; far below any real log-probability.
+LOWEST = -1e9
 stop = jax.lax.stop_gradient
 
 
@@ -32,7 +31,8 @@ def skewed_kl(share: float, log_a: LogProbs, log_b: LogProbs) -> LogProbs:
     """Terms of KL(a || m), m = share a + (1 - share) b."""
     log_m = log_mixture(share, log_a, log_b)
     excess = (1 - share) * (jnp.exp(log_b) - jnp.exp(log_a))  # m - a, and the slope by log m
-    return jnp.exp(log_a) * stop(log_a - log_m) + with_slope(excess, excess, log_m)
+    slope = stop(excess) * (log_m - stop(log_m))  # its value is 0
+    return jnp.exp(log_a) * stop(log_a - log_m) + (stop(excess) + slope)
 
 
 def jsd(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
@@ -44,7 +44,7 @@ def jsd(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
 
 def tvd(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
     d = jnp.exp(log_q) - jnp.exp(log_p)
-    return d * stop(jnp.sign(d)) / 2
+    return d * stop(jnp.sign(d)) / 2  # the slope of jnp.abs at 0 is 1
 
 
 def alpha_beta(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
@@ -53,11 +53,9 @@ def alpha_beta(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
     The points are x_c = s log q + c d, with d = log p - log q and s = a + b. Multiplied out this is
     the formula of the literature, which has no value where a, b or s is 0; these have all limits.
     """
-    a, s = config.ab_alpha, config.ab_alpha + config.ab_beta
-    d = log_p - log_q
+    a, s, d = config.ab_alpha, config.ab_alpha + config.ab_beta, log_p - log_q
 
-    def exp_at(c):
-        # above 0 only with a negative exponent: kept finite
+    def exp_at(c):  # above 0 only with a negative exponent: kept finite
         return jnp.exp(jnp.minimum(s * log_q + c * d, 60.0))
 
     def slope(c, e):  # exp[x_c, x_e]
@@ -66,28 +64,21 @@ def alpha_beta(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
         return jnp.maximum(exp_at(c), exp_at(e)) * ratio
 
     low, middle, high = sorted((0.0, a, s))
-    span = high - low
-    far = d * (slope(middle, high) - slope(low, middle)) / (span or 1.0)
+    far = d * (slope(middle, high) - slope(low, middle)) / ((high - low) or 1.0)
     # Where the three are close the difference of slopes is lost: a series around their mean.
     mean = (a + s) / 3
     second, third = (sum((c - mean) ** k for c in (0.0, a, s)) for k in (2, 3))
     series = 0.5 + second / 48 * d**2 + third / 360 * d**3
-    f = jnp.where(span * jnp.abs(d) < 0.25, exp_at(mean) * d**2 * series, far)
-    return with_slope(f, -d * slope(0.0, a), log_q)
+    f = jnp.where((high - low) * jnp.abs(d) < 0.25, exp_at(mean) * d**2 * series, far)
+    return stop(f) + stop(-d * slope(0.0, a)) * (log_q - stop(log_q))
 
 
 def log_mixture(share: float, log_a: LogProbs, log_b: LogProbs) -> LogProbs:
-    """log(share a + (1 - share) b)"""
     log_share = math.log(share) if share > 0 else -math.inf
     return jnp.logaddexp(log_a + log_share, log_b + math.log1p(-share))
 
 
-def with_slope(value: LogProbs, slope: LogProbs, x: LogProbs) -> LogProbs:
-    """`value`, the derivative of which by `x` is `slope`."""
-    return stop(value) + stop(slope) * (x - stop(x))
-
-
-DIVERGENCES: dict[str, Callable[[Any, LogProbs, LogProbs], LogProbs]] = {
+DIVERGENCES = {
     "forward_kl": lambda config, log_p, log_q: kl(log_p, log_q),
     "reverse_kl": lambda config, log_p, log_q: kl(log_q, log_p),
     "jsd": jsd,
@@ -98,12 +89,9 @@ DIVERGENCES: dict[str, Callable[[Any, LogProbs, LogProbs], LogProbs]] = {
 }
 """`(losses.Config, log p, log q) -> f`; `--loss.divergence` takes the same names."""
 
-# Stands for -inf, so that 0 times a logarithm is 0; far below any real log-probability.
-LOWEST = -1e9
-
 
 def terms(config: Any, log_p: LogProbs, log_q: LogProbs) -> tuple[LogProbs, LogProbs]:
     """f, and g = df/dlog q."""
     log_p, log_q = jnp.maximum(log_p, LOWEST), jnp.maximum(log_q, LOWEST)
-    f = partial(DIVERGENCES[config.divergence], config, log_p)
-    return jax.jvp(f, (log_q,), (jnp.ones_like(log_q),))
+    f = DIVERGENCES[config.divergence]
+    return jax.jvp(lambda log_q: f(config, log_p, log_q), (log_q,), (jnp.ones_like(log_q),))

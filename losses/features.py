@@ -1,6 +1,6 @@
 """Hidden states of the teacher as targets: which blocks are matched, and how far apart they are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import equinox as eqx
@@ -12,7 +12,7 @@ from models.attention import einsum_f32
 from runtime.errors import UserError
 
 Pairs = tuple[tuple[int, int], ...]  # blocks of student and teacher whose outputs are matched
-
+Vectors = Float32[Array, "*rows width"]
 SHORTEST = 1e-12  # squared: what is shorter than 1e-6 has no direction
 
 
@@ -27,17 +27,14 @@ def pairs(
     pairs = [tuple(map(int, pair.split(":"))) for pair in given]
     for student, teacher in pairs:
         if student >= layers or teacher >= teacher_layers:
-            raise UserError(
-                f"--loss.feature-pairs {student}:{teacher}: the student has blocks 0 to"
-                f" {layers - 1}, the teacher 0 to {teacher_layers - 1}"
-            )
+            has = f"the student has blocks 0 to {layers - 1}, the teacher 0 to {teacher_layers - 1}"
+            raise UserError(f"--loss.feature-pairs {student}:{teacher}: {has}")
     return tuple(pairs)
 
 
 def tapped_layers(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The blocks of student and teacher whose outputs are matched, each once, in order."""
-    student_layers, teacher_layers = (tuple(sorted({pair[i] for pair in pairs})) for i in (0, 1))
-    return student_layers, teacher_layers
+    return tuple(tuple(sorted({pair[i] for pair in pairs})) for i in (0, 1))
 
 
 class Projection(eqx.Module):
@@ -57,10 +54,7 @@ def projection(count: int, embed: int, teacher_embed: int, key: PRNGKeyArray) ->
     return eqx.filter_vmap(fresh)(jax.random.split(key, count))
 
 
-Vectors, Scalars = Float32[Array, "*rows width"], Float32[Array, "*rows"]
-
-
-def cosine(x: Vectors, y: Vectors) -> Scalars:
+def cosine(x: Vectors, y: Vectors) -> Float32[Array, "*rows"]:
     """1 - cos; 1, and without a gradient, where either has no direction."""
     xx, yy = jnp.sum(x * x, axis=-1), jnp.sum(y * y, axis=-1)
     long = (xx > SHORTEST) & (yy > SHORTEST)
@@ -68,11 +62,7 @@ def cosine(x: Vectors, y: Vectors) -> Scalars:
     return 1 - jnp.where(long, jnp.sum(x * y, axis=-1) * inverse, 0.0)
 
 
-def mse(x: Vectors, y: Vectors) -> Scalars:
-    return jnp.mean((x - y) ** 2, axis=-1)
-
-
-DISTANCES: dict[str, Callable[[Vectors, Vectors], Scalars]] = {"cosine": cosine, "mse": mse}
+DISTANCES = {"cosine": cosine, "mse": lambda x, y: jnp.mean((x - y) ** 2, axis=-1)}
 
 
 def loss(
@@ -93,10 +83,11 @@ def loss(
         student_states = student_states[jnp.array(order)]
     order = jnp.array([teacher_layers.index(teacher) for _, teacher in pairs])
 
-    # Of one pair at a time, and computed again in the backward pass: float32 copies of all of them
+    # One pair at a time, and computed again in the backward pass: float32 copies of all of them
     # would outweigh the states.
     @partial(jax.checkpoint, prevent_cse=False)
-    def pair_loss(x, tap, projection):
+    def add(total, pair):
+        x, tap, projection = pair
         y = jax.lax.dynamic_index_in_dim(teacher_states, tap, axis=1, keepdims=False)
         y = jax.lax.stop_gradient(y)
         # Not a product with the mask: what is masked may not be finite.
@@ -104,10 +95,7 @@ def loss(
         if projection is not None:
             x = einsum_f32("bse,te->bst", x, projection.weight.astype(x.dtype))
         distance = DISTANCES[kind](x.astype(jnp.float32), y.astype(jnp.float32))
-        return jnp.sum(jnp.where(mask, distance, 0.0))
-
-    def add(total, pair):
-        return total + pair_loss(*pair), None
+        return total + jnp.sum(jnp.where(mask, distance, 0.0)), None
 
     total, _ = jax.lax.scan(add, jnp.float32(0), (student_states, order, projection))
     return total / len(pairs)

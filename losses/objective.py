@@ -14,9 +14,7 @@ from runtime.errors import Constraint, UserError, above, at_least, below, betwee
 Divergence = Literal[tuple(DIVERGENCES)]
 Schedule = Literal["constant", "linear", "cosine"]
 
-INSIDE = Constraint(
-    "strictly between 0 and 1 (at the ends take forward_kl or reverse_kl)", lambda x: 0 < x < 1
-)
+INSIDE = Constraint("above 0, below 1 (for the ends: forward_kl, reverse_kl)", lambda x: 0 < x < 1)
 FINITE = Constraint("finite", math.isfinite)
 PAIRS = Constraint(
     "STUDENT:TEACHER blocks such as 3:7",
@@ -72,10 +70,8 @@ class Config:
             _, end, schedule = self.course(name)
             if (end is None) != (schedule == "constant"):
                 flag = "--loss." + name.replace("_", "-")
-                raise UserError(
-                    f"{flag}-schedule is {schedule}: give both linear or cosine and {flag}-end, or"
-                    " neither"
-                )
+                both = f"linear or cosine and {flag}-end"
+                raise UserError(f"{flag}-schedule is {schedule}: give {both}, or neither")
         if self.feature_pairs and self.features == "off":
             raise UserError("--loss.feature-pairs needs --loss.features cosine or mse")
 

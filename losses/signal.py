@@ -8,7 +8,7 @@ Each kind of signal has
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -19,11 +19,10 @@ import data
 from losses import tiles
 from losses.divergences import LOWEST, terms
 from losses.objective import Config
+from losses.tiles import Logits
 from models.base import LanguageModel
 
-Values = tuple[Float32[Array, " rows"], tiles.Logits]
-Divergence = Callable[[Any, Config, tiles.Logits, Any], Values]
-B = TypeVar("B", bound=data.Batch)
+Values = tuple[Float32[Array, " rows"], Logits]
 
 
 class TeacherStates(eqx.Module):
@@ -32,17 +31,14 @@ class TeacherStates(eqx.Module):
     hidden: Float[Array, "batch seq embed"]
     head: Float[Array, "vocab embed"]
     taps: Float[Array, "batch taps seq embed"] | None = None
+    rows = property(lambda self: self.hidden)
 
-    @property
-    def rows(self) -> Float[Array, "batch seq embed"]:
-        return self.hidden
-
-    def logits(self, vocab: int) -> Callable[[Float[Array, "rows embed"]], tiles.Logits]:
+    def logits(self, vocab: int) -> Callable[[Float[Array, "rows embed"]], Logits]:
         """From hidden states to logits: rows of the wider head have no probability."""
         head = tiles.prepare_head(self.head[:vocab], self.hidden.dtype)
         return lambda hidden: tiles.logits(head, hidden, vocab)
 
-    def divergence(self, vocab: int) -> Divergence:
+    def divergence(self, vocab: int) -> Callable[..., Values]:
         logits = self.logits(vocab)
         return lambda hidden, *student: full_divergence(logits(hidden), *student)
 
@@ -58,7 +54,7 @@ class Targets(NamedTuple):
     rows = property(lambda self: self)
     entries = property(lambda self: (self.ids.T, jnp.arange(len(self.ids))))  # of logits
 
-    def divergence(self, vocab: int) -> Divergence:
+    def divergence(self, vocab: int) -> Callable[..., Values]:
         return type(self).chunk_divergence
 
     @classmethod
@@ -71,30 +67,27 @@ class Targets(NamedTuple):
 class TopK(Targets):
     """A teacher's likeliest tokens; `rest` is the log of the mass of all others, one bucket."""
 
-    def chunk_divergence(self, config: Config, z: tiles.Logits, temperature: Any) -> Values:
-        inv_temperature = 1.0 / temperature
-        z, entries = z * inv_temperature, self.entries
+    def chunk_divergence(self, config: Config, z: Logits, temperature: Any) -> Values:
+        inv_temperature, entries = 1.0 / temperature, self.entries
+        z *= inv_temperature
         z_entries, z = z[entries], z.at[entries].set(-jnp.inf)
         # Of the rest itself: one less the sum of the entries would be lost in rounding.
         lse_rest = jnp.maximum(jax.nn.logsumexp(z, 0), LOWEST)
-        lse = jnp.logaddexp(lse_rest, jax.nn.logsumexp(z_entries, 0))
-        log_q, log_q_rest = z_entries - lse, lse_rest - lse
-        f, g = terms(config, self.log_probs.T, log_q)
-        f_rest, g_rest = terms(config, self.rest, log_q_rest)
-        total = g.sum(0) + g_rest
-        d_entries = g - jnp.exp(log_q) * total
-        d_z = jnp.exp(z - lse_rest) * (g_rest - jnp.exp(log_q_rest) * total)
-        return f.sum(0) + f_rest, inv_temperature * d_z.at[entries].set(d_entries)
+        log_q = jax.nn.log_softmax(jnp.vstack([z_entries, lse_rest]), 0)
+        f, g = terms(config, jnp.vstack([self.log_probs.T, self.rest]), log_q)
+        g -= jnp.exp(log_q) * g.sum(0)
+        d_z = (jnp.exp(z - lse_rest) * g[-1]).at[entries].set(g[:-1])
+        return f.sum(0), inv_temperature * d_z
 
 
 class SampledTargets(Targets):
     """A sample of distinct tokens: each stands for max(p, threshold), which in the mean is its p;
     `rest` is the log of the threshold."""
 
-    def chunk_divergence(self, config: Config, z: tiles.Logits, temperature: Any) -> Values:
+    def chunk_divergence(self, config: Config, z: Logits, temperature: Any) -> Values:
         """The forward KL, the one divergence that a sample of p estimates without bias."""
-        inv_temperature = 1.0 / temperature
-        z, entries, log_p = z * inv_temperature, self.entries, self.log_probs.T
+        inv_temperature, entries, log_p = 1.0 / temperature, self.entries, self.log_probs.T
+        z *= inv_temperature
         lse, weight = jax.nn.logsumexp(z, 0), jnp.exp(jnp.maximum(log_p, self.rest))
         f = weight * (log_p - z[entries] + lse)
         d_z = (jnp.exp(z - lse) * weight.sum(0)).at[entries].add(-weight)
@@ -107,38 +100,33 @@ Signal = TeacherStates | TopK | SampledTargets | None
 def teacher_states(
     teacher: LanguageModel, batch: data.Batch, *, dtype: Any = None, taps: tuple[int, ...] = ()
 ) -> TeacherStates:
-    """The forward pass of a teacher, through which nothing is differentiated; with the outputs of
-    the blocks `taps`."""
+    """A teacher's forward pass, never differentiated, with the outputs of the blocks `taps`."""
     states = teacher.hidden(batch.tokens[:, :-1], batch.segments[:, :-1], dtype=dtype, taps=taps)
     hidden, outputs = (states[0], jnp.moveaxis(states[1], 0, 1)) if taps else (states, None)
     return TeacherStates(*jax.lax.stop_gradient((hidden, teacher.unembedding, outputs)))
 
 
-def partition_rows(batch: B) -> tuple[B, B]:
-    """The arrays of a batch that have its rows first, and those that have none: a teacher's head.
-
-    `eqx.combine` joins the two.
-    """
+def partition_rows(batch: data.Batch) -> tuple[data.Batch, data.Batch]:
+    """The arrays of a batch that have its rows first, and the one that has none: the head."""
     head = getattr(batch.signal, "head", None)
     return eqx.partition(batch, lambda leaf: leaf is not head)
 
 
-def full_divergence(
-    z_teacher: tiles.Logits, config: Config, z: tiles.Logits, temperature: Any
-) -> Values:
+def full_divergence(z_teacher: Logits, config: Config, z: Logits, temperature: Any) -> Values:
     """Per row, and its gradient on the student's logits `z`."""
     inv_temperature = 1.0 / temperature
     lse_p = jax.nn.logsumexp(z_teacher * inv_temperature, 0)
     lse_q = jax.nn.logsumexp(z * inv_temperature, 0)
 
     def value_and_slope(z_teacher, z):
-        log_p = tiles.log_probs(z_teacher * inv_temperature, lse_p)
-        log_q = tiles.log_probs(z * inv_temperature, lse_q)
-        return *terms(config, log_p, log_q), log_q
+        log_q = z * inv_temperature - lse_q
+        return *terms(config, z_teacher * inv_temperature - lse_p, log_q), log_q
 
-    f, _, _ = value_and_slope(z_teacher, z)
-    value, z_teacher, z = tiles.barrier((f.sum(0), z_teacher, z))
+    value = value_and_slope(z_teacher, z)[0].sum(0)
+    # The gradient computes its log-probabilities anew from logits that this makes new to the
+    # compiler: fused with what reads them, where those of the value would be kept whole.
+    value, z_teacher, z = jax.lax.optimization_barrier((value, z_teacher, z))
     _, g, log_q = value_and_slope(z_teacher, z)
-    if config.divergence == "forward_kl":  # there g = q - p, which sums to 0
-        return value, inv_temperature * g
-    return value, inv_temperature * (g - jnp.exp(log_q) * g.sum(0))
+    if config.divergence != "forward_kl":  # there g = q - p, which sums to 0
+        g -= jnp.exp(log_q) * g.sum(0)
+    return value, inv_temperature * g

@@ -1,13 +1,11 @@
 """A head walked in chunks of tokens: tiles of logits, and never all of them."""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, PyTree
 
-from losses.divergences import LOWEST
 from models.attention import einsum_f32
 from sharding import constrain, num_shards
 
@@ -35,28 +33,25 @@ def scan_chunks(chunk_fn: Callable, init: PyTree, chunk: int, arrays: PyTree) ->
     mask."""
     batch, seq = jax.tree.leaves(arrays)[0].shape[:2]
     count, length = chunks(batch, seq, chunk)
-
-    def pad(x):
-        return jnp.pad(x, [(0, 0), (0, count * length - seq), *[(0, 0)] * (x.ndim - 2)])
-
-    def rows(x, i):
-        x = jax.lax.dynamic_slice_in_dim(x, i * length, length, axis=1)
-        x = x.reshape(batch * length, *x.shape[2:])
-        return constrain(x, "rows width" if x.ndim == 2 else "rows")
-
-    def unflatten(y):
-        y = y.reshape(batch, length, *y.shape[1:])
-        return constrain(y, "batch seq width" if y.ndim == 3 else "batch seq")
-
-    def unchunk(y):
-        y = jnp.moveaxis(y, 0, 1)
-        return y.reshape(batch, count * length, *y.shape[3:])[:, :seq]
+    padding = (0, 0), (0, count * length - seq), (0, 0)
+    arrays = jax.tree.map(lambda x: jnp.pad(x, padding[: x.ndim]), arrays)
 
     def body(carry, i):
-        carry, y = chunk_fn(carry, *jax.tree.map(partial(rows, i=i), arrays))
+        def rows(x):
+            x = jax.lax.dynamic_slice_in_dim(x, i * length, length, axis=1)
+            x = x.reshape(batch * length, *x.shape[2:])
+            return constrain(x, "rows width" if x.ndim == 2 else "rows")
+
+        def unflatten(y):
+            y = y.reshape(batch, length, *y.shape[1:])
+            return constrain(y, "batch seq width" if y.ndim == 3 else "batch seq")
+
+        carry, y = chunk_fn(carry, *jax.tree.map(rows, arrays))
         return carry, jax.tree.map(unflatten, y)
 
-    arrays = jax.tree.map(pad, arrays)
+    def unchunk(y):
+        return jnp.moveaxis(y, 0, 1).reshape(batch, count * length, *y.shape[3:])[:, :seq]
+
     carry, ys = jax.lax.scan(body, init, jnp.arange(count))
     return carry, jax.tree.map(unchunk, ys)
 
@@ -75,13 +70,3 @@ def default_chunk(head: Float[Array, "vocab embed"]) -> int:
     """
     least, elements = (128, 2**22) if jax.default_backend() == "cpu" else (1024, 2**27)
     return max(least, elements * num_shards("vocab") // len(head))
-
-
-# A gradient computes its log-probabilities anew, once the value is known, from logits that this
-# makes new to the compiler: fused with what reads them, where those of the value would be kept at
-# [vocab, rows].
-barrier = jax.lax.optimization_barrier
-
-
-def log_probs(z: Logits, lse: Float32[Array, " rows"]) -> Logits:
-    return jnp.maximum(z - lse, LOWEST)

@@ -1,6 +1,6 @@
 """Attention: where tokens stand and whom they may see, values weighted, and the cache."""
 
-from collections.abc import Callable
+import dataclasses
 from functools import partial
 
 import equinox as eqx
@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
+Hidden = Float[Array, "batch seq embed"]
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def einsum_f32(
-    pattern: str, a: Float[Array, "..."], b: Float[Array, "..."]
-) -> Float32[Array, "..."]:
+def einsum_f32(pattern: str, a: Array, b: Array) -> Float32[Array, "..."]:
     """A contraction with a float32 result, whose backward pass multiplies in the dtype of `a`.
 
     Left to itself, the backward pass of half-precision operands would run in float32.
@@ -20,17 +20,12 @@ def einsum_f32(
     return jnp.einsum(pattern, a, b, preferred_element_type=jnp.float32)
 
 
-def einsum_f32_forward(pattern, a, b):
-    return einsum_f32(pattern, a, b), (a, b)
-
-
 def einsum_f32_backward(pattern, operands, gradient):
-    a, b = operands
-    _, pull = jax.vjp(partial(jnp.einsum, pattern), a, b)
-    return pull(gradient.astype(a.dtype))
+    _, pull = jax.vjp(partial(jnp.einsum, pattern), *operands)
+    return pull(gradient.astype(operands[0].dtype))
 
 
-einsum_f32.defvjp(einsum_f32_forward, einsum_f32_backward)
+einsum_f32.defvjp(lambda *args: (einsum_f32(*args), args[1:]), einsum_f32_backward)
 
 
 class Cache(eqx.Module):
@@ -47,17 +42,11 @@ class Cache(eqx.Module):
         self, layer: Int[Array, ""], index: Int[Array, "batch seq"], keys: Array, values: Array
     ) -> "Cache":
         """With the keys and values of one layer put at `index`; past the capacity they are lost."""
-        rows = jnp.arange(index.shape[0])[:, None]
-        at = layer, rows
-        stored = (
-            self.keys.at[*at, :, :, index].set(keys.astype(self.keys.dtype), mode="drop"),
-            self.values.at[*at, :, index].set(values.astype(self.values.dtype), mode="drop"),
-        )
-        return eqx.tree_at(lambda cache: (cache.keys, cache.values), self, stored)
-
-    def read(self, layer: Int[Array, ""], size: int) -> tuple[Array, Array]:
-        """The keys and values of one layer, up to `size` of each row."""
-        return self.keys[layer, ..., :size], self.values[layer, ..., :size, :]
+        at = layer, jnp.arange(index.shape[0])[:, None]
+        keys, values = keys.astype(self.keys.dtype), values.astype(self.values.dtype)
+        keys = self.keys.at[*at, :, :, index].set(keys, mode="drop")
+        values = self.values.at[*at, :, index].set(values, mode="drop")
+        return Cache(keys, values, self.length)
 
 
 class Positions(eqx.Module):
@@ -103,10 +92,9 @@ def positions(
         return Positions(query_index, keys, query_index, final, None, length)
     if segments is None:
         return Positions(index[None], index, index[None], jnp.full((1, seq), seq), None)
-    edge = jnp.ones((batch, 1), bool)
     changes = segments[:, 1:] != segments[:, :-1]
-    starts = jnp.concatenate([edge, changes], axis=1)
-    ends = jnp.concatenate([changes, edge], axis=1)
+    starts = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+    ends = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
     start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
     end = jax.lax.cummin(jnp.where(ends, index, seq), axis=1, reverse=True)
     documents = jnp.cumsum(starts, axis=1)  # two runs of one number are two documents
@@ -141,10 +129,10 @@ def attention(
     else:
         cache = cache.write(layer, positions.query_index, key, value)
 
-        def over_first(size: int) -> Callable[[], Array]:
-            keys = positions.key_index[:size]
-            first = eqx.tree_at(lambda positions: positions.key_index, positions, keys)
-            return lambda: cached_attention(grouped, *cache.read(layer, size), mask_and_bias(first))
+        def over_first(size: int) -> Array:
+            first = dataclasses.replace(positions, key_index=positions.key_index[:size])
+            keys, values = cache.keys[layer, ..., :size], cache.values[layer, ..., :size, :]
+            return cached_attention(grouped, keys, values, mask_and_bias(first))
 
         # What is still empty is not read, nor what only rows without a new token have. Each size is
         # compiled: they are few, and not small.
@@ -152,7 +140,7 @@ def attention(
         filled = jnp.max(jnp.where(length > positions.query_index[:, 0], length, 0))
         part = max(32, -(-capacity // 8))
         sizes = [min(size, capacity) for size in range(part, capacity + part, part)]
-        mixed = jax.lax.switch((filled - 1) // part, [over_first(size) for size in sizes])
+        mixed = jax.lax.switch((filled - 1) // part, [partial(over_first, size) for size in sizes])
     return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape), cache
 
 
@@ -174,14 +162,12 @@ def cached_attention(
     return mixed[:, :, :, None].astype(query.dtype)
 
 
-def attention_weights(query: Array, key: Array, mask_and_bias: PyTree) -> Float32[Array, "..."]:
+def attention_weights(query: Array, key: Array, mask_and_bias: PyTree) -> Array:
     """How much each query takes of each key, [batch, kv_heads, group, query, key]."""
     return softmax(einsum_f32("bkgqd,bksd->bkgqs", query, key), query.shape[-1], mask_and_bias)
 
 
-def softmax(
-    scores: Float32[Array, "..."], head_dim: int, mask_and_bias: PyTree
-) -> Float32[Array, "..."]:
+def softmax(scores: Array, head_dim: int, mask_and_bias: PyTree) -> Float32[Array, "..."]:
     """Of products of queries with keys: scaled, biased, and only over what the mask leaves."""
     mask, bias = mask_and_bias
     scores = scores * head_dim**-0.5
@@ -194,16 +180,10 @@ def softmax(
 
 # Heads before tokens: so XLA on CPU multiplies twice as fast.
 @jax.custom_vjp
-def attention_values(
-    query: Array, key: Array, value: Array, mask_and_bias: PyTree
-) -> Float[Array, "..."]:
+def attention_values(query: Array, key: Array, value: Array, mask_and_bias: PyTree) -> Array:
     """Values, weighted; for the backward pass the weights are computed again, not kept."""
     weights = attention_weights(query, key, mask_and_bias).astype(value.dtype)
     return jnp.einsum("bkgqs,bksd->bkgqd", weights, value)
-
-
-def attention_values_forward(query, key, value, mask_and_bias):
-    return attention_values(query, key, value, mask_and_bias), (query, key, value, mask_and_bias)
 
 
 def attention_values_backward(residuals, gradient):
@@ -218,4 +198,4 @@ def attention_values_backward(residuals, gradient):
     return d_query, d_key, d_value, None
 
 
-attention_values.defvjp(attention_values_forward, attention_values_backward)
+attention_values.defvjp(lambda *args: (attention_values(*args), args), attention_values_backward)

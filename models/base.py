@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray, PyTree
 
 import sharding
-from models.attention import Cache, Positions, einsum_f32, positions
+from models.attention import Cache, Hidden, Positions, einsum_f32, positions
 from runtime.errors import UserError
 from sharding import constrain
 
@@ -47,19 +47,15 @@ class ModelConfig:
             entries = getattr(self, name)
             changes[name] = tuple(entries[i] for i in indices["layers"]) if entries else entries
         config = dataclasses.replace(self, **changes)
-        heads, kv_heads = (
-            indices.get(axis, range(getattr(self, axis))) for axis in ("heads", "kv_heads")
-        )
+        heads = indices.get("heads", range(self.heads))
+        kv_heads = indices.get("kv_heads", range(self.kv_heads))
         before, after = self.heads // self.kv_heads, config.heads // config.kv_heads
         if any(kv_heads[i // after] != head // before for i, head in enumerate(heads)):
             raise UserError(f"heads {list(heads)} do not keep to their groups of {before}")
         return config
 
 
-# ---- the arrays of a model -----------------------------------------------------------------------
-
-
-def tensor(name: str, *, when: str | None = None) -> Any:
+def tensor(name: str, when: str | None = None) -> Any:
     """A field that holds the tensor of this name in a checkpoint, or all of these in its blocks.
 
     The field is None where the config does not set the flag `when`.
@@ -71,7 +67,26 @@ class Tensors(eqx.Module):
     """A module whose arrays are tensors of a checkpoint, `[out, in]` as Hugging Face has them."""
 
     def __init__(self, config: ModelConfig, key: PRNGKeyArray):
-        for name, array in fresh(type(self), config, key).items():
+        """Fresh weights in float32: the axes of each array and the config give its shape.
+
+        Norms are one, biases zero, all else is drawn anew.
+        """
+        fields = {x.name: x for x in dataclasses.fields(self) if "tensor" in x.metadata}
+        drawn = [name for name in fields if not name.endswith(("norm", "bias"))]
+        keys = dict(zip(drawn, jax.random.split(key, len(drawn)), strict=True))
+        for name, field in fields.items():
+            axes, when = sharding.field_axes(type(self), name), field.metadata["when"]
+            if when is not None and not getattr(config, when):
+                array = None
+            elif axes is None:
+                blocks = eqx.filter_vmap(partial(field.type, config))
+                array = blocks(jax.random.split(keys[name], config.layers))
+            else:
+                shape = tuple(int(x) if x.isdigit() else getattr(config, x) for x in axes)
+                if name in keys:
+                    array = 0.02 * jax.random.normal(keys[name], shape, jnp.float32)
+                else:
+                    array = jnp.ones(shape) if name.endswith("norm") else jnp.zeros(shape)
             setattr(self, name, array)
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -84,37 +99,10 @@ class Tensors(eqx.Module):
                 yield prefix + name, value
 
 
-def fresh(module: type[Tensors], config: ModelConfig, key: PRNGKeyArray) -> dict[str, Any]:
-    """Every array of a module by field, in float32: its axes and the config give its shape.
-
-    Norms are one, biases zero, all else is drawn anew.
-    """
-    fields = {x.name: x for x in dataclasses.fields(module) if "tensor" in x.metadata}
-    drawn = [name for name in fields if not name.endswith(("norm", "bias"))]
-    keys = dict(zip(drawn, jax.random.split(key, len(drawn)), strict=True))
-
-    def array(name: str, field: dataclasses.Field) -> Any:
-        axes, when = sharding.field_axes(module, name), field.metadata["when"]
-        if when is not None and not getattr(config, when):
-            return None
-        if axes is None:
-            blocks = eqx.filter_vmap(lambda key: field.type(config, key))
-            return blocks(jax.random.split(keys[name], config.layers))
-        shape = tuple(int(x) if x.isdigit() else getattr(config, x) for x in axes)
-        if name in keys:
-            return 0.02 * jax.random.normal(keys[name], shape, jnp.float32)
-        return jnp.ones(shape) if name.endswith("norm") else jnp.zeros(shape)
-
-    return {name: array(name, field) for name, field in fields.items()}
-
-
-# ---- the model -----------------------------------------------------------------------------------
-
-
 class LanguageModel(Tensors):
-    """A decoder. A family says what its blocks hold and compute; how they are walked is said here.
+    """A decoder. Its family says what a block holds and computes; here blocks are walked.
 
-    Blocks are stacked: their leaves have a leading dimension `layers`.
+    They are stacked: their leaves have a leading dimension `layers`.
     """
 
     Config: eqx.AbstractClassVar[type]
@@ -130,7 +118,7 @@ class LanguageModel(Tensors):
         super().__init__(config, key)
 
     @abstractmethod
-    def embed_input(self, rows: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def embed_input(self, rows: Hidden) -> Hidden:
         """The input of the first block, from rows of the embedding."""
 
     @abstractmethod
@@ -141,16 +129,16 @@ class LanguageModel(Tensors):
     def block(
         self,
         weights: PyTree,
-        x: Float[Array, "batch seq embed"],
+        x: Hidden,
         positions: Positions,
         position_inputs: PyTree,
         layer: Int[Array, ""],
         cache: Cache | None,
-    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
+    ) -> tuple[Hidden, Cache | None]:
         """One block; `weights` is `blocks` at `layer`."""
 
     @abstractmethod
-    def final_norm(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def final_norm(self, x: Hidden) -> Hidden:
         """The norm between the last block and the head."""
 
     @property
@@ -164,9 +152,7 @@ class LanguageModel(Tensors):
         stored = self.embedding.dtype
         return jnp.dtype(jnp.float32) if stored == jnp.float16 else stored
 
-    def embed(
-        self, tokens: Int[Array, "batch seq"], dtype: jnp.dtype
-    ) -> Float[Array, "batch seq embed"]:
+    def embed(self, tokens: Int[Array, "batch seq"], dtype: jnp.dtype) -> Hidden:
         """The input of the first block."""
         return self.embed_input(self.embedding[tokens].astype(dtype))
 
@@ -175,17 +161,13 @@ class LanguageModel(Tensors):
         tokens: Int[Array, "batch seq"],
         segments: Int[Array, "batch seq"] | None = None,
         *,
-        embedded: Float[Array, "batch seq embed"] | None = None,
+        embedded: Hidden | None = None,
         cache: Cache | None = None,
         doc_length: Int[Array, " batch"] | None = None,
         dtype: Any = None,
         remat: str = "none",
         taps: tuple[int, ...] = (),
-    ) -> (
-        Float[Array, "batch seq embed"]
-        | tuple[Float[Array, "batch seq embed"], Cache]
-        | tuple[Float[Array, "batch seq embed"], Float[Array, "taps batch seq embed"]]
-    ):
+    ) -> Hidden | tuple[Hidden, Cache] | tuple[Hidden, Float[Array, "taps batch seq embed"]]:
         """The states before the head, which is `unembedding`.
 
         Tokens attend and count positions within their own run of equal `segments`; segment 0 is
@@ -231,11 +213,7 @@ class LanguageModel(Tensors):
         return x, eqx.tree_at(lambda cache: cache.length, cache, here.cache_length)
 
     def __call__(
-        self,
-        tokens: Int[Array, "batch seq"],
-        segments: Int[Array, "batch seq"] | None = None,
-        *,
-        dtype: Any = None,
+        self, tokens: Int[Array, "batch seq"], segments: Array | None = None, *, dtype: Any = None
     ) -> Float32[Array, "batch seq vocab"]:
         """Logits for the token after each token."""
         x = self.hidden(tokens, segments, dtype=dtype)
@@ -252,9 +230,7 @@ class LanguageModel(Tensors):
         return Cache(keys, values, jnp.zeros(batch, jnp.int32))
 
 
-def linear(
-    pattern: str, x: Float[Array, "..."], weight: Float[Array, "..."], bias: Array | None = None
-) -> Float[Array, "..."]:
+def linear(pattern: str, x: Array, weight: Array, bias: Array | None = None) -> Array:
     """A contraction in the dtype of `x`: weights are cast where they are used, block by block.
 
     Nothing else multiplies by a weight of a block: one that is a module needs `shape` and `astype`.
@@ -278,25 +254,18 @@ def linear(
 
 
 # Of what is cheap to compute again, only the inputs are kept for the backward pass.
-rematerialise = partial(jax.checkpoint, prevent_cse=False)
+recompute = partial(jax.checkpoint, prevent_cse=False)
 
 
-@partial(rematerialise, static_argnums=2)
-def rms_norm(
-    x: Float[Array, "*rest width"], weight: Float[Array, " width"], eps: float
-) -> Float[Array, "*rest width"]:
+@partial(recompute, static_argnums=2)
+def rms_norm(x: Array, weight: Float[Array, " width"], eps: float) -> Float[Array, "*rest width"]:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-@partial(rematerialise, static_argnums=3)
-def layer_norm(
-    x: Float[Array, "*rest width"],
-    weight: Float[Array, " width"],
-    bias: Float[Array, " width"],
-    eps: float,
-) -> Float[Array, "*rest width"]:
+@partial(recompute, static_argnums=3)
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Float[Array, "*rest width"]:
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)

@@ -7,19 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from models.attention import Cache, Positions, attention
-from models.base import (
-    LanguageModel,
-    ModelConfig,
-    Tensors,
-    layer_norm,
-    linear,
-    rematerialise,
-    tensor,
-)
-from models.hf_config import HFConfig
+from models.attention import Hidden, Positions, attention
+from models.base import LanguageModel, ModelConfig, Tensors, layer_norm, linear, recompute, tensor
+from models.hf_config import LAYERS, HFConfig
 from runtime.errors import UserError
 
 
@@ -69,14 +61,12 @@ class Config(ModelConfig):
         return cls(
             vocab=settings.count("vocab_size"),
             embed=embed,
-            layers=settings.layers("n_layer", "num_hidden_layers"),
+            layers=settings.count("n_layer", "num_hidden_layers", below=LAYERS),
             heads=settings.count("n_head", "num_attention_heads"),
             norm_eps=settings.number("layer_norm_epsilon", 1e-5),
             residual_after_norm=settings.flag("apply_residual_connection_post_layernorm", False),
             tied=settings.flag("tie_word_embeddings", True),
-            bos=settings.ids("bos_token_id"),
-            eos=settings.ids("eos_token_id"),
-            pad=settings.ids("pad_token_id"),
+            **settings.ids(),
         )
 
     def write(self) -> dict[str, Any]:
@@ -118,23 +108,15 @@ class Bloom(LanguageModel):
     blocks: Block = tensor("h.{}.")
     norm: Float[Array, " embed"] = tensor("ln_f.weight")
     norm_bias: Float[Array, " embed"] = tensor("ln_f.bias")
-    head: Float[Array, "vocab embed"] | None = tensor("lm_head.weight", when="untied")
+    head: Float[Array, "vocab embed"] | None = tensor("lm_head.weight", "untied")
 
-    def embed_input(self, rows: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def embed_input(self, rows: Hidden) -> Hidden:
         return layer_norm(rows, self.embedding_norm, self.embedding_norm_bias, self.config.norm_eps)
 
     def position_inputs(self, positions: Positions) -> Float[Array, " heads"]:
         return jnp.asarray(alibi_slopes(self.config.heads))
 
-    def block(
-        self,
-        weights: Block,
-        x: Float[Array, "batch seq embed"],
-        positions: Positions,
-        position_inputs: Float[Array, " heads"],
-        layer: Int[Array, ""],
-        cache: Cache | None,
-    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
+    def block(self, weights: Block, x: Hidden, positions, position_inputs, layer, cache):
         w, eps, after = weights, self.config.norm_eps, self.config.residual_after_norm
         h = layer_norm(x, w.attention_norm, w.attention_norm_bias, eps)
         residual = h if after else x
@@ -144,10 +126,10 @@ class Bloom(LanguageModel):
         x = residual + linear("bshd,ehd->bse", mixed, w.output, w.output_bias)
         h = layer_norm(x, w.mlp_norm, w.mlp_norm_bias, eps)
         residual = h if after else x
-        h = rematerialise(jax.nn.gelu)(linear("bse,me->bsm", h, w.up, w.up_bias))
+        h = recompute(jax.nn.gelu)(linear("bse,me->bsm", h, w.up, w.up_bias))
         return residual + linear("bsm,em->bse", h, w.down, w.down_bias), cache
 
-    def final_norm(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def final_norm(self, x: Hidden) -> Hidden:
         return layer_norm(x, self.norm, self.norm_bias, self.config.norm_eps)
 
 

@@ -3,7 +3,7 @@
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,10 +29,7 @@ HARMLESS = (
 # Of fields with such names one means off too, as nothing does of all others.
 FACTOR = re.compile(r"multiplier|scaling|scale(_|$)|partial_rotary|rotary_pct")
 
-
-def is_on(name: str, value: Any) -> bool:
-    factor_of_one = FACTOR.search(name) and value == 1 and value is not True
-    return value not in (None, False, 0, "", [], {}) and not factor_of_one
+LAYERS = 10_000  # names are made for each, so more of them are refused before that
 
 
 class HFConfig:
@@ -48,23 +45,16 @@ class HFConfig:
 
     def reject_unread(self, harmless: Iterable[str] = ()) -> None:
         """Refuses the first field that nobody has read, that is on and not known to be harmless."""
-        for name in self.raw:
+        for name, value in self.raw.items():
             inert = any(fnmatchcase(name, pattern) for pattern in (*HARMLESS, *harmless))
-            if name not in self.known and not inert and is_on(name, self.raw[name]):
-                raise UserError(
-                    f"{name} = {reprlib.repr(self.raw[name])} is not supported (if it changes"
-                    " nothing of what the model computes, remove it)"
-                )
+            factor_of_one = FACTOR.search(name) and value == 1 and value is not True
+            off = value in (None, False, 0, "", [], {}) or factor_of_one
+            if not (name in self.known or inert or off):
+                remedy = "if it changes nothing of what the model computes, remove it"
+                raise UserError(f"{name} = {reprlib.repr(value)} is not supported ({remedy})")
 
-    def get(
-        self,
-        names: str | Sequence[str],
-        kinds: type | tuple,
-        what: str,
-        default: Any,
-        fits: Callable[[Any], bool] = lambda value: True,
-    ) -> Any:
-        """The field under whichever of its names it is given."""
+    def get(self, names, kinds, what: str, default: Any, fits=lambda value: True) -> Any:
+        """The field, of one of the `kinds`, under whichever of its names it is given."""
         names = [names] if isinstance(names, str) else names
         given = {name: self.raw[name] for name in names if self.peek(name) is not None}
         for name, value in given.items():
@@ -83,10 +73,6 @@ class HFConfig:
         what = f"a positive whole number below {below}"
         return self.get(names, int, what, default, lambda value: 0 < value < below)
 
-    def layers(self, *names: str) -> int:
-        """How many layers: names are made for each of them, so nonsense is refused before that."""
-        return self.count(*names, below=10_000)
-
     def number(self, name: str, default: Any = ...) -> Any:
         kinds, what = (int, float), "a positive number"
         value = self.get(name, kinds, what, default, lambda value: 0 < value <= sys.float_info.max)
@@ -95,13 +81,16 @@ class HFConfig:
     def flag(self, name: str, default: bool) -> bool:
         return self.get(name, bool, "true or false", default)
 
-    def ids(self, name: str) -> Any:
-        """Token ids: none, one, or several."""
-        value = self.peek(name)
-        values = value if isinstance(value, list) else [value]
-        if value is not None and not all(type(v) is int for v in values):
-            self.reject(name, value, "a token id, or a list of them")
-        return tuple(value) if isinstance(value, list) else value
+    def ids(self) -> dict[str, int | tuple[int, ...] | None]:
+        """The ids of the tokens that begin, end and pad: none, one, or several of each."""
+        ids = {}
+        for name in ("bos", "eos", "pad"):
+            value = self.peek(f"{name}_token_id")
+            values = value if isinstance(value, list) else [value]
+            if value is not None and not all(type(v) is int for v in values):
+                self.reject(f"{name}_token_id", value, "a token id, or a list of them")
+            ids[name] = tuple(value) if isinstance(value, list) else value
+        return ids
 
     def fixed(self, name: str, value: Any) -> None:
         """Refuses any value but the one that is computed here."""

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from models.attention import Cache, Positions, attention
-from models.base import LanguageModel, ModelConfig, Tensors, linear, rematerialise, rms_norm, tensor
-from models.hf_config import HFConfig
+from models.attention import Hidden, Positions, attention
+from models.base import LanguageModel, ModelConfig, Tensors, linear, recompute, rms_norm, tensor
+from models.hf_config import LAYERS, HFConfig
 from runtime.errors import UserError
 
 from .rotary import Rope, rotate
@@ -23,27 +23,29 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 # What a config may say, but not otherwise.
-FIXED = {
-    "is_causal": True,
-    "position_embedding_type": "rope",
-    "pretraining_tp": 1,
-    "use_rope": True,
-}
+FIXED = dict(is_causal=True, position_embedding_type="rope", pretraining_tp=1, use_rope=True)
 
 # What a config that does not say means, where that differs between the members of the family.
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 DEFAULTS = {
-    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131072,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
+    "llama": ENDS | {"max_position_embeddings": 2048},
+    "mistral": ENDS
+    | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
+
+# Sizes and settings by their names in a Hugging Face config.
+NAMES = {
+    "vocab": "vocab_size", "embed": "hidden_size", "mlp": "intermediate_size",
+    "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "max_positions": "max_position_embeddings", "activation": "hidden_act",
+    "norm_eps": "rms_norm_eps",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +78,11 @@ class Config(ModelConfig):
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise UserError(
-                f"num_attention_heads {self.heads} is not a multiple of num_key_value_heads"
-                f" {self.kv_heads}"
-            )
+            groups = f"num_key_value_heads {self.kv_heads}"
+            raise UserError(f"num_attention_heads {self.heads} is not a multiple of {groups}")
         if self.head_dim % 2 or (self.head_dim == 2 and self.rope.kind == "dynamic"):
-            raise UserError(
-                f"head_dim {self.head_dim} does not fit rotary positions of {self.rope.kind}"
-            )
+            rotary = f"rotary positions of {self.rope.kind}"
+            raise UserError(f"head_dim {self.head_dim} does not fit {rotary}")
 
     @property
     def longest(self) -> int:
@@ -94,8 +93,8 @@ class Config(ModelConfig):
         """From the fields of a Hugging Face config."""
         kind = settings.peek("model_type")
         settings.raw = DEFAULTS[kind] | settings.raw
-        embed, layers = settings.count("hidden_size"), settings.layers("num_hidden_layers")
-        heads = settings.count("num_attention_heads")
+        layers = settings.count("num_hidden_layers", below=LAYERS)
+        embed, heads = settings.count("hidden_size"), settings.count("num_attention_heads")
         head_dim = settings.count("head_dim", default=None)
         if head_dim is None and embed % heads:
             raise UserError(f"hidden_size {embed} does not divide into {heads} heads")
@@ -103,10 +102,9 @@ class Config(ModelConfig):
         activation = settings.get("hidden_act", str, "the name of an activation", "silu")
         if activation not in ACTIVATIONS:
             settings.reject("hidden_act", activation, f"one of {', '.join(ACTIVATIONS)}")
-        for name, only in FIXED.items():
+        aliases = dict.fromkeys(("hidden_activation", "activation_function"), activation)
+        for name, only in (FIXED | aliases).items():
             settings.fixed(name, only)
-        for name in ("hidden_activation", "activation_function"):
-            settings.fixed(name, activation)
         biased = settings.flag("attention_bias", False) and kind in ("llama", "qwen3")
         return cls(
             vocab=settings.count("vocab_size"),
@@ -127,33 +125,26 @@ class Config(ModelConfig):
             qk_norm=kind == "qwen3",
             tied=settings.flag("tie_word_embeddings", False),
             model_type=kind,
-            bos=settings.ids("bos_token_id"),
-            eos=settings.ids("eos_token_id"),
-            pad=settings.ids("pad_token_id"),
+            **settings.ids(),
         )
 
     def write(self) -> dict[str, Any]:
         """The fields of a Hugging Face config."""
-        written = {
-            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
-            "vocab_size": self.vocab,
-            "hidden_size": self.embed,
-            "intermediate_size": self.mlp,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_positions,
-            "rope_theta": self.rope.theta,
-            "rope_scaling": self.rope.write(),
-            "hidden_act": self.activation,
-            "rms_norm_eps": self.norm_eps,
-        }
-        if self.model_type in ("llama", "qwen3"):
+        written = {name: getattr(self, field) for field, name in NAMES.items()}
+        written["architectures"] = [f"{self.model_type.capitalize()}ForCausalLM"]
+        written |= {"rope_theta": self.rope.theta, "rope_scaling": self.rope.write()}
+        kind, window = self.model_type, max(filter(None, self.windows), default=None)
+        if kind in ("llama", "qwen3"):
             written["attention_bias"] = self.output_bias
-        if self.model_type == "llama":
+        if kind == "llama":
             written["mlp_bias"] = self.mlp_bias
-        return written | write_windows(self)
+        if kind == "mistral":
+            written["sliding_window"] = window
+        if kind.startswith("qwen"):
+            types = [SLIDING if size else FULL for size in self.windows] or [FULL] * self.layers
+            written |= {"layer_types": types, "max_window_layers": types.count(FULL)}
+            written |= {"use_sliding_window": window is not None, "sliding_window": window}
+        return written
 
 
 def read_windows(settings: HFConfig, layers: int) -> tuple[int | None, ...]:
@@ -166,30 +157,15 @@ def read_windows(settings: HFConfig, layers: int) -> tuple[int | None, ...]:
     if kind == "llama":
         settings.fixed("sliding_window", None)
     first = settings.get("max_window_layers", int, "a number of layers", 28) if mixed else 0
-    usual = [
-        "sliding_attention" if window and layer >= first else "full_attention"
-        for layer in range(layers)
-    ]
+    usual = [SLIDING if window and layer >= first else FULL for layer in range(layers)]
     types = settings.get("layer_types", list, "a list with an entry for each layer", usual)
-    known = ["full_attention", "sliding_attention"] if window else ["full_attention"]
+    known = [FULL, SLIDING] if window else [FULL]
     if len(types) != layers or any(kind not in known for kind in types):
         settings.reject("layer_types", types, f"{' or '.join(known)} for {layers} layers")
     if not mixed and types != usual:
         settings.reject("layer_types", types, f"{usual[0]} throughout")
-    windows = tuple(window if kind == "sliding_attention" else None for kind in types)
+    windows = tuple(window if kind == SLIDING else None for kind in types)
     return windows if any(windows) else ()
-
-
-def write_windows(config: Config) -> dict[str, Any]:
-    window = max((size for size in config.windows if size), default=None)
-    if config.model_type == "mistral":
-        return {"sliding_window": window}
-    if not config.model_type.startswith("qwen"):
-        return {}
-    types = ["sliding_attention" if size else "full_attention" for size in config.windows]
-    types = types or ["full_attention"] * config.layers
-    written = {"use_sliding_window": window is not None, "sliding_window": window}
-    return written | {"layer_types": types, "max_window_layers": types.count("full_attention")}
 
 
 class Block(Tensors):
@@ -197,26 +173,22 @@ class Block(Tensors):
     query: Float[Array, "heads head_dim embed"] = tensor("self_attn.q_proj.weight")
     key: Float[Array, "kv_heads head_dim embed"] = tensor("self_attn.k_proj.weight")
     value: Float[Array, "kv_heads head_dim embed"] = tensor("self_attn.v_proj.weight")
-    query_bias: Float[Array, "heads head_dim"] | None = tensor(
-        "self_attn.q_proj.bias", when="qkv_bias"
-    )
-    key_bias: Float[Array, "kv_heads head_dim"] | None = tensor(
-        "self_attn.k_proj.bias", when="qkv_bias"
-    )
+    query_bias: Float[Array, "heads head_dim"] | None = tensor("self_attn.q_proj.bias", "qkv_bias")
+    key_bias: Float[Array, "kv_heads head_dim"] | None = tensor("self_attn.k_proj.bias", "qkv_bias")
     value_bias: Float[Array, "kv_heads head_dim"] | None = tensor(
-        "self_attn.v_proj.bias", when="qkv_bias"
+        "self_attn.v_proj.bias", "qkv_bias"
     )
-    query_norm: Float[Array, " head_dim"] | None = tensor("self_attn.q_norm.weight", when="qk_norm")
-    key_norm: Float[Array, " head_dim"] | None = tensor("self_attn.k_norm.weight", when="qk_norm")
+    query_norm: Float[Array, " head_dim"] | None = tensor("self_attn.q_norm.weight", "qk_norm")
+    key_norm: Float[Array, " head_dim"] | None = tensor("self_attn.k_norm.weight", "qk_norm")
     output: Float[Array, "embed heads head_dim"] = tensor("self_attn.o_proj.weight")
-    output_bias: Float[Array, " embed"] | None = tensor("self_attn.o_proj.bias", when="output_bias")
+    output_bias: Float[Array, " embed"] | None = tensor("self_attn.o_proj.bias", "output_bias")
     mlp_norm: Float[Array, " embed"] = tensor("post_attention_layernorm.weight")
     gate: Float[Array, "mlp embed"] = tensor("mlp.gate_proj.weight")
     up: Float[Array, "mlp embed"] = tensor("mlp.up_proj.weight")
     down: Float[Array, "embed mlp"] = tensor("mlp.down_proj.weight")
-    gate_bias: Float[Array, " mlp"] | None = tensor("mlp.gate_proj.bias", when="mlp_bias")
-    up_bias: Float[Array, " mlp"] | None = tensor("mlp.up_proj.bias", when="mlp_bias")
-    down_bias: Float[Array, " embed"] | None = tensor("mlp.down_proj.bias", when="mlp_bias")
+    gate_bias: Float[Array, " mlp"] | None = tensor("mlp.gate_proj.bias", "mlp_bias")
+    up_bias: Float[Array, " mlp"] | None = tensor("mlp.up_proj.bias", "mlp_bias")
+    down_bias: Float[Array, " embed"] | None = tensor("mlp.down_proj.bias", "mlp_bias")
 
 
 class Llama(LanguageModel):
@@ -227,9 +199,9 @@ class Llama(LanguageModel):
     embedding: Float[Array, "vocab embed"] = tensor("embed_tokens.weight")
     blocks: Block = tensor("layers.{}.")
     norm: Float[Array, " embed"] = tensor("norm.weight")
-    head: Float[Array, "vocab embed"] | None = tensor("lm_head.weight", when="untied")
+    head: Float[Array, "vocab embed"] | None = tensor("lm_head.weight", "untied")
 
-    def embed_input(self, rows: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def embed_input(self, rows: Hidden) -> Hidden:
         return rows
 
     def position_inputs(self, positions: Positions) -> tuple[PyTree, Int[Array, " layers"] | None]:
@@ -238,15 +210,7 @@ class Llama(LanguageModel):
             windows = jnp.array([size or 2**30 for size in self.config.windows])
         return self.config.rope.table(self.config.head_dim, positions), windows
 
-    def block(
-        self,
-        weights: Block,
-        x: Float[Array, "batch seq embed"],
-        positions: Positions,
-        position_inputs: PyTree,
-        layer: Int[Array, ""],
-        cache: Cache | None,
-    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
+    def block(self, weights: Block, x: Hidden, positions, position_inputs, layer, cache):
         w, eps = weights, self.config.norm_eps
         table, windows = position_inputs
         h = rms_norm(x, w.attention_norm, eps)
@@ -263,8 +227,8 @@ class Llama(LanguageModel):
         gate = linear("bse,me->bsm", h, w.gate, w.gate_bias)
         up = linear("bse,me->bsm", h, w.up, w.up_bias)
         activation = ACTIVATIONS[self.config.activation]
-        h = rematerialise(lambda gate, up: activation(gate) * up)(gate, up)
+        h = recompute(lambda gate, up: activation(gate) * up)(gate, up)
         return x + linear("bsm,em->bse", h, w.down, w.down_bias), cache
 
-    def final_norm(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def final_norm(self, x: Hidden) -> Hidden:
         return rms_norm(x, self.norm, self.config.norm_eps)

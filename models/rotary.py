@@ -13,28 +13,31 @@ from models.attention import Positions
 from models.hf_config import HFConfig
 from runtime.errors import UserError
 
-# The fields of each kind of rotary positions; those named here first must be given.
-REQUIRED = ("factor", "low_freq_factor", "high_freq_factor")
 YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-FIELDS: dict[str, tuple[str, ...]] = {
+FIELDS: dict[str, tuple[str, ...]] = {  # of each kind of rotary positions
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "llama3": REQUIRED,
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", *YARN),
 }
+ORIGINAL = "original_max_position_embeddings"
+Table = tuple[Float[Array, "#batch seq 1 half"], Float[Array, "#batch seq 1 half"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions. The fields beyond `theta` belong to the kinds that stretch them."""
+    """Rotary positions. The fields beyond `theta` belong to the kinds that stretch them.
+
+    Those that are 0 must be given to the kinds that have them.
+    """
 
     kind: str = "default"
     theta: float = 10000.0
-    factor: float = 1.0
     original: int = 0  # positions before stretching
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    factor: float = 0.0
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
@@ -46,10 +49,8 @@ class Rope:
         if self.theta <= 1:
             raise UserError(f"rope_theta must be above 1, found {self.theta}")
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            raise UserError(
-                f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor"
-                f" {self.high_freq_factor}"
-            )
+            high = f"high_freq_factor {self.high_freq_factor}"
+            raise UserError(f"low_freq_factor {self.low_freq_factor} must be below {high}")
 
     @classmethod
     def read(cls, settings: HFConfig, positions: int) -> "Rope":
@@ -62,9 +63,8 @@ class Rope:
             given = {field: value for field, value in given.items() if value is not None}
             for field, value in given.items():
                 if raw.get(field) not in (None, value):
-                    raise UserError(
-                        f"{field} is given twice, and {name} says {reprlib.repr(value)}"
-                    )
+                    what = reprlib.repr(value)
+                    raise UserError(f"{field} is given twice, and {name} says {what}")
             raw |= given
         rope = HFConfig(raw)
         kind = rope.get(["rope_type", "type"], str, "the kind of rotary positions", "default")
@@ -72,17 +72,13 @@ class Rope:
             raise UserError(f"rope_type = {kind!r} is not supported, only {', '.join(FIELDS)} are")
         values: dict[str, Any] = {"kind": kind, "theta": rope.number("rope_theta", 10000.0)}
         for name in FIELDS[kind]:
-            default = ... if name in REQUIRED else getattr(cls, name)
             read = rope.flag if name == "truncate" else rope.number
-            values[name] = read(name, default)
-        original = settings.count("original_max_position_embeddings", default=None)
-        inner = rope.count("original_max_position_embeddings", default=positions)
-        if kind in ("llama3", "yarn"):
-            values["original"] = original or inner
-        elif kind == "dynamic":
-            values["original"] = positions
+            default = getattr(cls, name)
+            values[name] = read(name, ... if default == 0 else default)
+        original = settings.count(ORIGINAL, default=rope.count(ORIGINAL, default=positions))
+        original = {"dynamic": positions, "llama3": original, "yarn": original}.get(kind, 0)
         rope.reject_unread(("finetuned",))  # how the checkpoint was made
-        return cls(**values)
+        return cls(original=original, **values)
 
     @property
     def longest(self) -> int:
@@ -94,25 +90,18 @@ class Rope:
         if self.kind == "default":
             return None
         fields = {name: getattr(self, name) for name in FIELDS[self.kind]}
-        scaling: dict[str, Any] = {"rope_type": self.kind}
-        scaling |= {name: value for name, value in fields.items() if value is not None}
         if self.kind in ("llama3", "yarn"):
-            scaling["original_max_position_embeddings"] = self.original
-        return scaling
+            fields[ORIGINAL] = self.original
+        given = {name: value for name, value in fields.items() if value is not None}
+        return {"rope_type": self.kind} | given
 
-    def table(
-        self, head_dim: int, positions: Positions
-    ) -> tuple[Float[Array, "#batch seq 1 half"], Float[Array, "#batch seq 1 half"]]:
+    def table(self, head_dim: int, positions: Positions) -> Table:
         """Cosine and sine of every position's angles, in float32."""
-        angles = positions.position[:, :, None].astype(jnp.float32) * self.frequencies(
-            head_dim, positions
-        )
-        scale = self.attention_scale()
+        frequencies, scale = self.frequencies(head_dim, positions), self.attention_scale()
+        angles = positions.position[:, :, None].astype(jnp.float32) * frequencies
         return scale * jnp.cos(angles)[:, :, None], scale * jnp.sin(angles)[:, :, None]
 
-    def frequencies(
-        self, head_dim: int, positions: Positions
-    ) -> np.ndarray | Float[Array, "#batch seq half"]:
+    def frequencies(self, head_dim: int, positions: Positions) -> Float[Any, "*rows half"]:
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
         plain = 1.0 / np.float32(self.theta) ** exponents
         if self.kind == "linear":
@@ -129,8 +118,11 @@ class Rope:
             short = np.clip((turns - low) / (high - low), 0, 1)
             return np.float32(short * plain + (1 - short) * plain / self.factor)
         if self.kind == "yarn":  # likewise, blended linearly over the dimensions
-            first = self.dimension(self.beta_fast, head_dim)
-            last = self.dimension(self.beta_slow, head_dim)
+            # The dimensions that turn this often over the original positions.
+            waves = [
+                self.original / (turns * 2 * math.pi) for turns in (self.beta_fast, self.beta_slow)
+            ]
+            first, last = (head_dim * math.log(wave) / (2 * math.log(self.theta)) for wave in waves)
             if self.truncate:
                 first, last = math.floor(first), math.ceil(last)
             first, last = max(first, 0), min(last, head_dim - 1)
@@ -139,28 +131,20 @@ class Rope:
             return np.float32((1 - long) * plain + long * plain / self.factor)
         return plain
 
-    def dimension(self, turns: float, head_dim: int) -> float:
-        """The dimension that turns this often over the original positions."""
-        wave = self.original / (turns * 2 * math.pi)
-        return head_dim * math.log(wave) / (2 * math.log(self.theta))
-
     def attention_scale(self) -> float:
         if self.kind != "yarn":
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
 
-        def scale(weight: float) -> float:
-            return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
-
+        growth = math.log(max(self.factor, 1.0))
         if self.mscale and self.mscale_all_dim:
-            return scale(self.mscale) / scale(self.mscale_all_dim)
-        return scale(1.0)
+            return (0.1 * self.mscale * growth + 1.0) / (0.1 * self.mscale_all_dim * growth + 1.0)
+        return 0.1 * growth + 1.0
 
 
 def rotate(
-    x: Float[Array, "batch seq some_heads head_dim"],
-    table: tuple[Float[Array, "#batch seq 1 half"], Float[Array, "#batch seq 1 half"]],
+    x: Float[Array, "batch seq some_heads head_dim"], table: Table
 ) -> Float[Array, "batch seq some_heads head_dim"]:
     """Turns each pair (i, i + head_dim / 2) by its angle, in float32."""
     cos, sin = table

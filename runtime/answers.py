@@ -5,30 +5,26 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtime import files
 from runtime.errors import UserError
+from runtime.files import Settings
 
-Settings = Mapping[str, Any]
 MAY_CHANGE = frozenset({"model", "prompts"})  # other names of the same files
-REMEDY = (
-    "; answers that are finished are kept: make room or give permission, and give the same command"
-    " again"
-)
+SIDECAR = ".settings.json"  # of a jsonl file, which holds records only
+REMEDY = "; finished answers are kept: make room or give permission, and repeat the command"
 
 
 def check_settings(out: Path, before: Settings | None, now: Settings) -> None:
     """Refuses to go on with, or to take for finished, what was written by other settings."""
     if before is None:
         raise UserError(f"{out} is there, and not from here: give another --out, or --no-resume")
-    if changed := files.changes(before, now, MAY_CHANGE):
-        raise UserError(
-            f"{out} was begun with other settings ({'; '.join(changed)}): give the same, another"
-            " --out, or --no-resume"
-        )
+    if changed := "; ".join(files.changes(before, now, MAY_CHANGE)):
+        remedy = "give the same, another --out, or --no-resume"
+        raise UserError(f"{out} was begun with other settings ({changed}): {remedy}")
 
 
 class Journal(contextlib.ExitStack):
@@ -41,39 +37,30 @@ class Journal(contextlib.ExitStack):
         super().__init__()
         self.path, self.lock = journal_path(out), out.with_name(f".{out.name}.lock")
         self.offsets: dict[tuple[int, int], int] = {}
-        try:
-            with files.disk_errors(self.path, REMEDY):
-                self.enter_context(files.lock(self.lock, out))
-                # Without a buffer, which closing would write again.
-                self.file = self.enter_context(self.path.open("a+b", buffering=0))
-            end = self._read(out, settings) if resume else 0
-            with files.disk_errors(self.path, REMEDY):
-                self.file.truncate(end)
-                if not end:
-                    self._append(settings)
-        except BaseException:
-            self.close()
-            raise
-
-    def _read(self, out: Path, settings: Settings) -> int:
-        """Notes where the answers are; returns where the last whole one ends."""
-        self.file.seek(0)
         end = 0
-        for line in self.file:
-            try:
-                record = json.loads(line)
-                if not line.endswith(b"\n"):
-                    break
-                if end:
-                    self.offsets[record["prompt"], record["sample"]] = end
-            except (ValueError, KeyError, TypeError):
-                break
+        with contextlib.ExitStack() as opened, files.disk_errors(self.path, REMEDY):
+            opened.enter_context(files.lock(self.lock, out))
+            # Without a buffer, which closing would write again.
+            self.file = opened.enter_context(self.path.open("ab", buffering=0))
+            with self.path.open("rb") as lines:
+                for line in lines if resume else ():
+                    try:
+                        record = json.loads(line)
+                        if not line.endswith(b"\n"):
+                            break
+                        if end:
+                            self.offsets[record["prompt"], record["sample"]] = end
+                    except (ValueError, KeyError, TypeError):
+                        break
+                    if not end:
+                        check_settings(out, record if isinstance(record, dict) else None, settings)
+                    end += len(line)
+            self.file.truncate(end)
             if not end:
-                check_settings(out, record if isinstance(record, dict) else None, settings)
-            end += len(line)
-        return end
+                self._append(settings)
+            self.push(opened.pop_all())
 
-    def _append(self, record: Mapping[str, Any]) -> None:
+    def _append(self, record: Settings) -> None:
         left = memoryview(json.dumps(record).encode() + b"\n")
         while left:
             left = left[self.file.write(left) :]
@@ -81,7 +68,7 @@ class Journal(contextlib.ExitStack):
     def __contains__(self, answer: tuple[int, int]) -> bool:
         return answer in self.offsets
 
-    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
         with files.disk_errors(self.path, REMEDY):
             for record in records:
                 self.offsets[record["prompt"], record["sample"]] = self.file.seek(0, os.SEEK_END)
@@ -89,9 +76,10 @@ class Journal(contextlib.ExitStack):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The answers by prompt and sample."""
-        for _, offset in sorted(self.offsets.items()):
-            self.file.seek(offset)
-            yield json.loads(self.file.readline())
+        with self.path.open("rb") as file:
+            for _, offset in sorted(self.offsets.items()):
+                file.seek(offset)
+                yield json.loads(file.readline())
 
     def remove(self) -> None:
         """Once its answers are in the data set."""
@@ -112,36 +100,26 @@ def schema(conversations: Sequence[Any]) -> Any:
         # Not all that fits into a column fits into a file.
         pyarrow.parquet.write_table(pyarrow.table({"messages": column}), io.BytesIO())
     except (pyarrow.ArrowException, OverflowError) as error:
-        raise UserError(
-            f"messages of these prompts do not fit into one column of .parquet ({error}): give"
-            " --out a name that ends in .jsonl"
-        ) from error
+        why = f"messages of these prompts do not fit into .parquet ({error})"
+        raise UserError(f"{why}: give --out a name that ends in .jsonl") from error
     columns = {"prompt": "string", "completion": "string", "messages": column.type}
     return pyarrow.schema([*columns.items(), ("finish_reason", "string"), ("n_tokens", "int32")])
 
 
 def save(out: Path, rows: Iterable[dict[str, Any]], columns: Any, settings: Settings) -> None:
-    """A data set that is there whole or not at all, with the settings in it or beside it.
-
-    `columns` are the `schema` of a parquet file.
-    """
+    """Writes a data set, whole or not at all, with the settings in it or beside it."""
     import pyarrow.parquet
 
     with files.atomic_write(out, REMEDY) as partial:
         if out.suffix == ".jsonl":
             with partial.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            files.write_json(sidecar(out), settings, REMEDY)
+            files.write_json(out.with_suffix(SIDECAR), settings, REMEDY)
             return
         columns, rows = columns.with_metadata({"generation": json.dumps(settings)}), iter(rows)
         with pyarrow.parquet.ParquetWriter(partial, columns) as file:
             while batch := list(itertools.islice(rows, 1024)):
                 file.write(pyarrow.Table.from_pylist(batch, columns))
-
-
-def sidecar(out: Path) -> Path:
-    """Where the settings of a jsonl file are, which holds records only."""
-    return out.with_suffix(".settings.json")
 
 
 def settings_of(out: Path) -> dict[str, Any] | None:
@@ -150,25 +128,10 @@ def settings_of(out: Path) -> dict[str, Any] | None:
 
     try:
         if out.suffix == ".jsonl":
-            return json.loads(sidecar(out).read_bytes())
+            return json.loads(out.with_suffix(SIDECAR).read_bytes())
         return json.loads(pyarrow.parquet.read_schema(out).metadata[b"generation"])
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
         return None
-
-
-CARD = """\
----
-configs:
-- config_name: default
-  data_files: {file}
----
-
-Written by {model} for the prompts of {prompts}.
-
-| setting | value |
-|---|---|
-{table}
-"""
 
 
 @contextlib.contextmanager
@@ -195,13 +158,16 @@ def upload(name: str, out: Path, settings: Settings) -> str:
     """Puts a data set on the hub, with a card where there is none; returns its address."""
     from huggingface_hub import CommitOperationAdd
 
-    file = f"train{out.suffix}"
-    table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
-    card = CARD.format(file=file, table=table, **{k: settings[k] for k in ("model", "prompts")})
+    file, model = f"train{out.suffix}", settings["model"]
+    card = ["---", "configs:", "- config_name: default", f"  data_files: {file}", "---", ""]
+    card += [f"Written by {model} for the prompts of {settings['prompts']}.", ""]
+    card += ["| setting | value |", "|---|---|"]
+    card += [f"| {key} | {value} |" for key, value in settings.items()]
     with _hub(name) as hub:
         operations = [CommitOperationAdd(file, str(out))]
         if not hub.file_exists(name, "README.md", repo_type="dataset"):
-            operations.append(CommitOperationAdd("README.md", card.encode()))
-        message = f"Text written by {settings['model']}"
-        hub.create_commit(name, operations, commit_message=message, repo_type="dataset")
+            operations.append(CommitOperationAdd("README.md", "\n".join([*card, ""]).encode()))
+        hub.create_commit(
+            name, operations, commit_message=f"Text written by {model}", repo_type="dataset"
+        )
         return f"{hub.endpoint}/datasets/{name}"

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,13 @@ FINISHED = re.compile(r"(\d+)(\.old)?")
 LEFTOVER = re.compile(r"\d+(\.old)?\.(orbax-checkpoint-tmp.*|removed)")
 
 
-class _Damaged(Exception):
-    """A checkpoint that cannot be trusted; its text says why."""
-
-
 def lock(folder: str | Path) -> contextlib.AbstractContextManager[None]:
     """Keeps other runs out of `folder`; the first process holds the lock for all."""
     first = jax.process_index() == 0
     return files.lock(Path(folder) / ".lock") if first else contextlib.nullcontext()
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """Writes checkpoints into `folder`, in the background, and keeps the newest `keep`.
 
     All processes of a run share the folder, and call this alike.
@@ -51,9 +48,6 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         _clean(self.folder)
         self._writer, self._writing = _writer(), None
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, kind, *_) -> None:
         try:
@@ -72,20 +66,17 @@ class Checkpoints:
             self.wait()
         except UserError as error:
             _warn(error)
-        arrays = _named(state)
-        sums = _checksums(arrays)
-        kinds = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
+        arrays, args = _named(state), _orbax().args
+        # One array after the other: XLA on CPU writes out the words of what it adds.
+        kinds = {key: [list(x.shape), x.dtype.name, int(checksum(x))] for key, x in arrays.items()}
         manifest = json.dumps({"step": step, "extra": extra, "arrays": kinds})
         self._writing = self.folder / str(step)
         if jax.process_index() == 0 and self._writing.exists():
             old = self._writing.with_name(f"{step}.old")
             shutil.rmtree(old, ignore_errors=True)
             self._writing.rename(old)
-        args = _orbax().args
-        parts = args.Composite(
-            arrays=args.PyTreeSave(arrays),
-            manifest=args.JsonSave({"text": manifest, "digest": _digest(manifest)}),
-        )
+        sealed = args.JsonSave({"text": manifest, "digest": _digest(manifest)})
+        parts = args.Composite(arrays=args.PyTreeSave(arrays), manifest=sealed)
         self._writer.save(self._writing, args=parts)
 
     def wait(self) -> None:
@@ -101,12 +92,16 @@ class Checkpoints:
             for _ in range(5):
                 _clean(self.folder)
                 time.sleep(0.1)
-            raise UserError(
-                f"the checkpoint {path} could not be written ({_reason(error)}), the ones"
-                " before are intact: free space there, or choose another folder"
-            ) from error
+            why = f"could not be written ({_reason(error)}), the ones before are intact"
+            remedy = "free space there, or choose another folder"
+            raise UserError(f"the checkpoint {path} {why}: {remedy}") from error
         if path is not None and jax.process_index() == 0:
-            _prune(self.folder, int(path.name), self.keep)
+            # Later ones are those of a run that was given up.
+            paths, step = _finished(self.folder), int(path.name)
+            newest = [x for x in paths if not x.suffix and int(x.name) <= step][: self.keep]
+            for other in set(paths) - set(newest):
+                other.rename(other.with_name(f"{other.name}.removed"))  # at once, for its readers
+            _clean(self.folder)
 
     def close(self) -> None:
         """As `wait`; nothing can be saved after it."""
@@ -114,15 +109,6 @@ class Checkpoints:
             self.wait()
         finally:
             self._writer.close()
-
-
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Removes what `step`, now whole, supersedes; later steps too, of a run that was given up."""
-    paths = _finished(folder)
-    newest = [path for path in paths if int(path.stem) <= step and not path.suffix][:keep]
-    for path in set(paths) - set(newest):
-        path.rename(path.with_name(f"{path.name}.removed"))  # no reader sees it half removed
-    _clean(folder)
 
 
 def _clean(folder: Path) -> None:
@@ -134,12 +120,9 @@ def _clean(folder: Path) -> None:
 
 def latest(folder: str | Path) -> int | None:
     """The step of the newest checkpoint whose manifest is whole; `None` if there was never any."""
-    paths = _finished(folder)
-    for path in paths:
-        with contextlib.suppress(_Damaged):
+    for path in _newest_first(folder):
+        with contextlib.suppress(ValueError):
             return _manifest(path)["step"]
-    if paths:
-        raise _none_whole(folder, len(paths))
     return None
 
 
@@ -148,21 +131,34 @@ def restore(folder: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any], i
 
     `like` is a state of arrays, real or abstract; the arrays restored go where its arrays are.
     """
-    paths = _finished(folder)
-    for path in paths:
+    leaves = _named(like)
+    wanted = {name: f"{leaf.dtype.name}{list(leaf.shape)}" for name, leaf in leaves.items()}
+    for path in _newest_first(folder):
+        reason = None
         try:
-            manifest, arrays = _read(path, like)
-        except _Damaged as reason:
-            _warn(f"the checkpoint {path} is damaged and skipped: {reason}")
+            manifest = _manifest(path)
+            kinds = {name: f"{x[1]}{x[0]}" for name, x in manifest["arrays"].items()}
+            for name in wanted | kinds:
+                if wanted.get(name) != kinds.get(name):
+                    misfit = f"{wanted.get(name, 'none')}, found {kinds.get(name, 'none')}"
+                    remedy = "continue with the model and optimizer it was made with"
+                    raise UserError(f"{path}: expected {name} to be {misfit}: {remedy}")
+            arrays = {name: _load(path, name, leaf) for name, leaf in leaves.items()}
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # no fault of the file's
+        except Exception as error:  # a broken file may raise anything
+            reason = _reason(error)
+        if not processes.allgather(reason is None).all():
+            reason = reason or "another process cannot read it"
         else:
-            state = jax.tree.unflatten(jax.tree.structure(like), arrays)
+            stored = manifest["arrays"]
+            wrong = [name for name, x in arrays.items() if int(checksum(x)) != stored[name][2]]
+            reason = f"the checksum of {wrong[0]} is wrong" if wrong else None
+        if reason is None:
+            state = jax.tree.unflatten(jax.tree.structure(like), arrays.values())
             return state, manifest["extra"], manifest["step"]
-    raise _none_whole(folder, len(paths))
-
-
-def _none_whole(folder: str | Path, count: int) -> UserError:
-    damaged = f"{count}, all damaged: put back a copy, or move them away to start anew"
-    return UserError(f"{folder}: expected a checkpoint, found {damaged if count else 'none'}")
+        _warn(f"the checkpoint {path} is damaged and skipped: {reason}")
+    raise UserError(f"{folder}: expected a checkpoint, found none")
 
 
 def _finished(folder: str | Path) -> list[Path]:
@@ -171,37 +167,28 @@ def _finished(folder: str | Path) -> list[Path]:
     return sorted(paths, key=lambda path: (int(path.stem), not path.suffix), reverse=True)
 
 
+def _newest_first(folder: str | Path) -> Iterator[Path]:
+    """The finished checkpoints; it is an error to ask on behind the last of them."""
+    yield from (paths := _finished(folder))
+    if paths:
+        damaged = f"found {len(paths)}, all damaged"
+        remedy = "put back a copy, or move them away to start anew"
+        raise UserError(f"{folder}: expected a checkpoint, {damaged}: {remedy}")
+
+
 def _manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; a `ValueError` where that cannot be trusted."""
     for entry in (path, *path.rglob("*")):
         if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-            raise _Damaged(f"{entry.name} is neither a file nor a folder")
+            raise ValueError(f"{entry.name} is neither a file nor a folder")
     try:
         stored = json.loads((path / "manifest" / "metadata").read_text())
         manifest = json.loads(stored["text"])
-        intact = _digest(stored["text"]) == stored["digest"] and manifest["step"] == int(path.stem)
+        if _digest(stored["text"]) != stored["digest"] or manifest["step"] != int(path.stem):
+            raise ValueError("it is not the one that was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _Damaged(f"no manifest can be read ({_reason(error)})") from error
-    if not intact:
-        raise _Damaged("its manifest is not the one that was written")
+        raise ValueError(f"no manifest can be read ({_reason(error)})") from error
     return manifest
-
-
-def _read(path: Path, like: PyTree) -> tuple[dict[str, Any], list[Array]]:
-    expected, reason = _named(like), None
-    try:
-        manifest = _manifest(path)
-        _check_fit(path, manifest["arrays"], expected)
-        arrays = {name: _load(path, name, leaf) for name, leaf in expected.items()}
-    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
-        raise  # no fault of the file's
-    except Exception as error:  # a broken file may raise anything
-        reason = _reason(error)
-    if not processes.allgather(reason is None).all():
-        raise _Damaged(reason or "another process cannot read it")
-    for name, checksum in _checksums(arrays).items():
-        if manifest["arrays"][name][2] != checksum:
-            raise _Damaged(f"the checksum of {name} is wrong")
-    return manifest, list(arrays.values())
 
 
 def _load(path: Path, name: str, like) -> Array:
@@ -220,30 +207,13 @@ def _load(path: Path, name: str, like) -> Array:
     )
 
 
-def _check_fit(path: Path, stored: dict[str, list], expected: dict[str, Any]) -> None:
-    have = {name: f"{dtype}{shape}" for name, (shape, dtype, _) in stored.items()}
-    want = {name: f"{leaf.dtype.name}{list(leaf.shape)}" for name, leaf in expected.items()}
-    for name in (*want, *have):
-        if want.get(name) != have.get(name):
-            raise UserError(
-                f"{path}: expected {name} to be {want.get(name, 'none')}, found"
-                f" {have.get(name, 'none')}: continue with the model and optimizer it was made"
-                " with, or choose another folder"
-            )
-
-
 def _named(state: PyTree) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
 
 
-def _checksums(arrays: dict[str, Array]) -> dict[str, int]:
-    """One array after the other: XLA on CPU writes out the words of what it adds."""
-    return {name: int(_checksum(array)) for name, array in arrays.items()}
-
-
 @jax.jit
-def _checksum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+def checksum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     """Of words and their positions in the whole array: the same however devices split it.
 
     A bijection mixes each word with its position, then all are added modulo 2^32. So a change

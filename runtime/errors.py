@@ -20,10 +20,7 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call `main`; a `UserError` ends the program with one line on stderr and exit status 2.
-
-    So does Ctrl-C, with status 130.
-    """
+    """Calls `main`; a `UserError` ends the program with one line and status 2, Ctrl-C with 130."""
     try:
         main()
     except UserError as error:
@@ -41,10 +38,7 @@ def tell(error: UserError) -> None:
 
 
 class Constraint(NamedTuple):
-    """What a value must be beside its type, said where its field is: `Annotated[float, above(0)]`.
-
-    `--help` shows the words, and `check` refuses what does not hold.
-    """
+    """What a field must be, as `Annotated[float, above(0)]`; `--help` shows the words."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -66,8 +60,10 @@ def below(low: float | int, high: float | int) -> Constraint:
     return Constraint(f"from {low:g} to below {high:g}", lambda x: low <= x < high)
 
 
+SEED = Constraint("from 0 to 2^63 - 1", lambda seed: 0 <= seed < 2**63)
+
+
 def constraints(kind: type) -> dict[str, Constraint]:
-    """Those of a dataclass, by the names of its fields."""
     hints = typing.get_type_hints(kind, include_extras=True).items()
     extras = [(name, extra) for name, hint in hints for extra in getattr(hint, "__metadata__", ())]
     return {name: extra for name, extra in extras if isinstance(extra, Constraint)}
@@ -83,16 +79,19 @@ def check(config: object, prefix: str = "--") -> None:
 
 
 def cli(Config: type[T], args: Sequence[str] | None = None, **options: Any) -> T:
-    """A `Config`, a dataclass whose every field is a flag, from `args` or the command line.
-
-    Whatever is wrong with them is a `UserError`. `prog` and `description` are tyro's `options`.
-    """
+    """A `Config`, a dataclass whose every field is a flag, from `args` or the command line."""
     import tyro
 
     args = sys.argv[1:] if args is None else list(args)
     registry = tyro.constructors.ConstructorRegistry()
     registry.struct_rule(_with_constraints)
-    _refuse_repeated(args)
+    given: dict[str, str] = {}
+    before = itertools.takewhile(lambda arg: arg != "--", args)
+    for flag in (arg.partition("=")[0] for arg in before if arg.startswith("--")):
+        name = re.sub(r"^--(.*\.)?no-", r"--\1", flag.replace("_", "-"))  # `--no-x` sets `--x` too
+        if first := given.get(name):  # tyro would silently keep the last
+            raise UserError(f"{name} is given twice ({first} and {flag}): keep one of the two")
+        given[name] = flag
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), registry:
@@ -112,27 +111,13 @@ def _with_constraints(info: Any) -> Any:
     if Constraint in info.markers or not dataclasses.is_dataclass(info.type):
         return None  # tyro's own rule for dataclasses reads it
     info = dataclasses.replace(info, markers=(*info.markers, Constraint))
-    spec, limits = ConstructorRegistry.get_struct_spec(info), constraints(info.type)
-
-    def helped(field: Any) -> Any:
-        if field.name not in limits:
-            return field
+    spec, limits, fields = ConstructorRegistry.get_struct_spec(info), constraints(info.type), []
+    for field in spec.fields:
         text = (field.helptext() if callable(field.helptext) else field.helptext) or ""
-        words = f"{text} Must be {limits[field.name].words}."
-        return dataclasses.replace(field, helptext=words.strip())
-
-    return dataclasses.replace(spec, fields=tuple(map(helped, spec.fields)))
-
-
-def _refuse_repeated(args: Sequence[str]) -> None:
-    """tyro alone would silently keep the last."""
-    given: dict[str, str] = {}
-    before = itertools.takewhile(lambda arg: arg != "--", args)
-    for flag in (arg.partition("=")[0] for arg in before if arg.startswith("--")):
-        name = re.sub(r"^--(.*\.)?no-", r"--\1", flag.replace("_", "-"))  # `--no-x` sets `--x` too
-        if first := given.get(name):
-            raise UserError(f"{name} is given twice ({first} and {flag}): keep one of the two")
-        given[name] = flag
+        if limit := limits.get(field.name):
+            text += f" Must be {limit.words}."
+        fields.append(dataclasses.replace(field, helptext=" ".join(text.split())))
+    return dataclasses.replace(spec, fields=tuple(fields))
 
 
 def _refusal(printed: str, args: Sequence[str]) -> str:

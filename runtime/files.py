@@ -1,8 +1,6 @@
 """Files and folders that are there whole or not at all, and what is read back of them.
 
-Everything here may be used by every room: writing (`atomic_write`, `atomic_folder`, `write_json`),
-reading (`read_json`, `check_links`, `printable`), digests, locks, and `RunFolder`, a folder that
-knows the settings that made it.
+In this order: writing, reading what may come from a stranger, digests, a lock, changed settings.
 """
 
 import contextlib
@@ -13,12 +11,14 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
 
+Settings = Mapping[str, Any]
+RESTORE = ": restore it, or begin anew with --no-resume"
 RESUME = ": make room or give permission; the same command goes on from what was saved"
 
 
@@ -35,13 +35,24 @@ def disk_errors(path: Path, remedy: str = RESUME) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_write(path: Path, remedy: str = RESUME) -> Iterator[Path]:
     """Yields the path of a partial file, which replaces `path` when the body ends well."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     with disk_errors(path, remedy):
         try:
+            shutil.rmtree(partial, ignore_errors=True)
             yield partial
-            _sync(partial)
+            for written in (partial, *partial.rglob("*")):
+                if written.is_file():  # a crash of the system could leave it empty otherwise
+                    with open(written, "rb") as file:
+                        os.fsync(file)
+            if partial.is_dir() and path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.replace(old)
             partial.replace(path)
         finally:
+            if old.exists() and not path.exists():
+                old.replace(path)
+            for leftover in (old, partial):
+                shutil.rmtree(leftover, ignore_errors=True)
             partial.unlink(missing_ok=True)
 
 
@@ -51,59 +62,30 @@ def atomic_folder(folder: Path, remedy: str = RESUME) -> Iterator[Path]:
 
     The caller decides whether what is there may be replaced, and lets nobody else write it.
     """
-    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
-    with disk_errors(folder, remedy):
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            yield partial
-            for path in partial.iterdir():
-                _sync(path)
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
-                folder.rename(old)
-            partial.rename(folder)
-        finally:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-            shutil.rmtree(partial, ignore_errors=True)
+    with atomic_write(folder, remedy) as partial:
+        partial.mkdir(parents=True)
+        yield partial
 
 
-def _sync(path: Path) -> None:
-    """Without it a crash of the system could leave an empty file under the final name."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def write_json(
-    path: Path, content: Mapping[str, Any], remedy: str = RESUME, *, sort_keys: bool = False
-) -> None:
+def write_json(path: Path, content: Settings, remedy: str = RESUME) -> None:
     """Writes a file that is there whole or not at all."""
     with atomic_write(path, remedy) as partial:
-        text = json.dumps(content, indent=2, sort_keys=sort_keys)
-        partial.write_text(f"{text}\n", encoding="utf-8")
+        partial.write_text(f"{json.dumps(content, indent=2)}\n", encoding="utf-8")
 
 
-def read_json(
-    path: Path, remedy: str = ": restore it, or begin anew with --no-resume"
-) -> dict[str, Any]:
+def read_json(path: Path, remedy: str = RESTORE) -> dict[str, Any]:
     """Reads the JSON object in a file; a `UserError` says what is wrong with it, and `remedy`."""
     try:
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "no regular file")  # reading a pipe would never end
-        content = json.loads(path.read_bytes())
+        if isinstance(content := json.loads(path.read_bytes()), dict):
+            return content
         why = "no JSON object"
     except OSError as error:
-        content, why = None, error.strerror
+        why = error.strerror
     except (ValueError, RecursionError) as error:
-        content, why = None, f"not valid JSON, {error}"
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged ({printable(why)}){remedy}")
-    return content
+        why = f"not valid JSON, {error}"
+    raise UserError(f"{path} is damaged ({printable(why)}){remedy}")
 
 
 def check_links(folder: Path, paths: Iterable[Path]) -> None:
@@ -146,8 +128,7 @@ def file_digest(path: Path) -> str:
 def lock(path: Path, guarded: Path | None = None, *, wait: bool = False) -> Iterator[None]:
     """Holds the lock file `path`, which the system releases however the process ends.
 
-    Where another process holds it, this waits, or raises a `UserError` that names what is
-    `guarded`, by default the folder.
+    Where another process holds it, this waits, or refuses what is `guarded`: the folder, if None.
     """
     import filelock
 
@@ -156,10 +137,8 @@ def lock(path: Path, guarded: Path | None = None, *, wait: bool = False) -> Iter
     try:
         held.acquire()
     except filelock.Timeout:
-        raise UserError(
-            f"{guarded or path.parent} is in use by another run: wait for its end, or choose"
-            " another name"
-        ) from None
+        what, remedy = guarded or path.parent, "wait for its end, or choose another name"
+        raise UserError(f"{what} is in use by another run: {remedy}") from None
     except OSError as error:  # filelock itself knows file systems without flock
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
@@ -169,70 +148,47 @@ def lock(path: Path, guarded: Path | None = None, *, wait: bool = False) -> Iter
         held.release()
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names, spelled as flags are: `a.b-c`."""
-    names: dict[str, Any] = {}
-    for name, value in settings.items():
-        name = prefix + name.replace("_", "-")
-        names |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return names
-
-
-def changes(
-    before: Mapping[str, Any],
-    now: Mapping[str, Any],
-    may_change: frozenset[str] = frozenset(),
-    prefix: str = "",
-) -> list[str]:
+def changes(before: Settings, now: Settings, may_change: Set[str], prefix: str = "") -> list[str]:
     """How settings differ, a line each; `may_change` names single ones or groups (`a` of `a.b`)."""
-    before, now = flat(before, prefix), flat(now, prefix)
+
+    def flat(settings: Settings, group: str) -> Iterator[tuple[str, Any]]:
+        """Nested settings by dotted names, spelled as flags are: `a.b-c`."""
+        for name, value in settings.items():
+            name = group + name.replace("_", "-")
+            yield from flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+
+    old = dict(flat(before, prefix))
     return [
-        f"{name} was {before.get(name)}, is {value}"
-        for name, value in now.items()
-        if before.get(name) != value and not may_change & {name, name.partition(".")[0]}
+        f"{name} was {old.get(name)}, is {value}"
+        for name, value in flat(now, prefix)
+        if old.get(name) != value and not may_change & {name, name.partition(".")[0]}
     ]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """A folder and the settings that make what is in it; a manifest there remembers them."""
+    """The folder of a run and its settings, which a file in it remembers."""
 
     path: Path
-    settings: Mapping[str, Any]
+    settings: Settings
     """As JSON returns them: lists, not tuples."""
-    may_change: frozenset[str] = frozenset()
-    manifest: str = "config.json"
-    prefix: str = ""
-    """Of the names of settings: "--" spells them as flags."""
+    may_change: Set[str]
 
     def previous(self) -> dict[str, Any] | None:
         """The settings that made what is there; None where nothing is."""
-        path = self.path / self.manifest
+        path = self.path / "config.json"
         return read_json(path) if path.exists() else None
 
     def changed(self) -> list[str]:
-        """The settings that may not change and did, a line each."""
+        """The flags that may not change and did, a line each."""
         previous = self.previous()
-        return (
-            []
-            if previous is None
-            else changes(previous, self.settings, self.may_change, self.prefix)
-        )
-
-    def check(self, remedy: str, *more: str) -> None:
-        """Refuses a folder that other settings, or `more` changes that the caller knows, made."""
-        if changed := [*self.changed(), *more]:
-            raise UserError(f"{self.path} has other settings ({'; '.join(changed)}): {remedy}")
+        before = self.settings if previous is None else previous
+        return changes(before, self.settings, self.may_change, "--")
 
     def write(self) -> None:
-        write_json(self.path / self.manifest, self.settings)
-
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        return lock(self.path / ".lock")
+        write_json(self.path / "config.json", self.settings)
 
     def set_aside(self) -> Path:
         """Renames the folder to the first free `<path>.<number>`."""
         names = (self.path.with_name(f"{self.path.name}.{i}") for i in itertools.count(1))
-        free = next(path for path in names if not path.exists())
-        self.path.rename(free)
-        return free
+        return self.path.rename(next(path for path in names if not path.exists()))

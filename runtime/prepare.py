@@ -138,7 +138,7 @@ def make_folder(config: Config) -> files.RunFolder:
         with files.disk_errors(folder.path, ": give another --out"):
             folder.path.mkdir(parents=True, exist_ok=True)
             if not config.resume and folder.previous() is not None:
-                with folder.lock():
+                with checkpoint.lock(folder.path):
                     aside = folder.set_aside()
                 folder.path.mkdir()
                 report.say(f"the run that was in {folder.path} is in {aside} now")
@@ -156,8 +156,9 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
         write_config(folder)
         return None
     if changed and not config.resume_anyway:
-        folder.check(
-            "give the same, another --out, --no-resume, or --resume-anyway to go on with these"
+        raise UserError(
+            f"{folder.path} has other settings ({'; '.join(changed)}): give the same, another"
+            " --out, --no-resume, or --resume-anyway to go on with these"
         )
     if changed:
         report.say(f"continued anyway: {'; '.join(changed)}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Int, UInt8
+from jaxtyping import Float32, Int, Shaped, UInt8
 
 import data
 import losses
@@ -26,15 +26,13 @@ from runtime.errors import UserError
 
 VERSION = 1
 MANIFEST, INDEX = "targets.json", "windows"
-MAY_CHANGE = frozenset({"digest", "teacher-name", "data-flags", "shard", "index"})
+MAY_CHANGE = frozenset({"teacher-name", "data-flags", "shard"})
 SHARD = 1 << 28  # bytes
 ROWS = 1 << 16  # rows whose windows are looked up at once
 SIGNALS = {"top-k": losses.TopK, "draws": losses.SampledTargets}
 
+Values = Float32[np.ndarray, "..."]
 Data = data.Config  # a field of a config hides the module it is named after
-
-
-# ---- numbers as bits -----------------------------------------------------------------------------
 
 
 def pack(values: Int[np.ndarray, "rows n"], width: int) -> UInt8[np.ndarray, "rows bytes"]:
@@ -45,16 +43,12 @@ def pack(values: Int[np.ndarray, "rows n"], width: int) -> UInt8[np.ndarray, "ro
     return np.packbits(bits.reshape(len(values), -1), axis=1, bitorder="little")
 
 
-def unpack(
-    packed: UInt8[np.ndarray, "rows bytes"], width: int, n: int
-) -> Int[np.ndarray, "rows {n}"]:
+def unpack(x: UInt8[np.ndarray, "rows bytes"], width: int, n: int) -> Int[np.ndarray, "rows n"]:
     """The first `n` numbers of each row of what `pack` returned."""
-    bits = np.unpackbits(packed, axis=1, count=n * width, bitorder="little")
-    words = np.zeros((len(packed), n, 4), np.uint8)
-    words[..., : -(-width // 8)] = np.packbits(
-        bits.reshape(len(packed), n, width), axis=2, bitorder="little"
-    )
-    return words.view("<i4")[..., 0].astype(np.int32)
+    bits = np.unpackbits(x, axis=1, count=n * width, bitorder="little").reshape(len(x), n, width)
+    words = np.zeros((len(x), n, 4), np.uint8)
+    words[..., : -(-width // 8)] = np.packbits(bits, axis=2, bitorder="little")
+    return words.view("<i4")[..., 0]
 
 
 # A log-probability as a byte: the square of the byte, finer where there is more probability.
@@ -62,9 +56,7 @@ LEVELS, SPAN = 254, 32.0  # what is below exp(-32) is raised to it; 255 is no pr
 DECODED = np.append(-SPAN * (np.arange(255) / LEVELS) ** 2, -np.inf).astype(np.float32)
 
 
-def encode(
-    log_p: Float32[np.ndarray, "..."], u: Float32[np.ndarray, "..."] | None = None
-) -> UInt8[np.ndarray, "..."]:
+def encode(log_p: Values, u: Values | None = None) -> UInt8[np.ndarray, "..."]:
     """The nearest byte; with `u`, uniform in [0, 1), a neighbour that preserves the mean of p.
 
     It is monotone for one `u`: of numbers rounded with the same, the largest stays the largest.
@@ -79,29 +71,26 @@ def encode(
     return np.where(log_p == -np.inf, 255, code).astype(np.uint8)
 
 
-# ---- a folder of targets -------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Targets:
-    """A folder of targets; its manifest holds all of this but the folder and the windows."""
+    """A folder of targets; its manifest holds all of this but the folder and the windows.
+
+    `teacher`, `tokenizer` and `data` are fingerprints, the last of the tokens and of where each
+    source starts and stops; `dtype` is what the teacher computed in.
+    """
 
     folder: Path
     windows: Int[np.ndarray, " windows"]
     """The numbers of the windows that are kept, ascending."""
     teacher: str
-    """Fingerprint of the model."""
     teacher_name: str
     tokenizer: str
-    """Fingerprint."""
     data: str
-    """Fingerprint of the tokens, and of where each source starts and stops."""
     data_flags: dict[str, Any]
     seq_len: int
     vocab: int
     temperature: float
     dtype: str
-    """What the teacher computed in."""
     kind: Literal["top-k", "draws"]
     entries: int
     values: Literal["packed", "float32"]
@@ -131,33 +120,35 @@ class Targets:
         return max(1, (self.vocab - 1).bit_length())
 
     @property
-    def id_bytes(self) -> int:
-        return -(-self.seq_len * self.entries // 8) * self.width
+    def record(self) -> np.dtype:
+        """What is on disk for a window."""
+        ids, shape = -(-self.seq_len * self.entries // 8), (self.seq_len, self.entries + 1)
+        value = {"packed": "u1", "float32": "<f4"}[self.values]
+        fields = [("ids", "u1", ids * self.width), ("values", value, shape), ("checksum", "<u4")]
+        return np.dtype(fields)
 
     @property
-    def record(self) -> int:
-        """Bytes of a window."""
-        size = {"packed": 1, "float32": 4}[self.values]
-        return self.id_bytes + self.seq_len * (self.entries + 1) * size + 4
-
-    @property
-    def shards(self) -> int:
-        return -(-len(self.windows) // self.shard)
+    def shards(self) -> range:
+        return range(-(-len(self.windows) // self.shard))
 
     def path(self, shard: int) -> Path:
         return self.folder / f"{shard:05}.targets"
 
-    def size(self, shard: int) -> int:
-        """Bytes of a whole shard."""
-        return min(self.shard, len(self.windows) - shard * self.shard) * self.record
+    def positions(self, shard: int) -> range:
+        """Which of the records a shard holds."""
+        return range(len(self.windows))[shard * self.shard :][: self.shard]
 
-    def checksum(self, content: UInt8[np.ndarray, " bytes"], window: int) -> bytes:
+    def is_whole(self, shard: int) -> bool:
+        path, size = self.path(shard), len(self.positions(shard)) * self.record.itemsize
+        return path.exists() and path.stat().st_size == size
+
+    def checksum(self, record: bytes, window: int) -> int:
         """The checksum of a record, which holds at no other place and in no other targets."""
-        seed = zlib.crc32(f"{self.digest} {window}".encode())
-        return zlib.crc32(content, seed).to_bytes(4, "little")
+        return zlib.crc32(record[:-4], zlib.crc32(f"{self.digest} {window}".encode()))
 
-    def is_intact(self, record: UInt8[np.ndarray, " bytes"], window: int) -> bool:
-        return record[-4:].tobytes() == self.checksum(record[:-4], window)
+    def is_intact(self, record: bytes, window: int) -> bool:
+        is_whole = len(record) == self.record.itemsize
+        return is_whole and record[-4:] == self.checksum(record, window).to_bytes(4, "little")
 
 
 def windows_digest(corpus: data.Corpus) -> str:
@@ -177,87 +168,65 @@ def load(folder: Path | str, *, unfinished: bool = False) -> Targets:
     manifest.pop("version", None)  # the digest knows it
     try:
         digest, listed = manifest.pop("digest"), index.read_bytes()
-        targets = Targets(folder, np.frombuffer(listed, "<i8").astype(np.int64), **manifest)
-        altered = zlib.crc32(listed) != targets.index or digest != targets.digest
+        targets = Targets(folder, np.frombuffer(listed, "<i8"), **manifest)
+        intact = (zlib.crc32(listed), digest) == (targets.index, targets.digest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        altered = True
-    if altered:
-        raise UserError(
-            f"{path}: it or {INDEX} beside it was altered, or another version wrote it: restore"
-            " them, or make anew"
-        )
-    for shard in range(0 if unfinished else targets.shards):
-        path, expected = targets.path(shard), targets.size(shard)
-        size = path.stat().st_size if path.exists() else 0
-        if size != expected:
-            raise UserError(
-                f"{path}: a shard of {expected} bytes was expected, found {size or 'none'}: the"
-                " same command of targets.py that began these targets finishes them"
-            )
+        intact = False
+    if not intact:
+        why = f"it or {INDEX} beside it was altered, or another version wrote it"
+        raise UserError(f"{path}: {why}: restore them, or make anew")
+    for shard in () if unfinished else targets.shards:
+        if not targets.is_whole(shard):
+            remedy = "the same command of targets.py that began these targets finishes them"
+            raise UserError(f"{targets.path(shard)}: it is not whole: {remedy}")
     return targets
 
 
 def open_or_create(targets: Targets) -> Targets:
     """The targets that are in the folder already, made by the same settings, or these."""
     folder = targets.folder
-    settings = targets.manifest | {"digest": targets.digest}
-    run = files.RunFolder(folder, settings, MAY_CHANGE, MANIFEST)
     if (folder / MANIFEST).exists():
-        previous, more = load(folder, unfinished=True), ()
-        if previous.index != targets.index:
-            more = (f"of {len(previous.windows)} windows, now {len(targets.windows)}",)
-        run.check("give the same flags, or another --out", *more)
+        previous = load(folder, unfinished=True)
+        before, now = (x.manifest | {"windows": len(x.windows)} for x in (previous, targets))
+        if changed := "; ".join(files.changes(before, now, MAY_CHANGE)):
+            remedy = "give the same flags, or another --out"
+            raise UserError(f"{folder} has other settings ({changed}): {remedy}")
         return previous
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).write_bytes(targets.windows.astype("<i8").tobytes())
-    run.write()
+    files.write_json(folder / MANIFEST, targets.manifest | {"digest": targets.digest})
     return targets
 
 
 def check(
-    targets: Targets,
-    corpus: data.Corpus,
-    loss: losses.Config,
-    *,
-    tokenizer: Path,
-    vocab: int,
-    rows: int,
-    teacher: Path | None = None,
-) -> None:
+    targets: Targets, corpus: data.Corpus, loss: losses.Config, *,
+    tokenizer: Path, vocab: int, rows: int, teacher: Path | None = None,
+) -> None:  # fmt: skip
     """Refuses targets that are not what a run of `rows` windows would have asked its teacher."""
     model = targets.teacher if teacher is None else models.fingerprint(teacher)
     tokens, windows = text.load_tokenizer(tokenizer).fingerprint, windows_digest(corpus)
     name, source = targets.teacher_name, " ".join(targets.data_config.source)
-    heat = f"{loss.temperature:g}"
-    if loss.temperature_end is not None:
-        heat += f" to {loss.temperature_end:g}"
+    end = "" if loss.temperature_end is None else f" to {loss.temperature_end:g}"
+    heat = f"{loss.temperature:g}{end}"
+    unbiased = "forward_kl" if targets.kind == "draws" else loss.divergence
+    # What the value is of and the value, as the targets have it and as the run has it.
     sides = [
-        (model == targets.teacher, f"the teacher {name} ({targets.teacher[:8]})",
-         f"{teacher} ({model[:8]})"),
-        (tokens == targets.tokenizer, f"the tokenizer of {name} ({targets.tokenizer[:8]})",
-         f"that of {tokenizer} ({tokens[:8]})"),
-        (vocab == targets.vocab, f"{targets.vocab} tokens", f"a student with {vocab}"),
-        (corpus.seq_len == targets.seq_len, f"windows of {targets.seq_len}",
-         f"--seq-len {corpus.seq_len}"),
-        (windows == targets.data, f"the text of {source} ({targets.data[:8]})",
-         f"--data flags that give another ({windows[:8]})"),
-        (heat == f"{targets.temperature:g}", f"temperature {targets.temperature:g}",
-         f"--loss.temperature {heat}"),
-        (targets.kind == "top-k" or loss.divergence == "forward_kl",
-         "forward_kl, the one that draws are unbiased for", f"--loss.divergence {loss.divergence}"),
-    ]  # fmt: skip
-    for equal, theirs, ours in sides:
-        if not equal:
-            raise UserError(
-                f"{targets.folder}: these targets are for {theirs}, but this run has {ours}: give"
-                " the same, or make others with targets.py"
-            )
+        (f"the teacher {name}", targets.teacher, teacher, model),
+        (f"the tokenizer of {name}", targets.tokenizer, f"that of {tokenizer}", tokens),
+        ("a vocabulary of", targets.vocab, "one of", vocab),
+        ("windows of", targets.seq_len, "--seq-len", corpus.seq_len),
+        (f"the text of {source}", targets.data, "--data flags that give another", windows),
+        ("temperature", f"{targets.temperature:g}", "--loss.temperature", heat),
+        ("draws, unbiased for", unbiased, "--loss.divergence", loss.divergence),
+    ]
+    for theirs, expected, ours, value in sides:
+        if value != expected:
+            misfit = f"these targets are for {theirs} {expected}, but this run has {ours} {value}"
+            remedy = "give the same, or make others with targets.py"
+            raise UserError(f"{targets.folder}: {misfit}: {remedy}")
     if len(targets.windows) < corpus.windows:
         for step in range(-(-rows // ROWS)):
             _positions(targets, data.windows(corpus, step, ROWS)[: rows - step * ROWS])
-
-
-# ---- reading and writing -------------------------------------------------------------------------
 
 
 def _positions(targets: Targets, windows: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
@@ -265,61 +234,49 @@ def _positions(targets: Targets, windows: Int[np.ndarray, " rows"]) -> Int[np.nd
     positions = np.searchsorted(targets.windows, windows)
     known = np.append(targets.windows, -1)[positions] == windows
     if not known.all():
-        raise UserError(
-            f"{targets.folder}: window {windows[~known][0]} is not among the {len(targets.windows)}"
-            " kept: a run of the --steps, --batch-size and --seed they were made for reads those,"
-            " and targets.py without --steps keeps all"
-        )
+        why = f"window {windows[~known][0]} is not among the {len(targets.windows)} kept"
+        remedy = "make them for this run's --steps, --batch-size and --seed, or without --steps"
+        raise UserError(f"{targets.folder}: {why}: {remedy}")
     return positions
 
 
 def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> losses.Targets:
     """What the teacher says of these windows."""
-    rows = np.empty((len(windows), targets.record), np.uint8)
-    positions = _positions(targets, windows)
-    for record, window, position in zip(rows, windows.tolist(), positions.tolist(), strict=True):
-        shard, i = divmod(position, targets.shard)
-        path = targets.path(shard)
+    rows, size, positions = [], targets.record.itemsize, _positions(targets, windows).tolist()
+    for window, position in zip(windows.tolist(), positions, strict=True):
+        path, i = targets.path(position // targets.shard), position % targets.shard
         try:
-            with open(path, "rb", buffering=0) as file:
-                size = os.preadv(file.fileno(), [record], i * targets.record)
+            rows.append(np.fromfile(path, np.uint8, size, offset=i * size).tobytes())
         except OSError as error:
             raise UserError(f"{path}: cannot be read, {error.strerror}") from None
-        if size != targets.record or not targets.is_intact(record, window):
-            raise UserError(
-                f"{path}: the targets of window {window} were altered: remove the file, and the"
-                " command that made it makes it anew"
-            )
-    shape = (len(windows), targets.seq_len, targets.entries)
-    ids = unpack(rows[:, : targets.id_bytes], targets.width, math.prod(shape[1:]))
-    values = rows[:, targets.id_bytes : -4].reshape(len(windows), targets.seq_len, -1)
-    if targets.values == "float32":
-        values = values.view("<f4").astype(np.float32)
-    else:
-        values = DECODED[values]
-        if targets.kind == "top-k":  # a distribution again
-            values -= np.log(np.exp(values).sum(-1, keepdims=True))
-    return SIGNALS[targets.kind](ids.reshape(shape), values[..., :-1], values[..., -1])
+        if not targets.is_intact(rows[-1], window):
+            remedy = "remove the file, and the command that made it makes it anew"
+            raise UserError(f"{path}: the targets of window {window} were altered: {remedy}")
+    rows, shape = np.frombuffer(b"".join(rows), targets.record), (targets.seq_len, targets.entries)
+    ids = unpack(rows["ids"], targets.width, math.prod(shape)).reshape(-1, *shape)
+    packed, values = targets.values == "packed", rows["values"]
+    values = DECODED[values] if packed else values.astype(np.float32)
+    if packed and targets.kind == "top-k":  # a distribution again
+        values -= np.log(np.exp(values).sum(-1, keepdims=True))
+    return SIGNALS[targets.kind](ids, values[..., :-1], values[..., -1])
 
 
 def records(
     targets: Targets, signal: losses.Targets, windows: Int[np.ndarray, " rows"]
-) -> UInt8[np.ndarray, "rows bytes"]:
+) -> Shaped[np.ndarray, " rows"]:
     """What is on disk for these windows."""
+    rows, numbers = np.zeros(len(windows), targets.record), windows.tolist()
     values = np.concatenate([signal.log_probs, signal.rest[..., None]], -1)
     if targets.values == "packed":
         u = None
         if targets.kind == "draws":  # one for all of a token, so that max(p, rest) has no bias
-            rngs = (np.random.default_rng([targets.seed, window]) for window in windows.tolist())
+            rngs = [np.random.default_rng([targets.seed, window]) for window in numbers]
             u = np.stack([rng.random((targets.seq_len, 1), np.float32) for rng in rngs])
         values = encode(values, u)
-    values = values.reshape(len(windows), -1)
-    values = values.astype(values.dtype.newbyteorder("<"), copy=False).view(np.uint8)
-    ids = pack(signal.ids.reshape(len(windows), -1), targets.width)
-    content = np.concatenate([ids, values], 1)
-    sums = map(targets.checksum, content, windows.tolist())
-    sums = np.frombuffer(b"".join(sums), np.uint8).reshape(-1, 4)
-    return np.concatenate([content, sums], 1)
+    rows["ids"], rows["values"] = pack(signal.ids.reshape(len(rows), -1), targets.width), values
+    content = [row.tobytes() for row in rows]
+    rows["checksum"] = list(map(targets.checksum, content, numbers))
+    return rows
 
 
 def unwritten(targets: Targets, index: int = 0, count: int = 1) -> Int[np.ndarray, " records"]:
@@ -327,22 +284,21 @@ def unwritten(targets: Targets, index: int = 0, count: int = 1) -> Int[np.ndarra
 
     Whatever follows the last whole record of an unfinished shard is cut off.
     """
-    positions = [np.arange(0)]
-    for shard in range(index, targets.shards, count):
-        path, first = targets.path(shard), shard * targets.shard
-        stop = min(first + targets.shard, len(targets.windows))
-        if path.exists() and path.stat().st_size == targets.size(shard):
-            continue
-        with open(path, "ab+") as file:
+    todo, size = [np.arange(0)], targets.record.itemsize
+    for shard in targets.shards[index::count]:
+        positions, written = targets.positions(shard), 0
+        with open(targets.path(shard), "ab+") as file:
+            file.seek((len(positions) - 1) * size)
+            if targets.is_intact(file.read(size + 1), int(targets.windows[positions[-1]])):
+                continue  # with nothing behind its last record
             file.seek(0)
-            for position in range(first, stop):
-                record = np.frombuffer(file.read(targets.record), np.uint8)
-                window = int(targets.windows[position])
-                if len(record) < targets.record or not targets.is_intact(record, window):
+            for position in positions:
+                if not targets.is_intact(file.read(size), int(targets.windows[position])):
                     break
-            file.truncate((position - first) * targets.record)
-        positions.append(np.arange(position, stop))
-    return np.concatenate(positions)
+                written += 1
+            file.truncate(written * size)
+        todo.append(np.array(positions[written:], int))
+    return np.concatenate(todo)
 
 
 def append(targets: Targets, signal: losses.Targets, positions: Int[np.ndarray, " rows"]) -> None:
@@ -352,6 +308,6 @@ def append(targets: Targets, signal: losses.Targets, positions: Int[np.ndarray, 
     for shard in np.unique(shards).tolist():
         with open(targets.path(shard), "ab") as file:
             file.write(rows[shards == shard])
-            if file.tell() == targets.size(shard):
-                file.flush()
-                os.fsync(file.fileno())
+            file.flush()
+            if targets.is_whole(shard):
+                os.fsync(file)

@@ -54,11 +54,10 @@ def corpus_of(folder, lengths, seq_len, *, seed=0, trained=None) -> data.Corpus:
             ids = list(range(position, position + length))
             stream.add(ids, trained[i] if trained else [], True)
             position += length
-            stream.flush()
     store.write_sums(folder)
     facts = (position, position, len(lengths), 0, trained is not None, "")
     tokens = data.Store(folder, "uint32", *facts)
-    return data.Corpus(((data._part(tokens, 0, position, seq_len),),), (), (), seq_len, seed)
+    return data.Corpus(((data.TokenRange(tokens, 0, position, seq_len),),), (), (), seq_len, seed)
 
 
 def targets(batch: data.Batch) -> list[list[int]]:

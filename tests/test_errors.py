@@ -315,17 +315,18 @@ def test_a_program_ends_with_one_line_and_status_2():
     )
 
 
-def test_a_program_without_mistakes_runs():
-    done = python(PROGRAM, "--steps", "5")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{replace(Config(), steps=5)}\n"
+def test_a_program_without_mistakes_runs(capsys):
+    run(lambda: print(cli(Config, ["--steps", "5"])))
+    assert capsys.readouterr() == (f"{replace(Config(), steps=5)}\n", "")
 
 
-def test_help_shows_the_documentation_of_the_fields():
-    done = python(PROGRAM, "--steps", "x", "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    for text in "A program.", "--loss.alpha FLOAT", "weight of the teacher", "hub id or folder":
-        assert text in done.stdout
+def test_help_shows_the_documentation_of_the_fields(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: cli(Config, ["--steps", "x", "--help"], description="A program."))
+    printed, complaints = capsys.readouterr()
+    assert (caught.value.code, complaints) == (0, "")
+    for words in "A program.", "--loss.alpha FLOAT", "weight of the teacher", "hub id or folder":
+        assert words in printed
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\n\n  "])

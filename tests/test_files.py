@@ -32,9 +32,9 @@ def test_a_folder_is_replaced_when_it_is_whole(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError), files.atomic_folder(folder) as partial:
         (partial / "torn").write_text("")
         raise ZeroDivisionError
-    rename = type(folder).rename
+    replace = type(folder).replace
     monkeypatch.setattr(
-        type(folder), "rename", lambda a, b: 1 / (".partial" not in a.name) and rename(a, b)
+        type(folder), "replace", lambda a, b: 1 / (".partial" not in a.name) and replace(a, b)
     )
     with pytest.raises(ZeroDivisionError), files.atomic_folder(folder) as partial:
         pass  # the last step fails, after the older folder was put aside
@@ -89,28 +89,26 @@ def test_what_others_say_is_printed_on_one_short_line():
 
 def test_a_folder_knows_the_settings_that_made_it(tmp_path):
     def folder(**settings):
-        about = {"may_change": frozenset({"--steps", "--mesh"}), "prefix": "--"}
-        return files.RunFolder(tmp_path / "run", settings, **about)
+        return files.RunFolder(tmp_path / "run", settings, frozenset({"--steps", "--mesh"}))
 
     original = folder(steps=3, optim={"lr": 0.1, "b_1": 2}, mesh={"data": 1})
     assert original.previous() is None and original.changed() == []
-    original.check("no remedy")
     original.path.mkdir()
     original.write()
-    folder(steps=4, optim={"lr": 0.1, "b_1": 2}, mesh={"data": 8}).check("no remedy")
+    assert not folder(steps=4, optim={"lr": 0.1, "b_1": 2}, mesh={"data": 8}).changed()
     other = folder(steps=3, optim={"lr": 0.2, "b_1": 2}, mesh={"data": 1})
     assert other.changed() == ["--optim.lr was 0.1, is 0.2"]
-    with pytest.raises(UserError, match=r"run has other settings \(--optim.lr .*; more\): give"):
-        other.check("give the same", "more")
-    with (
-        original.lock(),
-        pytest.raises(UserError, match="run is in use by another run"),
-        other.lock(),
-    ):
-        pass
     assert original.set_aside() == tmp_path / "run.1" and not original.path.exists()
     original.path.mkdir()
     assert original.set_aside() == tmp_path / "run.2"
+
+
+def test_a_folder_is_locked_once(tmp_path):
+    with files.lock(tmp_path / ".lock"):
+        for guarded in (None, tmp_path / "x"):
+            words = f"{guarded or tmp_path} is in use by another run"
+            with pytest.raises(UserError, match=words), files.lock(tmp_path / ".lock", guarded):
+                pass
 
 
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):

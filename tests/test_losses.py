@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 NAMES = sorted(DIVERGENCES)
 BATCH, SEQ, VOCAB, EMBED, TEACHER_EMBED = 3, 10, 40, 8, 12
+MIXED = Config("jsd", 0.3, temperature=2.5, chunk=7)
 
 
 def problem(seed=0, batch=BATCH, seq=SEQ, vocab=VOCAB, padding=(0, 0), dtype=jnp.float32):
@@ -45,6 +46,13 @@ def problem(seed=0, batch=BATCH, seq=SEQ, vocab=VOCAB, padding=(0, 0), dtype=jnp
         jnp.asarray(rng.integers(0, vocab, (batch, seq)), jnp.int32),
         jnp.asarray(rng.random((batch, seq)) < 0.7),
     )
+
+
+def as_teacher(hidden, head, rows):
+    """A teacher of TEACHER_EMBED and a head of `rows` with the logits of a student."""
+    wider = (0, TEACHER_EMBED - EMBED)
+    head = jnp.pad(head[:rows], [(0, max(0, rows - len(head))), wider])
+    return TeacherStates(jnp.pad(hidden, [(0, 0), (0, 0), wider]), head)
 
 
 def naive(config, p, q):
@@ -121,18 +129,38 @@ def assert_close(found, wanted, tolerance):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "alpha, t, chunk, padding", [(1.0, 1.0, 7, (0, 5)), (0.3, 2.5, 64, (6, 0))]
-)
-def test_equals_the_dense_computation(name, alpha, t, chunk, padding):
-    arrays = problem(padding=padding)
-    config = Config(name, alpha, temperature=t, chunk=chunk)
+def test_each_divergence(name):
+    """One compiled program: equal to the dense computation, 0 where it must be, never NaN."""
+    hidden, head, teacher, labels, mask = arrays = problem(padding=(6, 0))
+    config = Config(name, temperature=2.5, chunk=7)
     found = chunked(config, *arrays)
-    assert_close(found, dense(config, *arrays, alpha, t), 1e-5)
+    assert_close(found, dense(config, *arrays, 1.0, 2.5), 1e-5)
     assert not found[4][VOCAB:].any()  # padding rows
+    # a student that is the teacher has nothing to learn
+    same = as_teacher(hidden, head, VOCAB)
+    total, divergence, ce, *gradients = chunked(config, hidden, head, same, labels, mask)
+    assert abs(total) < 1e-4 and abs(divergence) < 1e-5 and ce > 1
+    assert all(jnp.abs(g).max() < 1e-5 for g in gradients)
+    # nothing counted is zero
+    nothing = chunked(config, *arrays[:-1], jnp.zeros_like(mask))
+    assert not any(jnp.any(x) for x in nothing)
+    extreme = replace(teacher, hidden=teacher.hidden * -2.5e5)
+    found = chunked(config, hidden * 2.5e5, head, extreme, labels, mask)
+    assert all(jnp.isfinite(x).all() for x in found)
 
 
-@settings(max_examples=8, deadline=None)
+@pytest.mark.parametrize("t, chunk, padding", [(1.0, 64, (0, 5)), (2.5, 7, (0, 0))])
+def test_with_a_share_of_the_cross_entropy(t, chunk, padding):
+    hidden, head, teacher, labels, mask = arrays = problem(padding=padding)
+    config = replace(MIXED, temperature=t, chunk=chunk)
+    assert_close(chunked(config, *arrays), dense(config, *arrays, 0.3, t), 1e-5)
+    assert not any(jnp.any(x) for x in chunked(config, *arrays[:-1], jnp.zeros_like(mask)))
+    extreme = replace(teacher, hidden=teacher.hidden * -1e5)
+    found = chunked(config, hidden * 1e5, head, extreme, labels, mask)
+    assert all(jnp.isfinite(x).all() for x in found)
+
+
+@settings(max_examples=4, deadline=None)
 @given(
     name=st.sampled_from(NAMES),
     seed=st.integers(0, 99),
@@ -153,7 +181,7 @@ def test_equals_the_dense_computation_anywhere(
     assert_close(chunked(config, *arrays), dense(config, *arrays, alpha, t), 2e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "alpha_beta"])
 def test_half_precision_differs_by_its_rounding(name):
     # logits and softmax are float32; the gradient on them is rounded to 8 bits before the products
     arrays = problem(dtype=jnp.bfloat16)
@@ -186,50 +214,31 @@ def test_float32_master_head_with_half_precision_states():
     assert_close(found[3:], wanted[3:], 1e-2)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_student_that_is_the_teacher_has_nothing_to_learn(name):
-    hidden, head, _, labels, mask = problem()
-    config, teacher = Config(name, temperature=3.0, chunk=8), TeacherStates(hidden, head)
-    total, divergence, ce, *gradients = chunked(config, hidden, head, teacher, labels, mask)
-    assert abs(total) < 1e-4 and abs(divergence) < 1e-5 and ce > 1
-    assert all(jnp.abs(g).max() < 1e-5 for g in gradients)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_counted_is_zero(name):
-    *arrays, mask = problem()
-    config = Config(name, 0.5, chunk=8)
-    for found in chunked(config, *arrays, jnp.zeros_like(mask)):
-        assert not jnp.any(found)
-
-
 def test_chunks_padding_and_microbatches_change_nothing():
-    arrays = problem(batch=4, seq=12)
-    config = Config("jsd", 0.4, temperature=2.0, chunk=1000)
-    whole = chunked(config, *arrays)
-    for chunk in (1, 5, 20):
-        assert_close(chunked(replace(config, chunk=chunk), *arrays), whole, 1e-6)
+    arrays = problem()
+    whole = chunked(MIXED, *arrays)
+    for chunk in (1, 1000):
+        assert_close(chunked(replace(MIXED, chunk=chunk), *arrays), whole, 1e-6)
 
     def of_rows(change):
         hidden, head, teacher, labels, mask = arrays
         teacher = replace(teacher, hidden=change(teacher.hidden))
         return change(hidden), head, teacher, change(labels), change(mask)
 
-    halves = [chunked(config, *of_rows(lambda x, i=i: x[i : i + 2])) for i in (0, 2)]
-    sums = [a + b for a, b in zip(*halves, strict=True)]
-    sums[3] = jnp.concatenate([half[3] for half in halves])
+    parts = [chunked(MIXED, *of_rows(lambda x, i=i: x[i : i + 1])) for i in range(BATCH)]
+    sums = [sum(values) for values in zip(*parts, strict=True)]
+    sums[3] = jnp.concatenate([part[3] for part in parts])
     assert_close(sums, whole, 1e-6)
 
     longer = of_rows(lambda x: jnp.pad(x, [(0, 0), (0, 5), (0, 0)][: x.ndim]))
-    found = chunked(config, *longer)
-    found[3] = found[3][:, :12]
+    found = chunked(MIXED, *longer)
+    found[3] = found[3][:, :SEQ]
     assert_close(found, whole, 1e-6)
 
 
 def test_the_mask_is_that_of_the_label_at_its_own_place():
     *arrays, labels, mask = problem()
-    config = Config(alpha=0.5, chunk=8)
-    here = (1, 4)
+    config, here = MIXED, (1, 4)
     one = jnp.zeros_like(mask).at[here].set(True)
     total, _, _, d_hidden, _ = chunked(config, *arrays, labels, one)
     touched = np.abs(np.asarray(d_hidden)).sum(-1) > 0
@@ -241,8 +250,7 @@ def test_the_mask_is_that_of_the_label_at_its_own_place():
 
 def test_the_gradient_follows_what_is_made_of_the_loss():
     arrays = problem()
-    config = Config("jsd", 0.5, chunk=8)
-    plain, scaled = chunked(config, *arrays), chunked(config, *arrays, scale=0.3)
+    plain, scaled = chunked(MIXED, *arrays), chunked(MIXED, *arrays, scale=0.3)
     assert_close(scaled[3:], [0.3 * np.asarray(g) for g in plain[3:]], 1e-6)
 
 
@@ -301,7 +309,7 @@ def test_only_what_is_asked_for_is_computed():
 def test_g_is_the_derivative_of_f(name):
     with jax.enable_x64(True):
         log_p, log_q = jnp.asarray(np.random.default_rng(0).uniform(-20, 0, (2, 50)))
-        exponents = [(0.2, 0.7), (1.3, -0.4), (-0.3, 0.8), (0.5, 0.001), (0.0, 0.6)]
+        exponents = [(0.2, 0.7), (1.3, -0.4), (0.0, 0.6)]
         for a, b in exponents if name == "alpha_beta" else exponents[:1]:
             of = partial(terms, Config(name, ab_alpha=a, ab_beta=b))
             wanted = (of(log_p, log_q + 1e-6)[0] - of(log_p, log_q - 1e-6)[0]) / 2e-6
@@ -321,14 +329,6 @@ def test_terms_are_finite_where_probability_is_not(name, share):
     # an entry that neither can take, an empty tail say, adds nothing
     empty = jnp.float32([-jnp.inf])
     assert terms(config, empty, empty) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_extreme_logits_give_no_nan(name):
-    hidden, head, teacher, *rest = problem()
-    arrays = (hidden * 1e4, head, replace(teacher, hidden=teacher.hidden * -1e4), *rest)
-    for found in chunked(Config(name, 0.5, temperature=0.1, chunk=8), *arrays):
-        assert jnp.isfinite(found).all()
 
 
 def value(config, log_p, log_q):
@@ -356,7 +356,7 @@ def test_alpha_beta_has_its_limits():
     for (a, b), wanted in limits.items():
         at = Config("alpha_beta", ab_alpha=float(a), ab_beta=float(b))
         assert_close([value(at, log_p, log_q)], [wanted], 2e-5)
-        for tiny in (1e-4, 1e-6, 1e-8):
+        for tiny in (1e-4, 1e-8):
             for da, db in ((tiny, 0.0), (0.0, tiny), (-tiny, tiny), (tiny, tiny)):
                 near = Config("alpha_beta", ab_alpha=a + da, ab_beta=b + db)
                 assert_close([value(near, log_p, log_q)], [wanted], 2e-5 + 100 * tiny)
@@ -407,9 +407,10 @@ def test_schedules(schedule, quarter):
         for at in (step, jnp.asarray(step)):
             np.testing.assert_allclose(objective.at("alpha", at), 0.8 - 0.6 * progress, rtol=1e-6)
             np.testing.assert_allclose(objective.at("temperature", at), 4 - 3 * progress, rtol=1e-6)
-    arrays = problem()
-    found = chunked(config, *arrays, step=jnp.asarray(50), steps=100)
-    assert_close(found, dense(config, *arrays, 0.5, 2.5), 1e-5)
+    if schedule == "linear":
+        arrays = problem()
+        found = chunked(config, *arrays, step=jnp.asarray(50), steps=100)
+        assert_close(found, dense(config, *arrays, 0.5, 2.5), 1e-5)
 
 
 def test_an_objective_is_static():
@@ -421,11 +422,11 @@ def test_an_objective_is_static():
 
 
 def test_temperature_squared_keeps_gradients_comparable():
-    arrays = problem()
-    plain = Config(temperature=3.0, temperature_squared=False, chunk=8)
-    squared = replace(plain, temperature_squared=True)
+    arrays = problem(padding=(6, 0))
+    squared = Config(temperature=2.5, chunk=7)
+    plain = replace(squared, temperature_squared=False)
     a, b = chunked(plain, *arrays), chunked(squared, *arrays)
-    assert_close([b[0], *b[3:]], [9 * np.asarray(x) for x in (a[0], *a[3:])], 1e-6)
+    assert_close([b[0], *b[3:]], [6.25 * np.asarray(x) for x in (a[0], *a[3:])], 1e-6)
     assert a[1] == b[1]  # what is reported is unweighted
 
 
@@ -464,7 +465,8 @@ def test_every_divergence_has_its_flag_value():
 @pytest.mark.parametrize("chunk, padding", [(4, (0, 3)), (1000, (2, 0))])
 def test_measure(chunk, padding):
     hidden, head, teacher, labels, mask = arrays = problem(padding=padding)
-    found = jax.jit(partial(losses.measure, chunk=chunk))(*arrays)
+    measure = jax.jit(partial(losses.measure, chunk=chunk))
+    found = measure(*arrays)
     z, z_teacher = hidden @ head[:VOCAB].T, teacher.hidden @ teacher.head[:VOCAB].T
     swapped = (teacher.hidden, teacher.head, TeacherStates(hidden, head), labels, mask)
     same = np.asarray(z.argmax(-1) == z_teacher.argmax(-1))
@@ -478,16 +480,12 @@ def test_measure(chunk, padding):
     }
     assert found.keys() == wanted.keys()
     assert_close([found[name] for name in wanted], wanted.values(), 1e-5)
-    alone = losses.measure(hidden, head[:VOCAB], None, labels, mask, chunk=chunk)
+    alone = measure(hidden, head[:VOCAB], None, labels, mask)
     assert alone.keys() == {"tokens", "ce"}
     assert_close([alone["ce"]], [wanted["ce"]], 1e-5)
-
-
-def test_measure_agrees_with_itself():
-    hidden, head, _, labels, mask = problem()
-    found = losses.measure(hidden, head, TeacherStates(hidden, head), labels, mask, chunk=8)
-    assert float(found["agreement"]) == float(found["tokens"]) == int(mask.sum())
-    assert found["ce"] == found["teacher_ce"] and abs(found["kl"]) < 1e-6
+    same = measure(hidden, head, as_teacher(hidden, head, len(teacher.head)), labels, mask)
+    assert float(same["agreement"]) == float(same["tokens"]) == int(mask.sum())
+    assert same["ce"] == pytest.approx(float(same["teacher_ce"])) and abs(same["kl"]) < 1e-5
 
 
 # Memory and placement
@@ -550,11 +548,11 @@ def test_a_mesh_changes_nothing_and_gathers_no_vocabulary():
         compiled = jax.jit(step).lower(*placed(mesh, arrays)).compile()
         (found, found_sums), (d_hidden, d_head) = compiled(*placed(mesh, arrays))
         measure = partial(losses.measure, chunk=chunk)
-        measured = jax.jit(measure)(*placed(mesh, arrays))
         evaluation = jax.jit(measure).lower(*placed(mesh, arrays)).compile()
+        measured = evaluation(*placed(mesh, arrays))
     assert_close([found, *found_sums.values()], [wanted, *sums.values()], 1e-5)
     assert_close([d_hidden, d_head], gradients, 1e-5)
-    alone = losses.measure(*arrays, chunk=chunk)
+    alone = jax.jit(measure)(*arrays)
     assert_close(measured.values(), alone.values(), 1e-5)
     assert d_head.sharding.shard_shape(d_head.shape) == (vocab // 4, EMBED)
     assert d_hidden.sharding.shard_shape(d_hidden.shape) == (batch // 4, seq, EMBED)
@@ -588,8 +586,8 @@ def top_k_of(teacher, count, t, chunk=8):
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
-def sample_of(teacher, key, count, t=1.0, chunk=8):
-    windows = jnp.arange(len(teacher.hidden))
+def sample_of(teacher, key, count, t=1.0, chunk=8, windows=None):
+    windows = jnp.arange(len(teacher.hidden)) if windows is None else windows
     settings = {"count": count, "temperature": t, "chunk": chunk}
     return losses.sample_targets(teacher, windows, key, **settings)
 
@@ -628,23 +626,27 @@ def coarse(config, arrays, targets, t):
         return [np.asarray(x) for x in (total, *parts, *gradients)]
 
 
-@pytest.mark.parametrize(
-    "name, alpha, t, count, chunk",
-    [(name, 0.3, 2.5, 9, 7) for name in NAMES] + [("forward_kl", 1.0, 1.0, 1, 64)],
-)
-def test_top_k_targets_are_entries_and_one_bucket(name, alpha, t, count, chunk):
-    arrays = problem()
-    config, targets = Config(name, alpha, temperature=t, chunk=chunk), top_k_of(arrays[2], count, t)
-    assert_close(from_targets(config, arrays, targets), coarse(config, arrays, targets, t), 1e-5)
+@pytest.mark.parametrize("name", NAMES)
+def test_top_k_targets_are_entries_and_one_bucket(name):
+    hidden, head, teacher, labels, mask = arrays = problem()
+    config, targets = replace(MIXED, divergence=name), top_k_of(teacher, 9, 2.5)
+    assert_close(from_targets(config, arrays, targets), coarse(config, arrays, targets, 2.5), 1e-5)
+    nothing = from_targets(config, (*arrays[:-1], jnp.zeros_like(mask)), targets)
+    assert not any(jnp.any(x) for x in nothing)
+    targets = top_k_of(replace(teacher, hidden=teacher.hidden * -2.5e5), 9, 2.5)
+    found = from_targets(config, (hidden * 2.5e5, *arrays[1:]), targets)
+    assert all(jnp.isfinite(x).all() for x in found)
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "jsd", "tvd"])
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
 def test_with_all_entries_nothing_is_lost(name):
-    hidden, head, teacher, *rest = problem(padding=(3, 0))
-    config, targets = Config(name, 0.4, temperature=1.7, chunk=8), top_k_of(teacher, VOCAB, 1.7)
-    arrays = (hidden, head[:VOCAB], teacher, *rest)
+    hidden, _, teacher, *_ = arrays = problem()
+    config, targets = replace(MIXED, divergence=name), top_k_of(teacher, VOCAB, 2.5)
     assert jnp.isneginf(targets.rest).all()
     assert_close(from_targets(config, arrays, targets), chunked(config, *arrays), 1e-5)
+    targets = top_k_of(replace(teacher, hidden=teacher.hidden * -2.5e5), VOCAB, 2.5)
+    found = from_targets(config, (hidden * 2.5e5, *arrays[1:]), targets)
+    assert all(jnp.isfinite(x).all() for x in found)
 
 
 def test_the_likeliest_and_the_mass_of_the_rest():
@@ -664,35 +666,21 @@ def test_the_likeliest_and_the_mass_of_the_rest():
     assert targets.rest.min() < -30  # the least is as exact as the largest
 
 
-def test_a_student_sure_of_the_entries_has_an_exact_tail():
-    hidden, head, teacher, *rest = problem()
-    targets = top_k_of(teacher, 4, 1.0)
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+def test_a_student_sure_of_the_entries_has_an_exact_tail(name):
+    _, head, teacher, *rest = problem()
+    config, targets = replace(MIXED, divergence=name), top_k_of(teacher, 9, 2.5)
     best = head[targets.ids[..., 0]]
-    arrays = (best * (40 / (best**2).sum(-1, keepdims=True)), head, teacher, *rest)  # sure of these
-    for name in ("forward_kl", "reverse_kl", "jsd"):
-        config = Config(name, chunk=8)
-        wanted = coarse(config, arrays, targets, 1.0)
-        assert_close(from_targets(config, arrays, targets), wanted, 1e-5)
+    sure = best * (100 / (best**2).sum(-1, keepdims=True))
+    arrays = (sure, head, teacher, *rest)
+    assert_close(from_targets(config, arrays, targets), coarse(config, arrays, targets, 2.5), 1e-5)
 
 
 def test_targets_measure_less_than_all():
     arrays = problem()
-    config, counts = Config(chunk=8), (1, 4, 16, VOCAB)
-    kl = [from_targets(config, arrays, top_k_of(arrays[2], k, 1.0))[1] for k in counts]
-    assert kl == sorted(kl) and kl[0] < kl[2] < kl[3]
-
-
-@pytest.mark.parametrize("name", ["forward_kl", "skew_reverse_kl", "alpha_beta"])
-def test_targets_give_no_nan(name):
-    hidden, head, teacher, labels, mask = problem()
-    teacher = replace(teacher, hidden=teacher.hidden * -1e4)
-    arrays = (hidden * 1e4, head, teacher, labels, mask)
-    config = Config(name, 0.5, temperature=0.1, chunk=8)
-    for count in (3, VOCAB):
-        targets = top_k_of(teacher, count, 0.1)
-        assert all(jnp.isfinite(x).all() for x in from_targets(config, arrays, targets))
-        nothing = from_targets(config, (*arrays[:-1], jnp.zeros_like(mask)), targets)
-        assert not any(jnp.any(x) for x in nothing)
+    config = replace(MIXED, divergence="forward_kl")
+    kl = [from_targets(config, arrays, top_k_of(arrays[2], k, 2.5))[1] for k in (1, 9, VOCAB)]
+    assert kl[0] < kl[1] < kl[2]
 
 
 def test_draws_are_unbiased_and_converge_as_they_should():
@@ -723,23 +711,20 @@ def test_draws_are_unbiased_and_converge_as_they_should():
 def test_draws_are_distinct_and_depend_on_their_window_alone():
     teacher = problem(batch=4, seq=12)[2]
     key = jax.random.key(5)
-    ids = sample_of(teacher, key, 10).ids
+    ids = sample_of(teacher, key, 10, 1.0, 8, jnp.arange(4)).ids
     assert (np.diff(np.sort(ids, -1), axis=-1) > 0).all()
-    for chunk in (1, 1000):
-        np.testing.assert_array_equal(sample_of(teacher, key, 10, 1.0, chunk).ids, ids)
-
-    @jax.jit
-    def row_as(window):
-        row, settings = teacher.hidden[2:3], {"count": 10, "temperature": 1.0, "chunk": 5}
-        states = replace(teacher, hidden=row)
-        return losses.sample_targets(states, window[None], key, **settings).ids[0]
-
-    np.testing.assert_array_equal(row_as(jnp.array(2)), ids[2])
-    assert (row_as(jnp.array(3)) != ids[2]).any()
+    np.testing.assert_array_equal(sample_of(teacher, key, 10, 1.0, 1000).ids, ids)
+    order = jnp.array([2, 0, 3, 1])
+    moved = replace(teacher, hidden=teacher.hidden[order])
+    found = sample_of(moved, key, 10, 1.0, 8, order).ids
+    np.testing.assert_array_equal(found, ids[order])
+    other = sample_of(moved, key, 10, 1.0, 8, order.at[0].set(7)).ids
+    np.testing.assert_array_equal(other[1:], found[1:])
+    assert (other[0] != found[0]).any()
 
 
 def test_a_mesh_changes_no_targets_and_gathers_no_vocabulary():
-    vocab, batch, seq, chunk = 4096, 8, 12, 32
+    vocab, batch, seq, chunk = 512, 8, 12, 32
     hidden, head, teacher, *rest = problem(batch=batch, seq=seq, vocab=vocab)
     key = jax.random.key(0)
     makes = [

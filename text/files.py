@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,11 +22,10 @@ from runtime.files import check_links, digest, printable
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 BLOCK = 1 << 20  # bytes read at once
-LONGEST = 1 << 26  # bytes or characters of a line: it is held in memory
+LONGEST = 1 << 26  # characters of a line: it is held in memory
 
 Progress = Callable[[int], object]
-# Which of its columns are read from a table, given the names of all, and where they stand.
-Choose = Callable[[Iterable[str], Any], list[str]]
+Choose = Callable[[Iterable[str], Any], list[str]]  # columns to read, of those that are there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,27 +34,22 @@ class Source:
 
     name: str
     fingerprint: str
-    size: int | None
-    """Bytes of the files or rows of the data set, if known: what `pieces` reports progress in."""
+    size: int | None  # bytes of the files or rows of the data set: what progress is reported in
     files: tuple[Path, ...] = ()
     hub: Any = None
     split: str = ""
     streaming: bool = False
 
+    def __str__(self) -> str:
+        return self.name
+
 
 def canonical(name: str) -> str:
-    """One spelling for a path, which means the same from any folder; an id of the hub is as it is.
-
-    A link is not followed: the file that it leads to may lack the suffix.
-    """
+    """One spelling for a path, the same from any folder; an id of the hub is as it is."""
     path = Path(os.path.expanduser(name))
-    if os.path.exists(path):
+    if os.path.exists(path):  # a link is not followed: where it leads may lack the suffix
         return str(path.parent.resolve() / path.name)
-    return str(path.absolute()) if _is_glob(name) else name
-
-
-def _is_glob(name: str) -> bool:
-    return not set("*?[").isdisjoint(name)
+    return str(path.absolute()) if glob.has_magic(name) else name
 
 
 @contextlib.contextmanager
@@ -68,112 +63,87 @@ def library_errors(problem: str) -> Iterator[None]:
         raise UserError(f"{problem} ({printable(error)})") from error
 
 
-# ---- finding -------------------------------------------------------------------------------------
-
-
 def find(name: str, *, streaming: bool = False) -> Source:
     """The source that `name`, a file, folder, glob or `id[:config][:split]`, stands for."""
     with library_errors(f"{name}: cannot be read"):  # a path may be too long, or forbidden
-        path = Path(name).expanduser()
+        path, folder = Path(name).expanduser(), None
         if path.is_dir():
-            files = _within(path, path.rglob("*"))
+            folder, paths = path, path.rglob("*")
         elif path.is_file():
-            files = [path]
-        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:.*)?", name) and not file_kind(path):
-            return _find_on_hub(name, streaming)
-        elif _is_glob(name):
-            fixed = itertools.takewhile(lambda part: not _is_glob(part), path.parts)
-            files = _within(Path(*fixed), map(Path, glob.glob(str(path), recursive=True)))
+            paths = [path]
+        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:.*)?", name) and not kind(path):
+            import datasets
+
+            datasets.disable_progress_bars()  # they would run into ours
+            repository, config, split = (*name.split(":", 2), "", "")[:3]
+            hub, split = datasets.load_dataset_builder(repository, config or None), split or "train"
+            splits = hub.info.splits or {}
+            size = splits[split].num_examples if split in splits else None
+            facts = [repository, hub.config.name, str(hub.info.version), hub.hash, split]
+            return Source(name, digest(facts), size, (), hub, split, streaming)
+        elif glob.has_magic(name):
+            folder = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+            paths = map(Path, glob.glob(str(path), recursive=True))
         else:
             raise UserError(f"{name}: no such file or folder, and not a hub data set (owner/name)")
-    if not files or not all(map(file_kind, files)):
-        problem = "not a kind of file that is read here" if files else "no file to read in it"
-        kinds = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSION)}"
-        raise UserError(f"{name}: {problem}; expected {kinds}")
-    files = sorted(file.absolute() for file in files)  # links may lead to files without a suffix
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        if folder:
+            paths = [x for x in paths if (x.is_symlink() if x.is_dir() else kind(x))]
+            check_links(folder, paths)
+        files = sorted(x.absolute() for x in paths if x.is_file())  # a blob has no suffix
+        if not files or not all(map(kind, files)):
+            kinds = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSION)}"
+            raise UserError(f"{name}: no file to read in it; expected {kinds}")
+        facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return Source(name, digest(facts), sum(size for _, size, _ in facts), tuple(files))
 
 
-def _within(folder: Path, paths: Iterable[Path]) -> list[Path]:
-    """The files to read among those in a folder, none of which may lead out of it."""
-    paths = [
-        path for path in paths
-        if (path.is_file() and file_kind(path)) or (path.is_symlink() and path.is_dir())
-    ]  # fmt: skip
-    check_links(folder, paths)
-    return [path for path in paths if path.is_file()]
-
-
-def file_kind(path: Path) -> str | None:
-    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSION else path.suffix
+def kind(part: Path | Source) -> str | None:
+    """The suffix of a file, without its compression's; None for one that is not read here."""
+    if isinstance(part, Source):
+        return "hub"
+    suffix = Path(part.stem).suffix if part.suffix in COMPRESSION else part.suffix
     return suffix if suffix in KINDS else None
 
 
-def _find_on_hub(name: str, streaming: bool) -> Source:
-    import datasets
-
-    datasets.disable_progress_bars()  # they would run into ours
-    repository, config, split = (*name.split(":", 2), "", "")[:3]
-    split = split or "train"
-    hub = datasets.load_dataset_builder(repository, config or None)
-    splits = hub.info.splits or {}
-    size = splits[split].num_examples if split in splits else None
-    facts = [repository, hub.config.name, str(hub.info.version), hub.hash, split]
-    return Source(name, digest(facts), size, (), hub, split, streaming)
-
-
-# ---- text ----------------------------------------------------------------------------------------
-
-
-def _blocks(file: Path, progress: Progress) -> Iterator[bytes]:
-    """The bytes of a file, uncompressed; progress is in bytes of the file itself."""
+def text_blocks(file: Path, progress: Progress) -> Iterator[str]:
+    """The text of a file, block by block, with universal newlines; progress is in its bytes."""
     import pyarrow
 
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
     with (
         library_errors(f"{file}: cannot be read to its end"),
         open(file, "rb") as raw,
         pyarrow.input_stream(raw, compression=COMPRESSION.get(file.suffix)) as stream,
     ):
-        before = 0
-        while block := stream.read(BLOCK):
+        block, before, at = None, 0, 0
+        while block != b"":
+            block = stream.read(BLOCK)
             progress(raw.tell() - before)
             before = raw.tell()
-            yield block
+            if (zero := block.find(b"\0")) >= 0:
+                raise UserError(f"{file}: byte {at + zero} is 0: a binary file, not text")
+            at += len(block)
+            try:
+                yield decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:  # its object: what was left of blocks, and this
+                first, byte = at - len(error.object) + error.start, error.object[error.start]
+                problem = f"byte {first} (0x{byte:02x}) is not UTF-8"
+                remedy = "convert it, as with: iconv -f latin1 -t utf-8"
+                raise UserError(f"{file}: {problem}; {remedy}") from error
 
 
-def text_blocks(file: Path, progress: Progress) -> Iterator[str]:
-    """The text of a file, block by block, with universal newlines."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
-    before = 0
-    for block in itertools.chain(_blocks(file, progress), [b""]):
-        if (zero := block.find(b"\0")) >= 0:
-            raise UserError(f"{file}: byte {before + zero} is 0: a binary file, not text")
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:  # its object: what was left of earlier blocks, and this
-            at = before + len(block) - len(error.object) + error.start
-            raise UserError(
-                f"{file}: byte {at} (0x{error.object[error.start]:02x}) is not UTF-8;"
-                " convert the file, as with: iconv -f latin1 -t utf-8"
-            ) from error
-        yield text
-        before += len(block)
-
-
-def split_lines(blocks: Iterable[Any], newline: Any, file: Path) -> Iterator[Any]:
-    """Text or bytes split at `newline`."""
+def text_lines(file: Path, progress: Progress) -> Iterator[str]:
     rest, size = [], 0
-    for block in blocks:
-        first, *others = block.split(newline)
+    for block in text_blocks(file, progress):
+        first, *others = block.split("\n")
         rest.append(first)
         size += len(first)
         check_length("a line", size, file)
         for line in others:
-            yield newline[:0].join(rest)
+            yield "".join(rest)
             rest, size = [line], len(line)
-    yield newline[:0].join(rest)
+    yield "".join(rest)
 
 
 def check_length(what: str, size: int, where: Any) -> None:
@@ -181,72 +151,49 @@ def check_length(what: str, size: int, where: Any) -> None:
         raise UserError(f"{where}: {what} in it is longer than {LONGEST >> 20} MiB: break it up")
 
 
-# ---- records -------------------------------------------------------------------------------------
-
-
-def parts(source: Source) -> tuple[Path | Source, ...]:
-    """What is read one after the other: the files, or the data set as a whole."""
-    return source.files or (source,)
-
-
-def is_text(part: Path | Source) -> bool:
-    return isinstance(part, Path) and file_kind(part) == ".txt"
-
-
-def records(
-    part: Path | Source, choose: Choose, progress: Progress
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def records(part: Path | Source, choose: Choose, progress: Progress) -> Iterator[tuple[str, dict]]:
     """The records of a file that is no plain text, or of a data set, each with where it stands."""
-    readers = {".jsonl": _json_records, ".parquet": _parquet_records, None: _hub_records}
-    kind, name = (file_kind(part), part) if isinstance(part, Path) else (None, part.name)
-    for number, record in readers[kind](part, choose, progress):
-        yield f"{name} record {number}", record
+    readers = {".jsonl": _json_records, ".parquet": _parquet_records, "hub": _hub_records}
+    for number, record in enumerate(readers[kind(part)](part, choose, progress), start=1):
+        if record is not None:
+            yield f"{part} record {number}", record
 
 
-def _json_records(file: Path, choose: Choose, progress: Progress) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(split_lines(_blocks(file, progress), b"\n", file), start=1):
-        if not line.strip():
-            continue
+def _json_records(file: Path, choose: Choose, progress: Progress) -> Iterator[dict | None]:
+    for number, line in enumerate(text_lines(file, progress), start=1):
         with library_errors(f"{file} line {number}: not JSON that can be read"):
-            record = json.loads(line)
-            if b"\\ud" in line.lower():
+            record = json.loads(line) if line.strip() else None
+            if "\\ud" in line.lower():
                 json.dumps(record, ensure_ascii=False).encode()  # fails for half a surrogate pair
-            if not isinstance(record, dict):
+            if line.strip() and not isinstance(record, dict):
                 raise ValueError(f"expected an object, found {str(record)[:40]!r}")
-        yield number, record
+        yield record
 
 
-def _parquet_records(file: Path, choose: Choose, progress: Progress) -> Iterator[tuple[int, dict]]:
+def _parquet_records(file: Path, choose: Choose, progress: Progress) -> Iterator[dict]:
     import pyarrow.parquet
 
-    compressed = file.suffix in COMPRESSION
-    with (
-        library_errors(f"{file}: not a whole parquet file"),
-        tempfile.TemporaryFile() as uncompressed,  # parquet is read from its end
-    ):
-        if compressed:
-            uncompressed.writelines(_blocks(file, lambda amount: None))
-        table = pyarrow.parquet.ParquetFile(uncompressed if compressed else file)
+    with library_errors(f"{file}: not a whole parquet file"), tempfile.TemporaryFile() as temporary:
+        if compression := COMPRESSION.get(file.suffix):  # parquet is read from its end
+            shutil.copyfileobj(pyarrow.input_stream(file, compression), temporary)
+        table = pyarrow.parquet.ParquetFile(temporary if compression else file)
         columns = choose(table.schema_arrow.names, file)
-        number, rows, size = 0, max(table.metadata.num_rows, 1), file.stat().st_size
+        rows, size = max(table.metadata.num_rows, 1), file.stat().st_size
         for batch in table.iter_batches(batch_size=256, columns=columns):
-            yield from enumerate(batch.to_pylist(), start=number + 1)
-            number += len(batch)
+            yield from batch.to_pylist()
             progress(size * len(batch) // rows)
 
 
-def _hub_records(source: Source, choose: Choose, progress: Progress) -> Iterator[tuple[int, dict]]:
-    with library_errors(f"{source.name}: cannot be read"):
+def _hub_records(source: Source, choose: Choose, progress: Progress) -> Iterator[dict]:
+    with library_errors(f"{source}: cannot be read"):
         if source.streaming:
             rows = source.hub.as_streaming_dataset(source.split)
         else:
-            with report.progress(f"fetching {source.name}"):
+            with report.progress(f"fetching {source}"):
                 source.hub.download_and_prepare()
             rows = source.hub.as_dataset(source.split)
         if rows.column_names:
-            rows = rows.select_columns(choose(rows.column_names, source.name))
-        number = 0
+            rows = rows.select_columns(choose(rows.column_names, source))
         for batch in rows.with_format("arrow").iter(batch_size=1024):
-            yield from enumerate(batch.to_pylist(), start=number + 1)
-            number += len(batch)
+            yield from batch.to_pylist()
             progress(len(batch))

@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ from runtime.files import (
     write_json,
 )
 from text import files, records
+from text.records import Piece
 from text.tokenizer import Tokenizer
 
 VERSION = 2
@@ -63,25 +65,17 @@ class Store:
 
 
 def open_store(
-    name: str,
-    tokenizer: Tokenizer,
-    options: Options,
-    *,
-    cache: str | None = None,
-    streaming: bool = False,
-) -> Store:
+    name: str, tokenizer: Tokenizer, options: Options, *,
+    cache: str | None = None, streaming: bool = False,
+) -> Store:  # fmt: skip
     """The store of a source in the cache; it is built if there is none that is whole."""
     source = files.find(name, streaming=streaming)
     facts = [source.fingerprint, tokenizer.fingerprint, list(dataclasses.astuple(options))]
     path = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "compact-distill")
-    try:
-        folder = Path(path).expanduser() / digest([VERSION, *facts])
-    except RuntimeError as error:
-        raise UserError(f"{path}: {error}{REMEDY}") from None
+    folder = Path(os.path.expanduser(path), digest([VERSION, *facts]))
     with disk_errors(folder.parent, REMEDY):
         if store := load(folder):
             return store
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with lock(folder.parent / ".lock", wait=True):  # each builder takes all cores
             if store := load(folder):  # another process has built it meanwhile
                 return store
@@ -93,21 +87,16 @@ def open_store(
 
 
 def load(folder: Path) -> Store | None:
-    """The store in a folder, or None where there is no whole one.
-
-    The tokens themselves, most of it, are checked when they are read.
-    """
+    """The store in a folder, if it is whole; its tokens are checked when they are read."""
     try:
         manifest = read_json(folder / "store.json")
-        checksum = manifest.pop("digest")
-        if checksum != digest(manifest) or manifest.pop("version") != VERSION:
-            return None
-        hashes = manifest.pop("files")
+        intact = manifest.pop("digest") == (checksum := digest(manifest))
+        version, hashes = manifest.pop("version"), manifest.pop("files")
         store = Store(folder, **manifest, digest=checksum)
-        if any(file_digest(folder / name) != hashes[name] for name in (*FILES[1:], "sums")):
-            return None
-        size = (folder / "tokens").stat().st_size
-        return store if size == store.tokens * np.dtype(store.dtype).itemsize else None
+        intact &= all(file_digest(folder / name) == hashes[name] for name in (*FILES[1:], "sums"))
+        size = store.tokens * np.dtype(store.dtype).itemsize
+        intact &= version == VERSION and (folder / "tokens").stat().st_size == size
+        return store if intact else None
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -122,35 +111,27 @@ class TokenFiles(contextlib.ExitStack):
     def __init__(self, folder: Path, dtype: str):
         super().__init__()
         folder.mkdir(exist_ok=True)
-        self.folder, self.dtypes = folder, (dtype, "int64", "int64")
+        self.folder, self.code = folder, np.dtype(dtype).char
         self.files = [self.enter_context(open(folder / name, "wb")) for name in FILES]
-        self.tokens = self.documents = self.ended = 0
-        self.pending: tuple[list[int], list[int], list[int]] = ([], [], [])
+        self.tokens = self.ended = 0
 
     def add(self, ids: list[int], trained: list[int], ends: bool) -> None:
-        tokens, documents, runs = self.pending
-        runs += [self.tokens + position for position in trained]
-        tokens += ids
+        tokens, documents, runs = self.files
+        tokens.write(array(self.code, ids))
+        runs.write(array("q", [self.tokens + position for position in trained]))
         self.tokens += len(ids)
         if ends and self.tokens > self.ended:  # an empty document is none
-            documents.append(self.tokens)
+            documents.write(array("q", [self.tokens]))
             self.ended = self.tokens
-            self.documents += 1
-
-    def flush(self) -> None:
-        for i, values in enumerate(self.pending):
-            self.files[i].write(np.array(values, self.dtypes[i]))
-            values.clear()
 
     def extend(self, other: "TokenFiles") -> None:
         """Appends the whole of other files, which are closed."""
-        for i, name in enumerate(FILES):
-            with open(other.folder / name, "rb") as file:
-                while block := file.read(1 << 22):
-                    values = np.frombuffer(block, self.dtypes[i])
-                    self.files[i].write(values + self.tokens if i else values)
+        for file, name in zip(self.files, FILES, strict=True):
+            with open(other.folder / name, "rb") as source:
+                while block := source.read(1 << 22):
+                    is_ids = name == "tokens"
+                    file.write(block if is_ids else np.frombuffer(block, np.int64) + self.tokens)
         self.tokens += other.tokens
-        self.documents += other.documents
 
 
 def build(folder: Path, source: files.Source, tokenizer: Tokenizer, options: Options) -> None:
@@ -162,22 +143,17 @@ def build(folder: Path, source: files.Source, tokenizer: Tokenizer, options: Opt
         count = training.tokens
         training.extend(held_out)
     shutil.rmtree(held_out.folder)
-    if not training.documents:
+    documents, trained = ((folder / name).stat().st_size // 8 for name in FILES[1:])
+    if not documents:
         raise UserError(f"{source.name}: no documents in it: all it holds is empty or blank")
     masked = options.mask == "assistant"
-    if masked and not (folder / "trained").stat().st_size:
+    if masked and not trained:
         raise UserError(f"{source.name}: no assistant turns in it to learn from")
     write_sums(folder)
-    manifest = {
-        "version": VERSION,
-        "dtype": dtype,
-        "tokens": training.tokens,
-        "training": count,
-        "documents": training.documents,
-        "bytes": size,
-        "masked": masked,
-        "files": {name: file_digest(folder / name) for name in (*FILES, "sums")},
-    }
+    facts = (training.tokens, count, documents, size, masked)
+    manifest = {"version": VERSION} | dataclasses.asdict(Store(folder, dtype, *facts, digest=""))
+    del manifest["folder"], manifest["digest"]
+    manifest["files"] = {name: file_digest(folder / name) for name in (*FILES, "sums")}
     write_json(folder / "store.json", manifest | {"digest": digest(manifest)})
 
 
@@ -189,12 +165,9 @@ def write_sums(folder: Path) -> None:
 
 
 def _tokenize(
-    source: files.Source,
-    tokenizer: Tokenizer,
-    options: Options,
-    training: TokenFiles,
-    held_out: TokenFiles,
-) -> int:
+    source: files.Source, tokenizer: Tokenizer, options: Options,
+    training: TokenFiles, held_out: TokenFiles,
+) -> int:  # fmt: skip
     """Writes the tokens of a source; returns the bytes of the text to learn."""
     bos, size, out = [] if tokenizer.bos is None else [tokenizer.bos], 0, training
     position = 0
@@ -204,60 +177,44 @@ def _tokenize(
         position += amount
 
     pieces = records.pieces(
-        source,
-        tokenizer,
-        text_field=options.text_field,
-        documents=options.documents,
-        mask=options.mask,
-        progress=read,
-    )
+        source, tokenizer, text_field=options.text_field, documents=options.documents,
+        mask=options.mask, progress=read,
+    )  # fmt: skip
     with (
         report.progress(f"tokenizing {source.name}", source.size) as advance,
-        contextlib.closing(_encoded(tokenizer, _chunks(pieces))) as chunks,
+        contextlib.closing(_encoded(tokenizer, pieces)) as encoded,
     ):
-        for chunk in chunks:
-            for piece, encoding in chunk:
-                content, ids, runs = piece.text.encode(), encoding.ids, []
-                if piece.starts:
-                    is_held_out = hash_bytes(content) < options.held_out * 2**64
-                    out = held_out if is_held_out else training
-                if piece.spans is not None:
-                    content = "".join(piece.text[slice(*span)] for span in piece.spans).encode()
-                    runs = _runs(encoding.offsets, piece.spans)
-                size += len(content)
-                if not piece.rendered:
-                    ids = (bos if piece.starts else []) + ids
-                    ids += [tokenizer.eos] if piece.ends else []
-                out.add(ids, runs, piece.ends)
-            training.flush()
-            held_out.flush()
+        for piece, encoding in encoded:
+            content, ids, runs = piece.text.encode(), encoding.ids, []
+            if piece.starts:
+                is_held_out = hash_bytes(content) < options.held_out * 2**64
+                out = held_out if is_held_out else training
+            if piece.spans is not None:
+                content = "".join(piece.text[slice(*span)] for span in piece.spans).encode()
+                runs = _runs(encoding.offsets, piece.spans)
+            size += len(content)
+            if not piece.rendered:
+                ids = (bos if piece.starts else []) + ids
+                ids += [tokenizer.eos] if piece.ends else []
+            out.add(ids, runs, piece.ends)
             advance(position, remark=f"{report.count(training.tokens + held_out.tokens)} tokens")
     return size
 
 
-def _chunks(pieces: Iterable[records.Piece]) -> Iterator[list[records.Piece]]:
-    chunk, size = [], 0
-    for piece in pieces:
-        chunk.append(piece)
-        size += len(piece.text)
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _encoded(
-    tokenizer: Tokenizer, chunks: Iterable[list[records.Piece]]
-) -> Iterator[Iterable[tuple[records.Piece, Any]]]:
-    """While a chunk is tokenized the next is read and the one before is written."""
+def _encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Any]]:
+    """While some are tokenized the next are read and those before are written."""
     with ThreadPoolExecutor(1) as pool:
-        previous = None
-        for chunk in itertools.chain(chunks, [None]):
-            current = chunk and (chunk, pool.submit(tokenizer.encode, chunk))
-            if previous:
-                yield zip(previous[0], previous[1].result(), strict=True)
-            previous = current
+        current, chunk, size = None, [], 0
+        for piece in itertools.chain(pieces, [None]):
+            if piece is not None:
+                chunk.append(piece)
+                size += len(piece.text)
+            if piece is None or size >= CHUNK:
+                previous, current = current, (chunk, pool.submit(tokenizer.encode, chunk))
+                if previous is not None:
+                    yield from zip(previous[0], previous[1].result(), strict=True)
+                chunk, size = [], 0
+        yield from zip(current[0], current[1].result(), strict=True)
 
 
 def _runs(offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:

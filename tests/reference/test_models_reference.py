@@ -155,7 +155,7 @@ def test_dynamic_positions_of_a_long_prompt(tmp_path):
     expected = reference_logits(reference, prompts)[:, -1].argmax(-1)
     new, _ = generate.sample(
         models.load(tmp_path), jnp.asarray(prompts), jnp.full(16, prompts.shape[1]),
-        jax.random.key(0), max_new=1, sampling=generate.Sampling(temperature=0.0), stop=(),
+        jax.random.key(0), generate.Decoding(1, generate.Sampling(temperature=0.0)),
     )  # fmt: skip
     np.testing.assert_array_equal(np.asarray(new)[:, -1], expected)
 
