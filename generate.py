@@ -151,12 +151,7 @@ def idle_state(model: LanguageModel, keys: Keys, capacity: int, decoding: Decodi
 
 
 def read_prompts(
-    model: LanguageModel,
-    prompts: Prompts,
-    lengths: Counts,
-    keys: Keys,
-    decoding: Decoding,
-    room: int,
+    model: LanguageModel, prompts: Prompts, lengths: Counts, keys: Keys, decoding: Decoding, room=0
 ) -> DecodeState:
     """Right-padded prompts, read in parts, with their first new token; those of no length idle."""
     batch, seq = prompts.shape
@@ -313,7 +308,7 @@ def insert_prompts(frozen: tuple[Any, ...], state: DecodeState, decoding: Decodi
     """With other prompts in some rows; consumes the state. A slot beyond the last row is none."""
     model, key, prompts, lengths, names, slots = frozen
     name_keys = jax.vmap(lambda name: jax.random.fold_in(jax.random.fold_in(key, name[0]), name[1]))
-    fresh = read_prompts(model, prompts, lengths, name_keys(names), decoding, 0)
+    fresh = read_prompts(model, prompts, lengths, name_keys(names), decoding)
 
     def insert(old, axes, new):
         new = new[tuple(map(slice, old.shape))]  # a cache rounded up may have more than the rows
