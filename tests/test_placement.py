@@ -46,7 +46,7 @@ def model_of(family: str, layers: int, vocab: int = 96):
     return jax.tree.map(jnp.array, weights_of(family, layers, vocab))
 
 
-def three_steps(family, mesh=None, layout=None, vocab=96, objective=OBJECTIVE):
+def three_steps(family, mesh=None, layout=sharding.Layout(), vocab=96, objective=OBJECTIVE):
     teacher, student = model_of(family, 4, vocab), model_of(family, 2, vocab)
     batches = [batch_of(seed=seed) for seed in range(3)]
     if mesh is None:
