@@ -123,7 +123,7 @@ def _with_constraints(info: Any) -> Any:
 def _refusal(printed: str, args: Sequence[str]) -> str:
     """What tyro says first in its box, and the flags it suggests below, without the frames."""
     text = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", printed).replace("─", "-")
-    _, body, *sections = re.split(r"(?m)^ *(?:- [\w ]+ )?-{8,} *\n", text)
+    _, body, *sections = re.split(r"(?m)^ *(?:- [\w ]+ -+|-{8,}) *\n", text)
     # What a `__post_init__` complains of comes behind the name of a class or a group of flags.
     reason = re.sub(r"^Error parsing \w[\w.-]*: |Got errors:.*", "", _one_line(body)).rstrip(" .")
     words = [word for arg in args for word in arg.split("=", 1)]

@@ -505,15 +505,15 @@ def test_a_save_that_fails_leaves_everything_as_it_was(tmp_path, monkeypatch, er
 def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     models.save(checkpoint(SMALL), tmp_path / "x")
     before = contents(tmp_path)
-    rename = Path.rename
+    replace = Path.replace
 
     def fail(path, target):
         if path.name.endswith(".partial"):
             raise OSError(16, "Device or resource busy")
-        return rename(path, target)
+        return replace(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail)
+        patch.setattr(Path, "replace", fail)
         refused(models.save, checkpoint(SMALL, seed=1), tmp_path / "x", words=["busy"])
     assert contents(tmp_path) == before
 
