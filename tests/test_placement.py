@@ -198,8 +198,9 @@ def config(teacher, text, tmp_path) -> distill.Config:
 
 def test_a_teacher_on_devices_of_its_own_teaches_the_same(config, monkeypatch):
     together = models.load(distill.train(config))
+    mesh = distill.Mesh(1, 2, 2)
     apart = dataclasses.replace(
-        config, teacher_devices=4, microbatches=2, out=config.out + "-apart"
+        config, teacher_devices=4, microbatches=4, mesh=mesh, out=config.out + "-apart"
     )
     devices, teacher_states = [], prepare.teacher_states
 

@@ -4,8 +4,6 @@ import dataclasses
 import re
 import shlex
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -158,13 +156,6 @@ def test_a_teacher_that_no_step_is_given_counts(config, monkeypatch, capsys):
     assert "give the teacher more --teacher-devices" in capsys.readouterr().out
 
 
-def test_a_teacher_apart_reads_microbatches_too(config):
-    run = dataclasses.replace(
-        config, teacher_devices=4, batch_size=8, microbatches=4, steps=1, mesh=distill.Mesh(1, 2, 2)
-    )
-    assert distill.train(run).exists()
-
-
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_what_is_easier_is_what_its_flags_say(name):
     words = ["--batch-size", "64", "--optim.name", name]
@@ -269,22 +260,3 @@ def test_placements_that_cannot_be_end_in_one_line(config, words, says, monkeypa
 def test_processes_that_cannot_be(flags, says):
     with pytest.raises(UserError, match=says):
         processes.start(**flags)
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_meeting_of_processes_that_fails_ends_in_one_line(number):
-    """Neither the first, who waits for the second, nor the second, who finds no first."""
-    program = "import distill; from runtime import errors, processes; processes.PATIENCE = 1;"
-    program += " errors.run(distill.main)"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = ["--coordinator", where, "--processes", "2", "--process-id", str(number)]
-    ended = subprocess.run(
-        [sys.executable, "-c", program, *flags],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert ended.returncode == 2 and not ended.stdout, ended
-    said = ended.stderr.splitlines()
-    assert len(said) == 1 and said[0].startswith("error: the processes could not meet"), said
-    assert where in said[0] and "did not answer in 1 s" in said[0]

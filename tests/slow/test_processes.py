@@ -143,3 +143,22 @@ def test_processes_that_hold_parts_of_one_model_read_the_same_rows(config):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-5)
         assert mine.get("eval/kl", 0) == pytest.approx(other.get("eval/kl", 0), rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_meeting_of_processes_that_fails_ends_in_one_line(number):
+    """Neither the first, who waits for the second, nor the second, who finds no first."""
+    program = "import distill; from runtime import errors, processes; processes.PATIENCE = 1;"
+    program += " errors.run(distill.main)"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = ["--coordinator", where, "--processes", "2", "--process-id", str(number)]
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *flags],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 2 and not ended.stdout, ended
+    said = ended.stderr.splitlines()
+    assert len(said) == 1 and said[0].startswith("error: the processes could not meet"), said
+    assert where in said[0] and "did not answer in 1 s" in said[0]
