@@ -139,14 +139,17 @@ def top_k(
 ) -> TopK:
     """The `count` likeliest tokens of a teacher, likeliest first."""
 
-    def chunk_fn(log_p):
-        largest, ids = _largest(log_p, count)
+    def chunk_fn(z, lse):
+        # Logits are compared: log-probabilities could be rounded otherwise where XLA computes their
+        # normaliser anew, and the last of the entries would count as one of the others too.
+        largest, ids = _largest(z, count)
         edge = largest[:, -1:]
-        below = jnp.where(log_p < edge, jnp.exp(log_p - edge), 0).sum(1)
-        ties = (log_p >= edge).sum(1) - count  # as likely as the last of the entries
-        return TopK(ids, largest, edge[:, 0] + jnp.log(below + ties.astype(below.dtype)))
+        below = jnp.where(z < edge, jnp.exp(z - edge), 0).sum(1)
+        ties = (z >= edge).sum(1) - count  # as likely as the last of the entries
+        rest = edge[:, 0] + jnp.log(below + ties.astype(below.dtype))
+        return TopK(ids, largest - lse, rest - lse[:, 0])
 
-    return _scan_log_probs(chunk_fn, teacher, temperature, chunk)
+    return _scan_logits(chunk_fn, teacher, temperature, chunk)
 
 
 def sample_targets(
@@ -165,7 +168,9 @@ def sample_targets(
     depends on the number of its window alone.
     """
 
-    def chunk_fn(log_p, windows, positions):
+    def chunk_fn(z, lse, windows, positions):
+        log_p = z - lse
+
         def noise(window, position):
             row_key = jax.random.fold_in(jax.random.fold_in(key, window), position)
             return jax.random.exponential(row_key, log_p.shape[1:])
@@ -177,16 +182,16 @@ def sample_targets(
 
     shape = teacher.hidden.shape[:2]
     rows = (jnp.broadcast_to(x, shape) for x in (windows[:, None], jnp.arange(shape[1])))
-    return _scan_log_probs(chunk_fn, teacher, temperature, chunk, *rows)
+    return _scan_logits(chunk_fn, teacher, temperature, chunk, *rows)
 
 
-def _scan_log_probs(target_fn, teacher: TeacherStates, temperature, chunk, *arrays):
-    """What `target_fn` makes of the teacher's log-probabilities, [rows, vocab], of each chunk."""
+def _scan_logits(target_fn, teacher: TeacherStates, temperature, chunk, *arrays):
+    """What `target_fn` makes of the teacher's logits, [rows, vocab], and their logsumexp."""
     teacher_logits = teacher.logits(len(teacher.head))
 
     def chunk_fn(carry, hidden, *rows):
         z = teacher_logits(hidden).T / temperature
-        return carry, target_fn(z - jax.nn.logsumexp(z, 1, keepdims=True), *rows)
+        return carry, target_fn(z, jax.nn.logsumexp(z, 1, keepdims=True), *rows)
 
     chunk = chunk or tiles.default_chunk(teacher.head)
     return tiles.scan_chunks(chunk_fn, None, chunk, (teacher.hidden, *arrays))[1]
