@@ -25,7 +25,8 @@ def started(base: dict, tmp_path: Path, **flags) -> subprocess.Popen:
 
 def test_killed_at_any_moment_nothing_is_lost_or_written_twice(base, tmp_path):
     prompts_file(tmp_path, 40)
-    flags = {"samples": 8, "batch_size": 2, "out": tmp_path / "out.parquet"}
+    out = tmp_path / "out.parquet"
+    flags = {"samples": 8, "batch_size": 2, "max_new": 12, "out": out}
     expected = read(ran(**base | flags | {"out": tmp_path / "whole.parquet"}))
     journal, rng = answers.journal_path(flags["out"]), random.Random(0)
     for share in (0.1, 0.5, 0.8):
