@@ -229,6 +229,12 @@ def constrain_tree(tree: PyTree, *, moments: bool = False) -> PyTree:
     return shard(tree, specs(tree, mesh, layout.moments if moments else layout.params))
 
 
+def device() -> tuple[str, str]:
+    """The platform and the kind of the devices of the mesh in scope, or of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.platform, device.device_kind
+
+
 def num_shards(name: str) -> int:
     """Over how many devices of the mesh in scope activations are split along this axis."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,12 +1,15 @@
 """Attention: where tokens stand and whom they may see, values weighted, and the cache."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
+
+from models import kernels
 
 Hidden = Float[Array, "batch seq embed"]
 
@@ -56,14 +59,14 @@ class Positions(eqx.Module):
     key_index: Int[Array, " keys"]
     position: Int[Array, "#batch seq"]  # within its document
     doc_length: Int[Array, "#batch seq"]  # of the document of each token
-    document: Int[Array, "batch seq"] | None
+    packed: bool = eqx.field(static=True)  # rows of several documents
     cache_length: Int[Array, " batch"] | None = None  # of each row, with the new tokens
 
     def visible(self, window: Int[Array, ""] | None = None) -> Bool[Array, "#batch seq keys"]:
         distance = self.query_index[:, :, None] - self.key_index
         mask = distance >= 0
-        if self.document is not None:
-            mask &= self.document[:, :, None] == self.document[:, None, :]
+        if self.packed:
+            mask &= distance <= self.position[:, :, None]
         if window is not None:
             mask &= distance < window
         return mask
@@ -89,16 +92,15 @@ def positions(
         final = length if doc_length is None else jnp.maximum(length, doc_length)
         final = jnp.broadcast_to(final[:, None], query_index.shape)
         keys = jnp.arange(cache.keys.shape[4])
-        return Positions(query_index, keys, query_index, final, None, length)
+        return Positions(query_index, keys, query_index, final, False, length)
     if segments is None:
-        return Positions(index[None], index, index[None], jnp.full((1, seq), seq), None)
+        return Positions(index[None], index, index[None], jnp.full((1, seq), seq), False)
     changes = segments[:, 1:] != segments[:, :-1]
     starts = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
     ends = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
     start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
     end = jax.lax.cummin(jnp.where(ends, index, seq), axis=1, reverse=True)
-    documents = jnp.cumsum(starts, axis=1)  # two runs of one number are two documents
-    return Positions(index[None], index, index - start, end - start + 1, documents)
+    return Positions(index[None], index, index - start, end - start + 1, True)
 
 
 def attention(
@@ -109,10 +111,27 @@ def attention(
     layer: Int[Array, ""],
     cache: Cache | None,
     *,
-    window: Int[Array, ""] | None = None,
+    windows: Sequence[int | None] = (),
     slopes: Float[Array, " heads"] | None = None,
 ) -> tuple[Float[Array, "batch seq heads head_dim"], Cache | None]:
-    """Causal attention, grouped where there are fewer key heads; `slopes` are ALiBi's."""
+    """Causal attention, grouped where there are fewer key heads; `slopes` are ALiBi's.
+
+    `windows` says of each layer how many keys up to itself a query sees; None is all.
+    """
+    sizes = list(dict.fromkeys(windows)) or [None]
+    window = jnp.array([size or 2**30 for size in windows])[layer] if any(sizes) else None
+    head_dim, seq = query.shape[-1] + (0 if slopes is None else 8), query.shape[1]
+    name = "dense" if cache is not None else kernels.choose(query.dtype, head_dim, seq)[0]
+    if name == "blockwise":
+        kernel = partial(kernels.blockwise, window=window)
+        return kernels.on_each_device(kernel, query, key, value, positions.position, slopes), None
+    if name != "dense":
+        kind = jnp.array([sizes.index(size) for size in windows] or [0])[layer]
+        each = [
+            partial(getattr(kernels, name), packed=positions.packed, window=size) for size in sizes
+        ]
+        kernel = partial(jax.lax.switch, kind, each) if len(each) > 1 else each[0]
+        return kernels.on_each_device(kernel, query, key, value, positions.position, slopes), None
     groups = key.shape[2]
     grouped = query.reshape(*query.shape[:2], groups, -1, query.shape[3]).transpose(0, 2, 3, 1, 4)
 

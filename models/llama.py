@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from models.attention import Hidden, Positions, attention
 from models.base import LanguageModel, ModelConfig, Tensors, linear, recompute, rms_norm, tensor
@@ -204,24 +203,20 @@ class Llama(LanguageModel):
     def embed_input(self, rows: Hidden) -> Hidden:
         return rows
 
-    def position_inputs(self, positions: Positions) -> tuple[PyTree, Int[Array, " layers"] | None]:
-        windows = None
-        if self.config.windows:
-            windows = jnp.array([size or 2**30 for size in self.config.windows])
-        return self.config.rope.table(self.config.head_dim, positions), windows
+    def position_inputs(self, positions: Positions) -> PyTree:
+        return self.config.rope.table(self.config.head_dim, positions)
 
     def block(self, weights: Block, x: Hidden, positions, position_inputs, layer, cache):
         w, eps = weights, self.config.norm_eps
-        table, windows = position_inputs
         h = rms_norm(x, w.attention_norm, eps)
         query = linear("bse,hde->bshd", h, w.query, w.query_bias)
         key = linear("bse,hde->bshd", h, w.key, w.key_bias)
         value = linear("bse,hde->bshd", h, w.value, w.value_bias)
         if w.query_norm is not None:
             query, key = rms_norm(query, w.query_norm, eps), rms_norm(key, w.key_norm, eps)
-        query, key = rotate(query, table), rotate(key, table)
-        window = None if windows is None else windows[layer]
-        mixed, cache = attention(query, key, value, positions, layer, cache, window=window)
+        query, key = rotate(query, position_inputs), rotate(key, position_inputs)
+        windows = self.config.windows
+        mixed, cache = attention(query, key, value, positions, layer, cache, windows=windows)
         x = x + linear("bshd,ehd->bse", mixed, w.output, w.output_bias)
         h = rms_norm(x, w.mlp_norm, eps)
         gate = linear("bse,me->bsm", h, w.gate, w.gate_bias)
