@@ -118,16 +118,32 @@ class Bloom(LanguageModel):
 
     def block(self, weights: Block, x: Hidden, positions, position_inputs, layer, cache):
         w, eps, after = weights, self.config.norm_eps, self.config.residual_after_norm
-        h = layer_norm(x, w.attention_norm, w.attention_norm_bias, eps)
-        residual = h if after else x
-        qkv = linear("bse,htde->bshtd", h, w.qkv, w.qkv_bias)
+
+        def first_norm(x):
+            return layer_norm(x, w.attention_norm, w.attention_norm_bias, eps)
+
+        def second_norm(x):
+            return layer_norm(x, w.mlp_norm, w.mlp_norm_bias, eps)
+
+        @recompute
+        def heads(x):
+            return linear("bse,htde->bshtd", first_norm(x), w.qkv, w.qkv_bias)
+
+        @recompute
+        def up(x):
+            return linear("bse,me->bsm", second_norm(x), w.up, w.up_bias)
+
+        @recompute
+        def down(h):
+            return linear("bsm,em->bse", jax.nn.gelu(h), w.down, w.down_bias)
+
+        qkv = heads(x)
         query, key, value = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
         mixed, cache = attention(query, key, value, positions, layer, cache, slopes=position_inputs)
+        residual = first_norm(x) if after else x
         x = residual + linear("bshd,ehd->bse", mixed, w.output, w.output_bias)
-        h = layer_norm(x, w.mlp_norm, w.mlp_norm_bias, eps)
-        residual = h if after else x
-        h = recompute(jax.nn.gelu)(linear("bse,me->bsm", h, w.up, w.up_bias))
-        return residual + linear("bsm,em->bse", h, w.down, w.down_bias), cache
+        residual = second_norm(x) if after else x
+        return residual + down(up(x)), cache
 
     def final_norm(self, x: Hidden) -> Hidden:
         return layer_norm(x, self.norm, self.norm_bias, self.config.norm_eps)

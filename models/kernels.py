@@ -28,7 +28,7 @@ Position = Int[Array, "#batch seq"]
 asked = jax.make_user_context("auto")
 
 # Shorter rows are attended to faster by whole products, where their S x S scores are small.
-DENSE_BELOW = {"cpu": 512}
+DENSE_BELOW = {"cpu": 256}
 BLOCKS = {"cpu": 128}  # tokens; on accelerators a block is one large product
 HOPPER = re.compile(r"\b(GH|GB|H|B)[1-3]0?0\b|\bH20\b|\bH800\b")  # or later
 # How many documents of a row cuDNN keeps apart. It holds statistics of a whole row for each.

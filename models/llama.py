@@ -208,22 +208,33 @@ class Llama(LanguageModel):
 
     def block(self, weights: Block, x: Hidden, positions, position_inputs, layer, cache):
         w, eps = weights, self.config.norm_eps
-        h = rms_norm(x, w.attention_norm, eps)
-        query = linear("bse,hde->bshd", h, w.query, w.query_bias)
-        key = linear("bse,hde->bshd", h, w.key, w.key_bias)
-        value = linear("bse,hde->bshd", h, w.value, w.value_bias)
+        activation = ACTIVATIONS[self.config.activation]
+
+        @recompute
+        def heads(x):
+            h = rms_norm(x, w.attention_norm, eps)
+            query = linear("bse,hde->bshd", h, w.query, w.query_bias)
+            key = linear("bse,hde->bshd", h, w.key, w.key_bias)
+            return query, key, linear("bse,hde->bshd", h, w.value, w.value_bias)
+
+        @recompute
+        def gate_and_up(x):
+            h = rms_norm(x, w.mlp_norm, eps)
+            gate = linear("bse,me->bsm", h, w.gate, w.gate_bias)
+            return gate, linear("bse,me->bsm", h, w.up, w.up_bias)
+
+        @recompute
+        def down(gate, up):
+            return linear("bsm,em->bse", activation(gate) * up, w.down, w.down_bias)
+
+        query, key, value = heads(x)
         if w.query_norm is not None:
             query, key = rms_norm(query, w.query_norm, eps), rms_norm(key, w.key_norm, eps)
         query, key = rotate(query, position_inputs), rotate(key, position_inputs)
         windows = self.config.windows
         mixed, cache = attention(query, key, value, positions, layer, cache, windows=windows)
         x = x + linear("bshd,ehd->bse", mixed, w.output, w.output_bias)
-        h = rms_norm(x, w.mlp_norm, eps)
-        gate = linear("bse,me->bsm", h, w.gate, w.gate_bias)
-        up = linear("bse,me->bsm", h, w.up, w.up_bias)
-        activation = ACTIVATIONS[self.config.activation]
-        h = recompute(lambda gate, up: activation(gate) * up)(gate, up)
-        return x + linear("bsm,em->bse", h, w.down, w.down_bias), cache
+        return x + down(*gate_and_up(x)), cache
 
     def final_norm(self, x: Hidden) -> Hidden:
         return rms_norm(x, self.norm, self.config.norm_eps)
