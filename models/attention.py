@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
-from models import kernels
+import models.kernels as kernels
 
 Hidden = Float[Array, "batch seq embed"]
 

@@ -253,8 +253,8 @@ def linear(pattern: str, x: Array, weight: Array, bias: Array | None = None) -> 
     return y if bias is None else y + bias.astype(x.dtype)
 
 
-# Of what is cheap to compute again, only the inputs are kept for the backward pass. Around a product
-# too: its own result is not needed there, so it is not repeated.
+# Of what is cheap to compute again, only the inputs are kept for the backward pass. It may end in
+# a product: the result is not needed there, so the product is not repeated.
 recompute = partial(jax.checkpoint, prevent_cse=False)
 
 
