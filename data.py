@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int, Int32
 
 import text
 from runtime.errors import Constraint, UserError, between, check
-from text.store import BLOCK, Options, Store, hash_bytes, open_store
+from text.store import BLOCK, Store, hash_bytes, open_store
 
 T = TypeVar("T")
 Rows = Int[np.ndarray, " rows"]
@@ -133,8 +133,7 @@ def open_corpus(
 
     def split(name: str, share: float) -> tuple[TokenRange, TokenRange]:
         """What of a source is to train on, and what is held out."""
-        options = Options(config.text_field, config.documents, config.mask, share)
-        store = open_store(name, tokenizer, options, cache=config.cache, streaming=config.streaming)
+        store = open_store(name, tokenizer, dataclasses.replace(config, held_out=share))
         cut, total = store.training, max(1, TokenRange(store, 0, store.tokens, seq_len).windows)
         held = store.tokens - cut
         # Too few documents for their hashes to divide them as asked: hold out the last windows.

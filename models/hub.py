@@ -370,7 +370,8 @@ def save(
     ids = {"bos_token_id": config.bos, "eos_token_id": config.eos, "pad_token_id": config.pad}
     common = {"model_type": config.model_type, "tie_word_embeddings": config.tied}
     common |= ids | {"dtype": stored, "torch_dtype": stored}  # the newer and the older name
-    with files.atomic_folder(folder, "") as partial:
+    with files.atomic_write(folder, "") as partial:
+        partial.mkdir(parents=True)
         contents = write_weights(model, partial, shard_size)
         contents["config.json"] = common | config.write()
         contents[GENERATION] = {key: value for key, value in ids.items() if value is not None}

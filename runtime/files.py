@@ -34,7 +34,10 @@ def disk_errors(path: Path, remedy: str = RESUME) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, remedy: str = RESUME) -> Iterator[Path]:
-    """Yields the path of a partial file, which replaces `path` when the body ends well."""
+    """Yields the path of a partial file or folder, which replaces `path` when the body ends well.
+
+    The caller makes it, decides whether what is there may be replaced, and writes it alone.
+    """
     partial, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     with disk_errors(path, remedy):
         try:
@@ -54,17 +57,6 @@ def atomic_write(path: Path, remedy: str = RESUME) -> Iterator[Path]:
             for leftover in (old, partial):
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_folder(folder: Path, remedy: str = RESUME) -> Iterator[Path]:
-    """Yields an empty folder, which replaces `folder` and all in it when the body ends well.
-
-    The caller decides whether what is there may be replaced, and lets nobody else write it.
-    """
-    with atomic_write(folder, remedy) as partial:
-        partial.mkdir(parents=True)
-        yield partial
 
 
 def write_json(path: Path, content: Settings, remedy: str = RESUME) -> None:

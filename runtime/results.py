@@ -10,9 +10,11 @@ import numpy as np
 
 import data
 import eval as evaluation
-import generate
 import models
+import sharding
+import text
 from config import describe_loss, uses_teacher_loss
+from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
 from runtime import figures, plan, processes, report
 from runtime.errors import UserError
@@ -160,15 +162,22 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
 
 
 def samples(run: Run, student: LanguageModel) -> Iterator[str]:
-    """Lines that show how teacher and student continue two held-out texts."""
+    """Lines that show how teacher and student continue two held-out texts, by likeliest tokens."""
     mesh, layout, teacher_mesh = run.placement
     windows, length = next(data.evaluation(run.corpus, 32)), min(24, run.config.seq_len)
     first, last = windows.segments[:, 0], windows.segments[:, length - 1]
     rows = np.argsort(first != last, kind="stable")[:2]  # one document's, where there are such
     prompts = windows.tokens[rows[last[rows] > 0], :length]
-    writers = {"student": (student, mesh)} if len(prompts) else {}
-    if writers and run.teacher is not None:
-        writers = {"teacher": (run.teacher, teacher_mesh or mesh)} | writers
-    return generate.continuations(
-        writers, run.tokenizer, prompts, layout=layout, dtype=run.objective.dtype
-    )
+    decode, stop = text.load_tokenizer(run.tokenizer).encoder.decode, text.stop_ids(run.tokenizer)
+    greedy = Decoding(32, Sampling(temperature=0.0), stop, run.objective.dtype)
+    lengths, key, written = np.full(len(prompts), length), jax.random.key(0), {}
+    writers = [("teacher", run.teacher, teacher_mesh or mesh), ("student", student, mesh)]
+    for name, model, where in writers:
+        if model is not None and len(prompts):
+            with sharding.use_mesh(where, layout):
+                tokens_and_counts = sample(model, prompts, lengths, key, greedy)
+                written[name] = tuple(map(sharding.to_host, tokens_and_counts))
+    for row, prompt in enumerate(prompts):
+        yield f"\n> {decode(prompt.tolist())!r}"
+        for name, (tokens, counts) in written.items():
+            yield f"{name:8}  {decode(tokens[row, : counts[row]].tolist())!r}"
