@@ -17,6 +17,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Float, Float32, Int
 
 import data
@@ -291,7 +292,8 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
                 " --resume-anyway"
             )
         report.say(f"continued anyway: {other}")
-    prepare.write_config(run_folder(config))  # only now: what is refused leaves the run as it was
+    if jax.process_index() == 0:
+        run_folder(config).write()  # only now: what is refused leaves the run as it was
     return run, eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
 
 
@@ -331,11 +333,11 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     continue
                 log_step(*pending)
                 pending = None
-                with watch.paused():
-                    if evaluates:
-                        results.evaluate(run, state.student, number, log)
-                    if saves:
-                        saved.save(number, state, extra)
+                if evaluates:
+                    results.evaluate(run, state.student, number, log)
+                if saves:
+                    saved.save(number, state, extra)
+                watch.lap(number)  # neither is time of the steps
                 if stops:
                     saved.wait()
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")
@@ -383,7 +385,7 @@ def must_stop(config: Config, number: int, asked: bool) -> bool:
     """Whether to end early; processes ask each other now and then, and all find the same."""
     if number == config.steps or (jax.process_count() > 1 and number % config.log_every):
         return False
-    return bool(processes.allgather(asked).any())
+    return bool(process_allgather(asked).any())
 
 
 def command() -> str:

@@ -430,7 +430,7 @@ def run(config: Config) -> None:
         print(f"{out} is finished", file=sys.stderr)
     else:
         with answers.Journal(out, settings, resume=config.resume) as journal:
-            if missing := [job for job in jobs if job[:2] not in journal]:
+            if missing := [job for job in jobs if job[:2] not in journal.offsets]:
                 write(config, missing, decoding, folder, add)
             answers.save(out, map(row, journal), columns, settings)
             journal.remove()

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import equinox as eqx
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from jaxtyping import Array, Int
 
 import data
@@ -107,7 +108,7 @@ def make(config: Config) -> Targets:
     with files.disk_errors(targets.folder, remedy), checkpoint.lock(targets.folder):
         if jax.process_index() == 0:
             target_store.open_or_create(targets)
-        processes.sync("targets begun")
+        sync_global_devices("targets begun")
         targets = target_store.open_or_create(targets)
         with jax.set_mesh(mesh):
             write(config, targets, corpus, mesh)
@@ -155,7 +156,7 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
     todo = unwritten(targets, jax.process_index(), count)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-config.batch_size // shards) * shards // count  # each device has as many
-    left = processes.allgather(len(todo))  # of every process: all take part in every step
+    left = process_allgather(len(todo))  # of every process: all take part in every step
     steps = -(-int(left.max()) // rows)
     if not steps:
         return

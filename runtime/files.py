@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from runtime.errors import UserError
 
@@ -59,6 +59,13 @@ def atomic_write(path: Path, remedy: str = RESUME) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def append_json(file: IO[bytes], record: Settings) -> None:
+    """Writes a line; the file has no buffer, so it is there at once, or an `OSError` says why."""
+    left = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+    while left:
+        left = left[file.write(left) :]
+
+
 def write_json(path: Path, content: Settings, remedy: str = RESUME) -> None:
     """Writes a file that is there whole or not at all."""
     with atomic_write(path, remedy) as partial:
@@ -91,10 +98,8 @@ def check_links(folder: Path, paths: Iterable[Path]) -> None:
     for path in paths:
         target = Path(os.path.realpath(path))
         if not any(target.is_relative_to(place) for place in allowed):
-            raise UserError(
-                f"{printable(path)}: it is a link that leads out of {folder}: put what it leads to"
-                " there, or name that itself"
-            )
+            why = f"it is a link that leads out of {folder}"
+            raise UserError(f"{printable(path)}: {why}: put what it leads to there")
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{printable(path)}: it is no file that can be read")
 

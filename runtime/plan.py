@@ -76,8 +76,7 @@ def abstract_frozen(
     teacher = signal = head = None
     if config.targets is not None:
         targets = target_store.load(config.targets)
-        kind = losses.TopK if targets.kind == "top-k" else losses.SampledTargets
-        signal = kind.abstract(rows, seq, targets.entries)
+        signal = target_store.SIGNALS[targets.kind].abstract(rows, seq, targets.entries)
     elif uses_teacher_loss(config.loss):
         teacher = models.abstract(config.teacher)
         teacher = with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
@@ -202,10 +201,9 @@ def refuse(config: Config, resident: DeviceBytes) -> None:
     memory, source = device_memory(config)
     least = max(resident.arrays + resident.gradients, resident.own_teacher)
     if least > memory:
-        raise UserError(
-            f"a device has {size(memory)} ({source}), and arrays and gradients alone need"
-            f" {size(least)}: --plan tells what would fit, --force tries all the same"
-        )
+        why = f"arrays and gradients alone need {size(least)}"
+        remedy = "--plan tells what would fit, --force tries all the same"
+        raise UserError(f"a device has {size(memory)} ({source}), and {why}: {remedy}")
 
 
 def smaller_settings(config: Config, placement: Placement) -> Iterator[tuple[str, Config]]:
@@ -235,12 +233,11 @@ def table(config: Config, placement: Placement, need: DeviceBytes, loss: int) ->
     mesh, layout, teacher_mesh = placement
     memory, source = device_memory(config)
     guess = jax.default_backend() == "cpu" and (config.devices or config.device_memory)
-    lines = [
-        "mesh       " + " x ".join(f"{name} {count}" for name, count in mesh.shape.items()),
-        "rules      " + written(layout.params),
-    ]
-    if layout.moments != layout.params:
-        lines.append("moments    " + written(layout.moments))
+    lines = ["mesh       " + " x ".join(f"{name} {count}" for name, count in mesh.shape.items())]
+    for name, rules in (("rules", layout.params), ("moments", layout.moments)):
+        if name == "rules" or rules != layout.params:
+            spelled = (f"{axis}={','.join(places)}" for axis, places in rules.items())
+            lines.append(f"{name:11}{' '.join(spelled)}")
     rest = max(need.temporaries - loss - need.gradients, 0)
     rows = [
         ("teacher", need.teacher, ""),
@@ -261,16 +258,6 @@ def table(config: Config, placement: Placement, need: DeviceBytes, loss: int) ->
         for name, number, remark in rows
     ]
     return "\n".join([*lines, ""])
-
-
-def written(rules: sharding.Rules) -> str:
-    return " ".join(f"{name}={','.join(axes)}" for name, axes in rules.items())
-
-
-def step_flops(student: LanguageModel, teacher: LanguageModel | None, seq_len: int) -> float:
-    """Of one token in a training step: three forward passes of the student, one of the teacher."""
-    flops = 3 * forward_flops(student, seq_len)
-    return flops if teacher is None else flops + forward_flops(teacher, seq_len)
 
 
 def forward_flops(model: LanguageModel, seq_len: int) -> float:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import data
@@ -21,7 +22,7 @@ import text
 from config import Config, needs_teacher, run_folder, student_config, uses_teacher_loss
 from losses import features
 from models.base import LanguageModel
-from runtime import checkpoint, files, processes, report, target_store
+from runtime import checkpoint, files, report, target_store
 from runtime.errors import UserError
 
 
@@ -36,22 +37,17 @@ class Placement(NamedTuple):
 def placement(config: Config) -> Placement:
     devices, apart = jax.devices(), config.teacher_devices or 0
     if apart >= len(devices):
-        raise UserError(
-            f"--teacher-devices {apart}: there are {len(devices)} devices, and the student needs"
-            " one of them"
-        )
+        why = "the student needs one of them"
+        raise UserError(f"--teacher-devices {apart} of {len(devices)}: {why}")
     mesh = sharding.make_mesh(**config.mesh.sizes, devices=devices[: len(devices) - apart])
     rows, shards = config.batch_size // config.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % shards:
-        raise UserError(
-            f"--batch-size {config.batch_size} in {config.microbatches} --microbatches gives {rows}"
-            f" rows at a time, which do not divide over {shards} devices of the mesh axes data,"
-            " fsdp"
-        )
+        flags = f"--batch-size {config.batch_size} in {config.microbatches} --microbatches"
+        remedy = f"do not divide over {shards} devices of the mesh axes data, fsdp"
+        raise UserError(f"{flags} gives {rows} rows at a time, which {remedy}")
     if apart and config.batch_size % apart:
-        raise UserError(
-            f"--teacher-devices {apart}: --batch-size {config.batch_size} does not divide over them"
-        )
+        flag = f"--batch-size {config.batch_size}"
+        raise UserError(f"{flag} does not divide over the --teacher-devices {apart}")
     teacher_mesh = sharding.make_mesh(devices=devices[-apart:]) if apart else None
     return Placement(mesh, sharding.Layout(config.zero, config.mesh.rules), teacher_mesh)
 
@@ -142,7 +138,7 @@ def make_folder(config: Config) -> files.RunFolder:
                     aside = folder.set_aside()
                 folder.path.mkdir()
                 report.say(f"the run that was in {folder.path} is in {aside} now")
-    processes.sync("folder")
+    sync_global_devices("folder")
     return folder
 
 
@@ -151,9 +147,10 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
     last = checkpoint.latest(folder.path / "checkpoints")
     changed = folder.changed()
     if last is None:
-        if changed and jax.process_index() == 0:
-            (folder.path / CHOICE).unlink(missing_ok=True)
-        write_config(folder)
+        if jax.process_index() == 0:
+            if changed:
+                (folder.path / CHOICE).unlink(missing_ok=True)
+            folder.write()
         return None
     if changed and not config.resume_anyway:
         raise UserError(
@@ -166,11 +163,6 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
     if steps not in (None, config.steps):
         report.say(f"--steps was {steps}: schedules now end at {config.steps}")
     return last
-
-
-def write_config(folder: files.RunFolder) -> None:
-    if jax.process_index() == 0:
-        folder.write()
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:
@@ -200,7 +192,7 @@ def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, Langu
         config, out, placement, process_rows, teacher, head, targets, tokenizer, corpus,
         *optimizer_and_objective(config, layers), layers,
     )  # fmt: skip
-    processes.sync("prepared")
+    sync_global_devices("prepared")
     return run, student
 
 
@@ -211,16 +203,13 @@ def open_corpus(config: Config, tokenizer: Path, vocab: int) -> data.Corpus:
     corpus = data.open_corpus(
         config.data, tokenizer, seq_len=config.seq_len, seed=config.seed, vocab=vocab
     )
-    digests = processes.allgather(int(corpus.digest[:15], 16))
+    digests = process_allgather(int(corpus.digest[:15], 16))
     if (digests != digests[0]).any():
-        raise UserError(
-            "the processes read different text: give all of them the same --data.source"
-        )
+        raise UserError("the processes read different text: give all the same --data.source")
     data.batch(corpus, 0, config.batch_size)  # a text that is too short ends here
     if not any(part.windows for part in corpus.held_out):
-        raise UserError(
-            "there is no text to evaluate on: raise --data.held-out, or give --data.eval-source"
-        )
+        remedy = "raise --data.held-out, or give --data.eval-source"
+        raise UserError(f"there is no text to evaluate on: {remedy}")
     return corpus
 
 
@@ -262,11 +251,9 @@ def choose_or_restore_layers(
         choice = files.read_json(path)
         layers = choice.get("kept")
         if not isinstance(layers, list) or len(layers) != config.student_layers:
-            raise UserError(
-                f"{path}: expected the choice of {config.student_layers} blocks, found {layers}:"
-                " give the --student-layers that the run was begun with, or begin anew with"
-                " --no-resume"
-            )
+            misfit = f"expected the choice of {config.student_layers} blocks, found {layers}"
+            remedy = "give --student-layers as at the beginning, or begin anew with --no-resume"
+            raise UserError(f"{path}: {misfit}: {remedy}")
     else:
         begun = time.monotonic()
         windows = data.batch(corpus, 0, min(config.calibration_windows, corpus.windows))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 
 from runtime import errors
 from runtime.errors import UserError
@@ -133,20 +132,3 @@ def block_on_cpu(result: Any) -> Any:
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(result)
     return result
-
-
-def sync(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices(name)
-
-
-def allgather(value: np.ndarray | int | bool) -> np.ndarray:
-    """What each process has, in the order of processes."""
-    if jax.process_count() == 1:
-        return np.asarray(value)[None]
-    from jax.experimental.multihost_utils import process_allgather
-
-    return np.asarray(process_allgather(np.asarray(value)))

@@ -1,9 +1,7 @@
 """What a run says: the metrics file, its progress, and numbers in words."""
 
-import errno
 import json
 import math
-import os
 import sys
 import threading
 import time
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.files import atomic_write, disk_errors
+from runtime.files import append_json, atomic_write, disk_errors
 
 Metrics = Mapping[str, Any]
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
@@ -100,10 +98,8 @@ class Log(ExitStack):
     def _record(self, metrics: Metrics) -> dict[str, Any]:
         metrics = {name: plain(value) for name, value in metrics.items()}
         if self.path is not None:
-            line = json.dumps(metrics, allow_nan=False).encode() + b"\n"
             with disk_errors(self.path):
-                if self.file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                append_json(self.file, metrics)
         return metrics
 
 
@@ -123,21 +119,14 @@ def step_line(line: Metrics, steps: int, mfu: float | None = None, divergence: s
 
 
 class Stopwatch:
-    """Time since the last lap, without the time while it was paused."""
+    """Time and steps since the last lap."""
 
     since, step = 0.0, 0
 
     def lap(self, step: int) -> tuple[float, int]:
-        """Seconds and steps since the last one."""
         seconds, steps = time.monotonic() - self.since, step - self.step
         self.since, self.step = time.monotonic(), step
         return max(seconds, 1e-9), steps
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.since += time.monotonic() - start
 
 
 @contextmanager
@@ -225,10 +214,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             entries.append(entry)
         elif number < len(lines):
-            raise UserError(
-                f"{path}, line {number}: expected a JSON object with its step, found"
-                f" {line[:40].decode(errors='replace')!r}; remove it, or give --no-resume"
-            )
+            start = line[:40].decode(errors="replace")
+            misfit = f"expected a JSON object with its step, found {start!r}"
+            raise UserError(f"{path}, line {number}: {misfit}; remove it, or give --no-resume")
     return entries
 
 

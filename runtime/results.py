@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 
 import data
 import eval as evaluation
@@ -16,9 +17,10 @@ import text
 from config import describe_loss, uses_teacher_loss
 from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
-from runtime import figures, plan, processes, report
+from runtime import figures, plan, report
 from runtime.errors import UserError
 from runtime.prepare import Run
+from runtime.report import Log, Stopwatch
 
 PATIENCE = 5  # updates in a row that may be left out
 
@@ -27,26 +29,20 @@ class NotFinite(UserError):
     """A run whose updates are left out one after the other."""
 
 
-def open_log(run: Run, start: int) -> report.Log:
-    config, path = run.config, run.out / "metrics.jsonl"
-    divergence = config.loss.divergence
-    path = path if jax.process_index() == 0 else None
-    divergence = "KL" if divergence == "forward_kl" else divergence
-    return report.Log(path, steps=config.steps, start=start, divergence=divergence)
+def open_log(run: Run, start: int) -> Log:
+    path = run.out / "metrics.jsonl" if jax.process_index() == 0 else None
+    divergence = run.config.loss.divergence.replace("forward_kl", "KL")
+    return Log(path, steps=run.config.steps, start=start, divergence=divergence)
 
 
 def step_logger(
-    run: Run,
-    student: LanguageModel,
-    start: int,
-    log: report.Log,
-    watch: report.Stopwatch,
-    written: Any,
+    run: Run, student: LanguageModel, start: int, log: Log, watch: Stopwatch, written: Any
 ) -> Callable[[int, dict[str, Any]], None]:
     """What records the metrics of a step, and shows them."""
     config = run.config
-    teacher = run.teacher if run.targets is None and uses_teacher_loss(config.loss) else None
-    flops = run.step_tokens * plan.step_flops(student, teacher, config.seq_len)
+    flops = 3 * plan.forward_flops(student, config.seq_len)  # forward, and twice that backward
+    if run.targets is None and uses_teacher_loss(config.loss):
+        flops += plan.forward_flops(run.teacher, config.seq_len)
     peak = plan.matrix_peak(config.compute_dtype)
 
     def log_step(number: int, metrics: dict[str, Any]) -> None:
@@ -71,7 +67,7 @@ def step_logger(
         rate = run.step_tokens * steps / seconds
         line |= {"tokens": number * run.step_tokens, "tokens_per_second": round(rate, 1)}
         line |= {name: value for name, value in metrics.items() if "/" in name}
-        log.step(line, mfu=flops * steps / seconds / peak)
+        log.step(line, mfu=flops * rate / peak)
 
     return log_step
 
@@ -88,7 +84,7 @@ def score(run: Run, student: LanguageModel) -> dict[str, int | float]:
     return {f"eval/{name}": scores[name] for name in names if name in scores}
 
 
-def evaluate(run: Run, student: LanguageModel, number: int, log: report.Log) -> None:
+def evaluate(run: Run, student: LanguageModel, number: int, log: Log) -> None:
     """Scores the student on held-out windows, and keeps the best one if that is asked for."""
     entry = {"step": number} | score(run, student)
     if run.config.keep_best:
@@ -140,8 +136,8 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
     first = jax.process_index() == 0
     metrics = report.read_metrics(path) if first else []
     known = any(line["step"] == step and "eval/ce" in line for line in metrics)
-    if processes.allgather(first and not known).any():  # where --steps moved to an earlier save
-        with report.Log(path if first else None, steps=step, start=step) as log:
+    if process_allgather(first and not known).any():  # where --steps moved to an earlier save
+        with Log(path if first else None, steps=step, start=step) as log:
             log.evaluation({"step": step} | score(run, student))
         metrics = report.read_metrics(path) if first else []
     if first:
@@ -157,7 +153,7 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
             step = next(e["step"] for e in reversed(evaluations) if is_best(evaluations, e))
             print(f"best     {best} (step {step})")
         print(f"curves   {run.out / 'curves.png'}")
-    processes.sync("finished")
+    sync_global_devices("finished")
     return folder
 
 
