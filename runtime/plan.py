@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -239,12 +239,9 @@ def table(config: Config, placement: Placement, need: DeviceBytes, loss: int) ->
             spelled = (f"{axis}={','.join(places)}" for axis, places in rules.items())
             lines.append(f"{name:11}{' '.join(spelled)}")
     rest = max(need.temporaries - loss - need.gradients, 0)
-    rows = [
-        ("teacher", need.teacher, ""),
-        ("student", need.student, ""),
-        ("moments", need.moments, ""),
-        ("batch", need.batch, ""),
-        ("gradients", need.gradients, ""),
+    parts = ("teacher", "student", "moments", "batch", "gradients")
+    rows = [(name, getattr(need, name), "") for name in parts]
+    rows += [
         ("head and loss", loss, "compiled alone"),
         ("activations", rest, "the rest of what the program works in"),
         ("in all", need.total, "an estimate, compiled for CPUs" if guess else ""),
@@ -274,16 +271,11 @@ def matrix_peak(dtype: str) -> float:
     """FLOP/s of a matrix product on all devices, measured."""
     backend = jax.default_backend()
     size = 1024 if backend == "cpu" else 8192
-    a = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
-    best = math.inf
-    for _ in range(4):
-        begun = time.monotonic()
-        product(a, a).block_until_ready()
-        best = min(best, time.monotonic() - begun)
+    a, product = jnp.ones((size, size), dtype), jax.jit(jnp.matmul)
+    # Five times, of which the first compiles.
+    seconds = min(timeit.repeat(lambda: product(a, a).block_until_ready(), number=1))
     devices = 1 if backend == "cpu" else jax.device_count()  # emulated ones share the processor
-    return 2 * size**3 / best * devices
+    return 2 * size**3 / seconds * devices
 
 
 def memory(program: Any) -> str:

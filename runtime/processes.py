@@ -34,10 +34,7 @@ def start(
     if coordinator is not None and not re.fullmatch(r"\S+:\d+", coordinator):
         raise UserError(f"--coordinator {coordinator}: expected host:port of the first process")
     if process_id is not None and not 0 <= process_id < processes:
-        raise UserError(
-            f"--process-id {process_id}: expected one of 0 to {processes - 1}, with --processes"
-            f" {processes}"
-        )
+        raise UserError(f"--process-id {process_id}: expected one of 0 to {processes - 1}")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -49,13 +46,11 @@ def start(
         os.environ.setdefault("NPROC", str(max(4 * emulated, os.cpu_count() or 1)))
     if not (distributed or coordinator):
         return
-    where = coordinator or "the one that the scheduler names"
+    where = coordinator or "the coordinator that the scheduler names"
 
     def unmet(reason: str) -> UserError:
-        return UserError(
-            f"the processes could not meet at the coordinator, {where} ({reason}): start all of"
-            " them, and let --coordinator name the first"
-        )
+        remedy = "start all of them, and let --coordinator name the first"
+        return UserError(f"the processes could not meet at {where} ({reason}): {remedy}")
 
     # When jax's own time is up it aborts the process.
     silence = unmet(f"it or another one did not answer in {PATIENCE} s")
@@ -89,20 +84,14 @@ def exit_with_peers() -> Iterator[None]:
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, jax.errors.JaxRuntimeError) as error:
         if jax.process_count() == 1:
             raise
+        if not isinstance(error, UserError):
+            cause = str(error).splitlines()[0][:160]
+            remedy = "start all of them again, and they go on from what was saved"
+            error = UserError(f"another process has ended or is out of reach ({cause}): {remedy}")
         _leave(error)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        cause = str(error).splitlines()[0][:160]
-        _leave(
-            UserError(
-                f"another process has ended or cannot be reached ({cause}): start all of them"
-                " again, and they go on from what was saved"
-            )
-        )
 
 
 class Interruption:

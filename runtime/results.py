@@ -1,5 +1,6 @@
 """What a run measures of its student, and what it leaves: the checkpoint, the curves, the table."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,29 +106,49 @@ def export(
     run: Run, student: LanguageModel, step: int, folder: Path, metrics: list[dict[str, Any]]
 ) -> None:
     """The student as a checkpoint of Hugging Face, with a card that says how it came about."""
-    config = run.config
-    start = "random weights"
+    dtype = jnp.dtype(run.config.export_dtype)
+    exported = jax.tree.map(lambda leaf: leaf.astype(dtype), student)
+    notes = {"README.md": model_card(run, step, metrics)}
+    with report.progress("exporting"):
+        models.save(exported, folder, tokenizer=run.tokenizer, notes=notes)
+
+
+def model_card(run: Run, step: int, metrics: list[dict[str, Any]]) -> str:
+    """The README of a student after so many steps."""
+    config, start, base, taught = run.config, "random weights", "", ""
     if config.student is not None:
         start = f"the weights of {Path(config.student).name}"
     elif run.layers is not None:
         depth, blocks = models.config(config.teacher).layers, ", ".join(map(str, run.layers))
         start = f"{len(run.layers)} of the teacher's {depth} blocks: {blocks}"
+    source = ", ".join(Path(name).name for name in config.data.source)
+    title = f"A model trained on {source}"
     teacher = config.teacher if run.targets is None else run.targets.teacher_name
-    if run.targets is None and teacher == config.student:
-        teacher = None
-    card = figures.model_card(
-        teacher=teacher,
-        start=start,
-        data=", ".join(Path(name).name for name in config.data.source),
-        loss=describe_loss(config.loss, config.on_policy),
-        tokens=step * run.step_tokens,
-        steps=step,
-        rows=figures.rows(metrics),
-    )
-    dtype = jnp.dtype(config.export_dtype)
-    exported = jax.tree.map(lambda leaf: leaf.astype(dtype), student)
-    with report.progress("exporting"):
-        models.save(exported, folder, tokenizer=run.tokenizer, notes={"README.md": card})
+    if run.targets is not None or teacher != config.student:
+        if Path(teacher).exists():  # only an id of the hub can be `base_model`
+            teacher = Path(teacher).resolve().name
+        else:
+            base = f"base_model: {json.dumps(teacher.partition('@')[0])}\n"
+        title, taught = f"A student of {teacher}", f"- **Teacher**: {teacher}\n"
+    return f"""---
+{base}library_name: transformers
+pipeline_tag: text-generation
+tags:
+- distillation
+---
+
+# {title}
+
+{taught}- **Student began as**: {start}
+- **Data**: {source}
+- **Loss**: {describe_loss(config.loss, config.on_policy)}
+- **Training**: {report.count(step * run.step_tokens)} tokens in {step:,} optimizer steps
+
+Held-out figures: cross entropy in nats per token, KL(teacher ‖ student) at temperature 1, and the
+share of the cross-entropy gap between teacher and untrained student that training closed.
+
+{figures.markdown(figures.rows(metrics))}
+"""
 
 
 def finish(run: Run, student: LanguageModel, step: int) -> Path:
