@@ -51,11 +51,7 @@ class DeviceBytes(NamedTuple):
 
 
 def with_shardings(tree: PyTree, places: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        places,
-    )
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), tree, places)
 
 
 def state_shardings(state: PyTree, mesh: jax.sharding.Mesh, layout: sharding.Layout) -> PyTree:
@@ -70,26 +66,29 @@ def abstract_frozen(
 ) -> tuple[LanguageModel | None, data.Batch]:
     """The teacher and the batch that a step is given."""
     mesh, layout, teacher_mesh = placement
-    rows, seq = config.batch_size, config.seq_len
-    ids = jax.ShapeDtypeStruct((rows, seq + 1), jnp.int32)
-    batch = data.Batch(ids, ids, jax.ShapeDtypeStruct((rows, seq), bool))
-    teacher = signal = head = None
+    rows, seq, where = config.batch_size, config.seq_len, sharding.row_sharding(mesh, layout.params)
+    ids = jax.ShapeDtypeStruct((rows, seq + 1), jnp.int32, sharding=where)
+    batch = data.Batch(ids, ids, ids.update(shape=(rows, seq), dtype=bool))
     if config.targets is not None:
         targets = target_store.load(config.targets)
         signal = target_store.SIGNALS[targets.kind].abstract(rows, seq, targets.entries)
-    elif uses_teacher_loss(config.loss):
-        teacher = models.abstract(config.teacher)
-        teacher = with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
-    if teacher is not None and teacher_mesh is not None:
-        head, dtype = teacher.unembedding, config.compute_dtype
-        signal = eqx.filter_eval_shape(losses.teacher_states, teacher, batch, dtype=dtype)
-        teacher = None
-    where = sharding.row_sharding(mesh, layout.params)
-    batch = batch._replace(signal=signal)
-    batch = with_shardings(batch, jax.tree.map(lambda _: where, batch))
-    if head is not None:
-        batch = eqx.tree_at(lambda batch: batch.signal.head, batch, head)
-    return teacher, batch
+        signal = jax.tree.map(lambda leaf: leaf.update(sharding=where), signal)
+        return None, batch._replace(signal=signal)
+    if not uses_teacher_loss(config.loss):
+        return None, batch
+    teacher = models.abstract(config.teacher)
+    teacher = with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
+    if teacher_mesh is None:
+        return teacher, batch
+    return None, batch._replace(signal=abstract_states(config, teacher, batch))
+
+
+def abstract_states(config: Config, teacher: LanguageModel, batch: data.Batch) -> Any:
+    """What the teacher says of a batch, where its rows lie."""
+    dtype = config.compute_dtype
+    states = eqx.filter_eval_shape(losses.teacher_states, teacher, batch, dtype=dtype)
+    parts = states.hidden.update(sharding=batch.mask.sharding), teacher.unembedding
+    return eqx.tree_at(lambda states: (states.hidden, states.head), states, parts)
 
 
 def compile_abstract(step: Callable, arguments: PyTree, *static: Any) -> Any:
@@ -139,31 +138,20 @@ def loss_bytes(
     """The temporaries of the head and the loss, compiled alone."""
     teacher, batch = frozen
     if teacher is not None:
-        dtype = config.compute_dtype
-        signal = eqx.filter_eval_shape(losses.teacher_states, teacher, batch, dtype=dtype)
-        batch = eqx.tree_at(
-            lambda batch: batch.signal.head, batch._replace(signal=signal), teacher.unembedding
-        )
+        batch = batch._replace(signal=abstract_states(config, teacher, batch))
 
-    def part(leaf: Any) -> jax.ShapeDtypeStruct:
-        shape = (config.batch_size // config.microbatches, *leaf.shape[1:])
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=batch.mask.sharding)
+    count = config.batch_size // config.microbatches
+    rows, head = losses.partition_rows(batch)
+    rows = jax.tree.map(lambda leaf: leaf.update(shape=(count, *leaf.shape[1:])), rows)
+    signal, mask = eqx.combine(rows, head).signal, rows.mask
+    shape, dtype = (*mask.shape, state.student.config.embed), jnp.dtype(config.compute_dtype)
+    hidden, labels = mask.update(shape=shape, dtype=dtype), mask.update(dtype=jnp.int32)
 
-    rows, whole = losses.partition_rows(batch)
-    batch = eqx.combine(jax.tree.map(part, rows), whole)
+    def loss(*inputs):
+        return losses.distill_loss(*inputs, objective=objective, step=0)[0]
 
-    def loss(hidden, student, signal, labels, mask):
-        return losses.distill_loss(
-            hidden, student.unembedding, signal, labels, mask, objective=objective, step=0
-        )[0]
-
-    width = state.student.config.embed
-    hidden = jax.ShapeDtypeStruct((*batch.mask.shape, width), jnp.dtype(config.compute_dtype))
-    labels = jax.ShapeDtypeStruct(batch.mask.shape, jnp.int32)
-    inputs = jax.tree.map(part, (hidden, labels))
-    program = jax.jit(jax.grad(loss, (0, 1))).lower(
-        inputs[0], state.student, batch.signal, inputs[1], batch.mask
-    )
+    inputs = hidden, state.student.unembedding, signal, labels, mask
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(*inputs)
     return sharding.compiled(program).memory_analysis().temp_size_in_bytes
 
 
