@@ -369,16 +369,20 @@ def compile_writer(run: Run, state: State) -> Callable[[State, data.Batch], data
     def writer(state: State) -> LanguageModel:
         return teacher if config.on_policy.writer == "teacher" else state.student
 
+    def write(state: State, batch: data.Batch) -> data.Batch:
+        return processes.block_on_cpu(program(writer(state), batch, state.step, **settings))
+
+    settings = {
+        "config": config.on_policy, "seed": config.seed, "dtype": run.objective.dtype,
+        "vocab": min(state.student.config.vocab, teacher.config.vocab),
+        "stop": text.stop_ids(run.tokenizer),
+    }  # fmt: skip
     with report.progress("compiling the writer"):
-        continue_rows = on_policy.compile_writer(
-            writer(state), run.batch(int(state.step)), state.step,
-            config=config.on_policy, seed=config.seed,
-            vocab=min(state.student.config.vocab, teacher.config.vocab),
-            stop=text.stop_ids(run.tokenizer), dtype=run.objective.dtype,
-        )  # fmt: skip
+        inputs = writer(state), run.batch(int(state.step)), state.step
+        program = sharding.compiled(on_policy.continue_rows.lower(*inputs, **settings))
     took = report.duration(time.monotonic() - begun)
     report.say(f"writer    the {config.on_policy.writer}, compiled in {took}")
-    return lambda state, batch: continue_rows(writer(state), batch, state.step)
+    return write
 
 
 def must_stop(config: Config, number: int, asked: bool) -> bool:

@@ -153,10 +153,8 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
             folder.write()
         return None
     if changed and not config.resume_anyway:
-        raise UserError(
-            f"{folder.path} has other settings ({'; '.join(changed)}): give the same, another"
-            " --out, --no-resume, or --resume-anyway to go on with these"
-        )
+        remedy = "give the same, another --out, --no-resume, or --resume-anyway to go on with these"
+        raise UserError(f"{folder.path} has other settings ({'; '.join(changed)}): {remedy}")
     if changed:
         report.say(f"continued anyway: {'; '.join(changed)}")
     steps = (folder.previous() or {}).get("steps")
@@ -302,13 +300,10 @@ def print_summary(run: Run, student: LanguageModel) -> None:
             size = report.size(sum(leaf.nbytes for leaf in leaves))
             apart = name == "teacher" and run.placement.teacher_mesh is not None
             where = " on devices of its own" if apart else ""
-            line = f"{name}   {model.config.layers} blocks, {count} parameters, {size}{where}"
-            report.say(line)
-    report.say(
-        f"data      {report.count(corpus.tokens)} tokens, {report.count(corpus.windows)} windows of"
-        f" {config.seq_len}; {config.steps} steps of {config.batch_size} windows",
-    )
+            report.say(f"{name}   {model.config.layers} blocks, {count} parameters, {size}{where}")
+    amount = f"{report.count(corpus.tokens)} tokens, {report.count(corpus.windows)} windows"
+    steps = f"{config.steps} steps of {config.batch_size} windows"
+    report.say(f"data      {amount} of {config.seq_len}; {steps}")
     mesh = " x ".join(f"{name} {size}" for name, size in run.placement.mesh.shape.items())
-    report.say(
-        f"device    {jax.device_count()} x {device.device_kind} ({mesh}), {config.compute_dtype}",
-    )
+    devices = f"{jax.device_count()} x {device.device_kind}"
+    report.say(f"device    {devices} ({mesh}), {config.compute_dtype}")

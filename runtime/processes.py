@@ -18,13 +18,9 @@ PATIENCE = 60  # seconds to wait for the other processes at the start, and for a
 
 
 def start(
-    *,
-    distributed: bool = False,
-    coordinator: str | None = None,
-    processes: int | None = None,
-    process_id: int | None = None,
-    devices: int | None = None,
-) -> None:
+    *, distributed: bool = False, coordinator: str | None = None, processes: int | None = None,
+    process_id: int | None = None, devices: int | None = None,
+) -> None:  # fmt: skip
     """Prepares the devices, before any is touched: joins the other processes, or emulates
     `devices` of them on the CPU. Programs are kept for the next start, but for several processes on
     CPUs."""

@@ -51,11 +51,9 @@ def step_logger(
         if metrics["skipped"]:
             log.say(f"step {number}: loss or gradient is not finite, the update is left out")
         if metrics["skipped"] >= PATIENCE:
-            raise NotFinite(
-                f"step {number}: loss or gradient was not finite {PATIENCE} times in a row; the"
-                " state is saved: look at the data, or begin anew with --no-resume and a lower"
-                " --optim.lr"
-            )
+            what = f"loss or gradient was not finite {PATIENCE} times in a row; the state is saved"
+            remedy = "look at the data, or begin anew with --no-resume and a lower --optim.lr"
+            raise NotFinite(f"step {number}: {what}: {remedy}")
         if number % config.log_every and number != config.steps:
             return
         seconds, steps = watch.lap(number)

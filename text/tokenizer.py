@@ -11,7 +11,7 @@ from typing import Any
 
 from runtime.errors import UserError
 from runtime.files import digest, printable, read_json
-from text.chat import compile_template, split_marks
+from text.chat import environment, split_marks
 from text.files import library_errors
 from text.records import Piece
 
@@ -140,7 +140,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     size = max(encoder.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     marks = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or ""))
     facts = [hashlib.blake2b(path.read_bytes()).hexdigest(), eos, bos, template, special]
-    template = template and compile_template(template, folder)
+    with library_errors(f"{folder}: its chat template is malformed"):
+        template = template and environment().from_string(template)
     return Tokenizer(
         encoder, size, bos, eos, special, tuple(closing), added, template, marks, digest(facts)
     )
