@@ -305,16 +305,16 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
     write = compile_writer(run, state) if written.any() else None
     deadline = begun + 60 * (config.time_limit or float("inf"))
     pending: tuple[int, dict[str, Any]] | None = None
-    watch, trace = report.Stopwatch(), plan.Trace(config.profile_steps, run.out / "trace")
+    trace = plan.Trace(config.profile_steps, run.out / "trace")
     with (
         results.open_log(run, start) as log,
         processes.Interruption() as interruption,
         contextlib.closing(data.prefetch(run.batch, start, config.steps)) as batches,
     ):
-        log_step = results.step_logger(run, state.student, start, log, watch, written)
+        log_step = results.step_logger(run, state.student, start, log, written)
         if start == 0:
             results.evaluate(run, state.student, 0, log)
-        watch.lap(start)
+        log.lap(start)
         try:
             for number, batch in enumerate(batches, start + 1):
                 trace.before(number)
@@ -337,7 +337,7 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     results.evaluate(run, state.student, number, log)
                 if saves:
                     saved.save(number, state, extra)
-                watch.lap(number)  # neither is time of the steps
+                log.lap(number)  # neither is time of the steps
                 if stops:
                     saved.wait()
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")

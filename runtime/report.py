@@ -57,7 +57,7 @@ class Log(ExitStack):
     def __init__(self, path: Path | None, *, steps: int, start: int = 0, divergence: str = "KL"):
         super().__init__()
         self.steps, self.divergence, self.bar, self.path = steps, divergence, None, path
-        self.quiet = path is None or _quiet.get()
+        self.quiet, self.last_lap = path is None or _quiet.get(), (time.monotonic(), start)
         if path is None:
             return
         earlier = [line for line in read_metrics(path) if line["step"] <= start] if start else []
@@ -95,6 +95,11 @@ class Log(ExitStack):
         elif self.path is not None:
             print(text, file=sys.stderr, flush=True)
 
+    def lap(self, step: int) -> tuple[float, int]:
+        """Seconds and steps since the last lap."""
+        (since, last), self.last_lap = self.last_lap, (time.monotonic(), step)
+        return max(time.monotonic() - since, 1e-9), step - last
+
     def _record(self, metrics: Metrics) -> dict[str, Any]:
         metrics = {name: plain(value) for name, value in metrics.items()}
         if self.path is not None:
@@ -116,17 +121,6 @@ def step_line(line: Metrics, steps: int, mfu: float | None = None, divergence: s
         left = line["tokens"] / line["step"] * (steps - line["step"])
         parts.append(f"ETA {duration(left / speed)}")
     return "  ".join(parts)
-
-
-class Stopwatch:
-    """Time and steps since the last lap."""
-
-    since, step = 0.0, 0
-
-    def lap(self, step: int) -> tuple[float, int]:
-        seconds, steps = time.monotonic() - self.since, step - self.step
-        self.since, self.step = time.monotonic(), step
-        return max(seconds, 1e-9), steps
 
 
 @contextmanager

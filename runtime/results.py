@@ -21,7 +21,7 @@ from models.base import LanguageModel
 from runtime import figures, plan, report
 from runtime.errors import UserError
 from runtime.prepare import Run
-from runtime.report import Log, Stopwatch
+from runtime.report import Log
 
 PATIENCE = 5  # updates in a row that may be left out
 
@@ -37,7 +37,7 @@ def open_log(run: Run, start: int) -> Log:
 
 
 def step_logger(
-    run: Run, student: LanguageModel, start: int, log: Log, watch: Stopwatch, written: Any
+    run: Run, student: LanguageModel, start: int, log: Log, written: Any
 ) -> Callable[[int, dict[str, Any]], None]:
     """What records the metrics of a step, and shows them."""
     config = run.config
@@ -56,7 +56,7 @@ def step_logger(
             raise NotFinite(f"step {number}: {what}: {remedy}")
         if number % config.log_every and number != config.steps:
             return
-        seconds, steps = watch.lap(number)
+        seconds, steps = log.lap(number)
         names = ("loss", "divergence", "ce", "features", "grad_norm", "lr")
         line = {"step": number} | {name: metrics[name] for name in names if name in metrics}
         if not uses_teacher_loss(config.loss):
