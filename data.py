@@ -124,10 +124,7 @@ def open_corpus(
 
     With `held_out=1`, all of it is for `evaluation`: every token of a text once, in order.
     """
-    tokenizer = text.load_tokenizer(tokenizer_folder)
-    if tokenizer.size > vocab:
-        problem = f"has ids up to {tokenizer.size - 1}, the model's vocabulary has {vocab}"
-        raise UserError(f"{tokenizer_folder}: the tokenizer {problem}: they do not belong together")
+    tokenizer = text.load_tokenizer(tokenizer_folder, vocab)
     if not config.source:
         raise UserError("no text to train on: name some with --data.source")
 

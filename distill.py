@@ -356,7 +356,9 @@ def compile_step(run: Run, state: State) -> Any:
     with report.progress("compiling"):
         program = sharding.compiled(step.lower(*arguments, run.optimizer, run.objective))
     took = report.duration(time.monotonic() - begun)
-    report.say(f"compiled  in {took}, {plan.memory(program)}")
+    stats = program.compiled.memory_analysis()
+    arrays, rest = map(report.size, (stats.argument_size_in_bytes, stats.temp_size_in_bytes))
+    report.say(f"compiled  in {took}, {arrays} of arrays and {rest} to work in, a device")
     if start:
         report.say(f"goes on   from step {start}")
     return program

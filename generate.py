@@ -341,11 +341,6 @@ def prepare(
 ) -> tuple[list[text.Prompt], list[Job], Decoding, dict[str, Any]]:
     """All prompts, the jobs of those that are not too long, and the settings of what is written."""
     shape, dtype = models.config(folder), sharding.compute_dtype(config.compute_dtype)
-    if tokenizer.size > shape.vocab:
-        raise UserError(
-            f"{folder}: the tokenizer has ids up to {tokenizer.size - 1}, the model's vocabulary"
-            f" has {shape.vocab}: they do not belong together"
-        )
     if any(not 0 <= token < shape.vocab for token in config.stop):
         stop = " ".join(map(str, config.stop))
         raise UserError(f"--stop {stop}: expected token ids from 0 to {shape.vocab - 1}")
@@ -407,7 +402,7 @@ def write(config: Config, jobs: list[Job], decoding: Decoding, folder: Path, add
 
 def run(config: Config) -> None:
     out, folder = Path(config.out).expanduser(), models.fetch(config.model)
-    tokenizer = text.load_tokenizer(folder)
+    tokenizer = text.load_tokenizer(folder, models.config(folder).vocab)
     prompts, jobs, decoding, settings = prepare(config, folder, tokenizer)
     columns, decode = None, tokenizer.encoder.decode
     if out.suffix == ".parquet":  # what does not fit is refused now, not in the end

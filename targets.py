@@ -6,7 +6,6 @@ python targets.py --teacher bigscience/bloom-1b7 --data.source FILE --out DIR
 import contextlib
 import dataclasses
 import json
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -160,8 +159,7 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
     steps = -(-int(left.max()) // rows)
     if not steps:
         return
-    if jax.process_index() == 0 and not config.quiet:
-        print(f"{left.sum()} of {len(targets.windows)} windows to compute", file=sys.stderr)
+    report.say(f"{left.sum()} of {len(targets.windows)} windows to compute")
     teacher = models.load(config.teacher, mesh=mesh)
     parts = [todo[step * rows :][:rows] for step in range(steps)]
 

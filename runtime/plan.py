@@ -266,12 +266,6 @@ def matrix_peak(dtype: str) -> float:
     return 2 * size**3 / seconds * devices
 
 
-def memory(program: Any) -> str:
-    stats = program.compiled.memory_analysis()
-    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
-    return f"{size(arguments)} of arrays and {size(temporaries)} to work in, a device"
-
-
 class Trace:
     """A trace of the steps a:b for Perfetto or TensorBoard, if such are asked for."""
 

@@ -90,25 +90,20 @@ def exit_with_peers() -> Iterator[None]:
         _leave(error)
 
 
-class Interruption:
+class Interruption(contextlib.ExitStack):
     """Ctrl-C and SIGTERM as a wish to stop after the step; a second one is taken at its word."""
 
     asked = False
 
     def __enter__(self) -> "Interruption":
-        self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # others may not
             for kind in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[kind] = signal.signal(kind, self.ask)
+                self.callback(signal.signal, kind, signal.signal(kind, self.ask))
         return self
 
-    def ask(self, kind: int, _: Any) -> None:
+    def ask(self, *_: Any) -> None:
         self.asked = True
-        self.__exit__()
-
-    def __exit__(self, *_: Any) -> None:
-        for kind, handler in self.handlers.items():
-            signal.signal(kind, handler)
+        self.close()
 
 
 def block_on_cpu(result: Any) -> Any:
