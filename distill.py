@@ -292,8 +292,7 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
                 " --resume-anyway"
             )
         report.say(f"continued anyway: {other}")
-    if jax.process_index() == 0:
-        run_folder(config).write()  # only now: what is refused leaves the run as it was
+    prepare.write_config(run_folder(config))  # only now: what is refused leaves the run as it was
     return run, eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
 
 

@@ -43,8 +43,8 @@ def placement(config: Config) -> Placement:
     rows, shards = config.batch_size // config.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % shards:
         flags = f"--batch-size {config.batch_size} in {config.microbatches} --microbatches"
-        remedy = f"do not divide over {shards} devices of the mesh axes data, fsdp"
-        raise UserError(f"{flags} gives {rows} rows at a time, which {remedy}")
+        misfit = f"do not divide over {shards} devices of the mesh axes data, fsdp"
+        raise UserError(f"{flags} gives {rows} rows at a time, which {misfit}")
     if apart and config.batch_size % apart:
         flag = f"--batch-size {config.batch_size}"
         raise UserError(f"{flag} does not divide over the --teacher-devices {apart}")
@@ -147,10 +147,9 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
     last = checkpoint.latest(folder.path / "checkpoints")
     changed = folder.changed()
     if last is None:
-        if jax.process_index() == 0:
-            if changed:
-                (folder.path / CHOICE).unlink(missing_ok=True)
-            folder.write()
+        if changed and jax.process_index() == 0:
+            (folder.path / CHOICE).unlink(missing_ok=True)
+        write_config(folder)
         return None
     if changed and not config.resume_anyway:
         remedy = "give the same, another --out, --no-resume, or --resume-anyway to go on with these"
@@ -161,6 +160,11 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
     if steps not in (None, config.steps):
         report.say(f"--steps was {steps}: schedules now end at {config.steps}")
     return last
+
+
+def write_config(folder: files.RunFolder) -> None:
+    if jax.process_index() == 0:
+        folder.write()
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:
