@@ -61,10 +61,8 @@ def state_shardings(state: PyTree, mesh: jax.sharding.Mesh, layout: sharding.Lay
     return eqx.tree_at(lambda state: state.opt_state, places, moments)
 
 
-def abstract_frozen(
-    config: Config, placement: Placement
-) -> tuple[LanguageModel | None, data.Batch]:
-    """The teacher and the batch that a step is given."""
+def abstract_frozen(config: Config, placement: Placement) -> tuple[Any, data.Batch]:
+    """The teacher, or none, and the batch that a step is given."""
     mesh, layout, teacher_mesh = placement
     rows, seq, where = config.batch_size, config.seq_len, sharding.row_sharding(mesh, layout.params)
     ids = jax.ShapeDtypeStruct((rows, seq + 1), jnp.int32, sharding=where)
@@ -139,7 +137,6 @@ def loss_bytes(
     teacher, batch = frozen
     if teacher is not None:
         batch = batch._replace(signal=abstract_states(config, teacher, batch))
-
     count = config.batch_size // config.microbatches
     rows, head = losses.partition_rows(batch)
     rows = jax.tree.map(lambda leaf: leaf.update(shape=(count, *leaf.shape[1:])), rows)
