@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
 
 import losses
 import sharding
+from losses import features
 from models.attention import Hidden, positions
 from models.base import LanguageModel
 from runtime.errors import UserError
@@ -87,13 +88,13 @@ def choose_layers(
     if how == "random" or calibration is None:
         lack = "keeps no blocks, see fresh()" if how == "random" else "needs calibration windows"
         raise UserError(f"--student-init {how} {lack}")
+    start, target, turns = forward(teacher, calibration, dtype)
     if how == "influence":
-        turns = np.asarray(influence(teacher, calibration, dtype))
+        turns = np.asarray(turns)
         progress(1, 1, f"influence {turns.min():.3f} to {turns.max():.3f}")
         return Choice(tuple(sorted(np.argsort(-turns, kind="stable")[:layers].tolist())))
     left, kl = list(range(depth)), 0.0
     total, done = sum(range(layers + 1, depth + 1)), 0
-    start, target = first_and_last_states(teacher, calibration, dtype)
     while len(left) > layers:
         # Padded to one length: every candidate of every round runs the same compiled program.
         order, count = jnp.array(left + [0] * (depth - len(left))), jnp.array(len(left))
@@ -125,11 +126,23 @@ def block_fn(teacher: LanguageModel, calibration: Calibration) -> Callable[[Arra
 
 
 @sharding.jit
-def first_and_last_states(teacher: LanguageModel, calibration: Calibration, dtype: Any):
-    """The input of the first block, and what the head reads."""
-    x = teacher.embed(calibration.tokens, jnp.dtype(dtype or teacher.dtype))
-    apply = block_fn(teacher, calibration)
-    return x, teacher.final_norm(jax.lax.fori_loop(0, teacher.config.layers, apply, x))
+def forward(
+    teacher: LanguageModel, calibration: Calibration, dtype: Any
+) -> tuple[Hidden, Hidden, Float32[Array, " layers"]]:
+    """The input of the first block, what the head reads, and how far each block turns its input:
+    1 - cosine, a mean over tokens."""
+    apply, weight = block_fn(teacher, calibration), calibration.mask.astype(jnp.float32)
+    weight /= jnp.maximum(jnp.sum(weight), 1)
+
+    def one(x, layer):
+        y = apply(layer, x)
+        turn = features.cosine(x.astype(jnp.float32), y.astype(jnp.float32))
+        return y, jnp.sum(weight * turn)
+
+    x = teacher.embedding[calibration.tokens].astype(dtype or teacher.dtype)
+    first = teacher.embed_input(x)
+    last, influence = jax.lax.scan(one, first, jnp.arange(teacher.config.layers))
+    return first, teacher.final_norm(last), influence
 
 
 @sharding.jit
@@ -149,26 +162,6 @@ def ablate(
     signal = losses.TeacherStates(target, head)
     sums = losses.measure(teacher.final_norm(rest), head, signal, labels, mask)
     return sums["kl"] / jnp.maximum(sums["tokens"], 1), apply(order[i], x)
-
-
-@sharding.jit
-def influence(
-    teacher: LanguageModel, calibration: Calibration, dtype: Any
-) -> Float32[Array, " layers"]:
-    """1 - cosine between each block's input and output, a mean over tokens."""
-    apply = block_fn(teacher, calibration)
-    weight = calibration.mask.astype(jnp.float32)
-    weight /= jnp.maximum(jnp.sum(weight), 1)
-
-    def one(x, layer):
-        y = apply(layer, x)
-        a, b = x.astype(jnp.float32), y.astype(jnp.float32)
-        length = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-        cosine = jnp.sum(a * b, axis=-1) / jnp.maximum(length, 1e-30)
-        return y, jnp.sum(weight * (1 - cosine))
-
-    x = teacher.embed(calibration.tokens, jnp.dtype(dtype or teacher.dtype))
-    return jax.lax.scan(one, x, jnp.arange(teacher.config.layers))[1]
 
 
 def cut(
@@ -215,12 +208,9 @@ def resized(config: Any, layers: int, **widths: int | None) -> Any:
         if name not in known:
             flag = name.replace("_", "-")
             raise UserError(f"--student-{flag} means nothing to {config.model_type}")
-    heads = given.get("heads", config.heads)
-    groups = given.get("kv_heads", config.kv_heads if "kv_heads" in known else heads)
-    if heads % groups:
-        raise UserError(
-            f"{heads} heads of the student are not a multiple of its {groups} key and value heads:"
-            " change --student-heads or --student-kv-heads"
-        )
     numbers = tuple(i % config.layers for i in range(layers))
-    return dataclasses.replace(config.select({"layers": numbers}), **given)
+    try:
+        return dataclasses.replace(config.select({"layers": numbers}), **given)
+    except UserError as error:
+        widths = "--student-embed, --student-heads or --student-kv-heads"
+        raise UserError(f"{error}: change {widths}") from None

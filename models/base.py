@@ -152,10 +152,6 @@ class LanguageModel(Tensors):
         stored = self.embedding.dtype
         return jnp.dtype(jnp.float32) if stored == jnp.float16 else stored
 
-    def embed(self, tokens: Int[Array, "batch seq"], dtype: jnp.dtype) -> Hidden:
-        """The input of the first block."""
-        return self.embed_input(self.embedding[tokens].astype(dtype))
-
     def hidden(
         self,
         tokens: Int[Array, "batch seq"],
