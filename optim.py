@@ -65,8 +65,6 @@ class Config:
 
 def make(config: Config, steps: int) -> "Optimizer":
     """The optimizer of a run of `steps` optimizer steps."""
-    if steps < 1:
-        raise UserError(f"--steps is {steps}: it must be positive")
     warmup = steps // 20 if config.warmup is None else config.warmup
     if warmup > steps:
         raise UserError(f"--optim.warmup is {warmup}: it must not exceed --steps ({steps})")
@@ -101,23 +99,22 @@ class Optimizer:
         A pattern may leave out the first part of a path: `embedding` is `student.embedding` too.
         """
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-        inexact = {
+        trainable = {
             jax.tree_util.keystr(path, simple=True, separator="."): hasattr(leaf, "dtype")
             and jnp.issubdtype(leaf.dtype, jnp.inexact)
             for path, leaf in leaves
         }
-        frozen = set()
+        known = ", ".join(name for name in trainable if trainable[name])
         for pattern in self.config.freeze:
-            names = {name for name in inexact if _matches(name, pattern)}
-            if not names:
-                known = ", ".join(name for name in inexact if inexact[name])
+            paths = [(name, name.partition(".")[2]) for name in trainable]
+            frozen = [names[0] for names in paths if any(fnmatchcase(x, pattern) for x in names)]
+            if not frozen:
                 raise UserError(f"--optim.freeze {pattern} names no parameter; there are {known}")
-            frozen |= names
-        trainable = [inexact[name] and name not in frozen for name in inexact]
-        if not any(trainable):
+            trainable |= dict.fromkeys(frozen, False)
+        if not any(trainable.values()):
             patterns = " ".join(self.config.freeze)
             raise UserError(f"--optim.freeze {patterns} leaves nothing to train")
-        return jax.tree.unflatten(structure, trainable)
+        return jax.tree.unflatten(structure, trainable.values())
 
     def init(self, params: PyTree) -> PyTree:
         """The state before the first step: moments for every leaf that is not frozen.
@@ -161,10 +158,6 @@ class Optimizer:
             optax.add_decayed_weights(self.config.weight_decay, _over_axes(is_matrix)),
             optax.scale_by_learning_rate(self.lr(step)),
         )
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.partition(".")[2], pattern)
 
 
 SLABS = 64

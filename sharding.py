@@ -132,24 +132,24 @@ def axes(tree: PyTree) -> PyTree:
     containers (an optimizer state, say) that module lies. An array with one dimension more than its
     annotation is stacked over `layers`.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    return jax.tree.unflatten(structure, [_declared(tree, path, leaf) for path, leaf in leaves])
 
+    def declared(path, leaf):
+        node, names = tree, None
+        for key in path:
+            match key:
+                case jax.tree_util.GetAttrKey(name=name):
+                    if isinstance(node, eqx.Module):
+                        names = field_axes(type(node), name)
+                    node = getattr(node, name)
+                case jax.tree_util.SequenceKey(idx=at) | jax.tree_util.DictKey(key=at):
+                    node = node[at]
+                case _:
+                    return None
+        extra = getattr(leaf, "ndim", -1) - len(names or ())
+        stacked = {0: (), 1: ("layers",)}.get(extra)
+        return None if names is None or stacked is None else (*stacked, *names)
 
-def _declared(node: Any, path: tuple, leaf: Any) -> tuple[str, ...] | None:
-    names = None
-    for key in path:
-        match key:
-            case jax.tree_util.GetAttrKey(name=name):
-                names = field_axes(type(node), name) if isinstance(node, eqx.Module) else names
-                node = getattr(node, name)
-            case jax.tree_util.SequenceKey(idx=at) | jax.tree_util.DictKey(key=at):
-                node = node[at]
-            case _:
-                return None
-    extra = getattr(leaf, "ndim", -1) - len(names or ())
-    stacked = {0: (), 1: ("layers",)}.get(extra)
-    return None if names is None or stacked is None else (*stacked, *names)
+    return jax.tree_util.tree_map_with_path(declared, tree)
 
 
 def field_axes(module: type, field: str) -> tuple[str, ...] | None:
@@ -177,48 +177,41 @@ def claims(
 
 def specs(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> PyTree:
     """A `NamedSharding` for every array of `tree` (arrays or their shapes), by its axis names."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    places = [
-        NamedSharding(mesh, _fit(jax.tree_util.keystr(path).lstrip("."), leaf, names, mesh, rules))
-        for (path, leaf), names in zip(leaves, structure.flatten_up_to(axes(tree)), strict=True)
-    ]
-    return jax.tree.unflatten(structure, places)
 
+    def place(path, leaf, names):
+        if names is None:
+            return NamedSharding(mesh, PartitionSpec())
+        entries, shape = claims(names, mesh, rules), leaf.shape
+        if "vocab" in names and "embed" in names:
+            rows, width = names.index("vocab"), names.index("embed")
+            if shape[rows] % _parts(
+                mesh, entries[rows]
+            ):  # the losses pad it; the array need not be
+                entries[width] += entries[rows]
+                entries[rows] = ()
+                while shape[width] % _parts(mesh, entries[width]):
+                    entries[width] = entries[width][:-1]
+        for i, (axis, size) in enumerate(zip(names, shape, strict=True)):
+            parts = _parts(mesh, entries[i])
+            if size % parts and axis == "kv_heads":  # few: every device holds them whole
+                entries[i] = ()
+            elif size % parts:
+                nearest = max(n for n in range(1, parts) if size % n == 0)
+                name = jax.tree_util.keystr(path).lstrip(".")
+                raise UserError(
+                    f"{name}: its {size} {axis} do not divide over {parts} devices of the mesh axes"
+                    f" {', '.join(entries[i])}; the nearest mesh that works has {nearest} there"
+                )
+        return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries)))
 
-def _fit(
-    name: str, leaf: Any, names: Any, mesh: Mesh | AbstractMesh, rules: Rules | None
-) -> PartitionSpec:
-    """The mesh axes over which each dimension of a leaf is split."""
-    if names is None:
-        return PartitionSpec()
-    entries, shape = claims(names, mesh, rules), leaf.shape
-    if "vocab" in names and "embed" in names:
-        rows, width = names.index("vocab"), names.index("embed")
-        if shape[rows] % _parts(mesh, entries[rows]):  # the losses pad it; the array need not be
-            entries[width] += entries[rows]
-            entries[rows] = ()
-            while shape[width] % _parts(mesh, entries[width]):
-                entries[width] = entries[width][:-1]
-    for i, (axis, size) in enumerate(zip(names, shape, strict=True)):
-        parts = _parts(mesh, entries[i])
-        if size % parts and axis == "kv_heads":  # few: every device holds them whole
-            entries[i] = ()
-        elif size % parts:
-            nearest = max(n for n in range(1, parts) if size % n == 0)
-            raise UserError(
-                f"{name}: its {size} {axis} do not divide over {parts} devices of the mesh axes"
-                f" {', '.join(entries[i])}; the nearest mesh that works has {nearest} there"
-            )
-    return PartitionSpec(*(entry or None for entry in entries))
+    return jax.tree_util.tree_map_with_path(place, tree, axes(tree))
 
 
 def _parts(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def shard(tree: PyTree, specs: PyTree) -> PyTree:
-    """`tree` with its arrays placed as `specs` says; inside a jitted function, constrained so."""
-    return eqx.filter_shard(tree, specs)
+shard = eqx.filter_shard  # of a tree and its specs; inside a jitted function, constrained so
 
 
 def constrain_tree(tree: PyTree, *, moments: bool = False) -> PyTree:
