@@ -109,17 +109,16 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes `data`, `fsdp`, `tensor`; a size of -1 takes the devices that are left."""
     devices = jax.devices() if devices is None else list(devices)
-    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    sizes, count = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True)), len(devices)
     mesh = "mesh " + " x ".join(f"{name} {size}" for name, size in sizes.items())
     rest = [name for name, size in sizes.items() if size == -1]
-    if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"{mesh}: sizes are positive, and at most one is -1 (what is left)")
-    for name in rest:
-        sizes[name] = len(devices) // -math.prod(sizes.values())
-    if math.prod(sizes.values()) != len(devices):
-        count = len(devices)
+    if len(rest) == 1:
+        given = math.prod(size for size in sizes.values() if size != -1)
+        sizes[rest[0]] = count // max(given, 1)
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
         raise UserError(
-            f"{mesh} does not match {count} devices: choose sizes whose product is {count}"
+            f"{mesh} does not match {count} devices: choose sizes whose product is {count}; at most"
+            " one is -1 (what is left)"
         )
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)

@@ -8,7 +8,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
 
 import losses
@@ -187,17 +186,9 @@ def cut(
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(copies))
 
 
-def fresh(
-    family: type[LanguageModel], config: Any, key: PRNGKeyArray, mesh: Mesh | None = None
-) -> LanguageModel:
-    """Random weights in float32, made in their places on the mesh."""
-
-    @eqx.filter_jit
-    def init(key):
-        model = family(config, key)
-        return model if mesh is None else sharding.shard(model, sharding.specs(model, mesh))
-
-    return init(key)
+def fresh(family: type[LanguageModel], config: Any, key: PRNGKeyArray) -> LanguageModel:
+    """Random weights in float32, made in their places on the mesh in scope, if any."""
+    return eqx.filter_jit(lambda key: sharding.constrain_tree(family(config, key)))(key)
 
 
 def resized(config: Any, layers: int, **widths: int | None) -> Any:
