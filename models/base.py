@@ -29,9 +29,9 @@ class ModelConfig:
         return not self.tied
 
     @property
-    def longest(self) -> int | None:
-        """How many positions the model is made for; None is without limit."""
-        return self.max_positions
+    def longest(self) -> float:
+        """How many positions the model is made for, if there is a limit."""
+        return self.max_positions or math.inf
 
     def select(self, indices: Mapping[str, Sequence[int]]) -> Any:
         """The config of a model that has only these indices of these axes, such as `layers`."""

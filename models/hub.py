@@ -240,6 +240,16 @@ def config(source: Source) -> Any:
         raise UserError(f"{path}: {files.printable(error)}") from None
 
 
+def seq_len(asked: int | None, usual: int, *sources: Source) -> int:
+    """Tokens of a window: as asked for, or the usual number as far as these models can."""
+    for source in sources:
+        longest = config(source).longest
+        if asked is not None and asked > longest:
+            raise UserError(f"--seq-len {asked}: {source} was made for {longest} positions")
+        usual = min(usual, longest)
+    return usual if asked is None else asked
+
+
 def read_index(folder: Path, prefix: str) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its full name: those of a bare decoder lack the prefix."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
