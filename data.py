@@ -120,10 +120,8 @@ class Corpus:
 def open_corpus(
     config: Config, tokenizer_folder: Path | str, *, seq_len: int, seed: int, vocab: int
 ) -> Corpus:
-    """The corpus a config describes; text that is new is tokenized first, with a progress bar.
-
-    With `held_out=1`, all of it is for `evaluation`: every token of a text once, in order.
-    """
+    """The corpus a config describes; text that is new is tokenized first. With `held_out=1`, all of
+    it is for `evaluation`: every token of a text once, in order."""
     tokenizer = text.load_tokenizer(tokenizer_folder)
     if tokenizer.size > vocab:
         problem = f"has ids up to {tokenizer.size - 1}, the model's vocabulary has {vocab}"
@@ -297,11 +295,8 @@ def _checked(tokens: IO[bytes], sums: IO[bytes], start: int, size: int) -> memor
 
 
 def prefetch(load: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:
-    """`load(step)` for each step, computed ahead in a thread; its exceptions are raised here.
-
-    Close the generator, or let it go, to end the thread once it has loaded: in native code at the
-    interpreter's end it would abort the process.
-    """
+    """`load(step)` for each step, computed ahead in a thread. Close the generator, or let it go, to
+    end the thread: in native code at the interpreter's end it would abort the process."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
         steps = range(start, stop)

@@ -94,10 +94,8 @@ class Optimizer:
         return jnp.asarray(schedule(jnp.asarray(step, jnp.float32)), jnp.float32)
 
     def trainable(self, params: PyTree) -> PyTree[bool]:
-        """Which leaves are updated: the inexact arrays, real or abstract, that `freeze` spares.
-
-        A pattern may leave out the first part of a path: `embedding` is `student.embedding` too.
-        """
+        """Which leaves are updated: the inexact arrays, real or abstract, that `freeze` spares. A
+        pattern may leave out the first part of a path: `embedding` is `student.embedding` too."""
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
         trainable = {
             jax.tree_util.keystr(path, simple=True, separator="."): hasattr(leaf, "dtype")
@@ -117,10 +115,8 @@ class Optimizer:
         return jax.tree.unflatten(structure, trainable.values())
 
     def init(self, params: PyTree) -> PyTree:
-        """The state before the first step: moments for every leaf that is not frozen.
-
-        Call it on placed parameters outside of jit, or constrain the result by `sharding.specs`.
-        """
+        """The moments of every leaf that is not frozen. Call it on placed parameters outside of
+        jit, or constrain the result by `sharding.specs`."""
         trainable = eqx.filter(params, self.trainable(params))
         return self._chain(1.0, 0, True).init(optax.tree.cast(trainable, jnp.float32))
 
@@ -132,10 +128,8 @@ class Optimizer:
         step: Int[Array, ""],
         finite: Bool[Array, ""] | bool = True,
     ) -> tuple[PyTree, PyTree, dict[str, Array]]:
-        """New parameters, new state, and `grad_norm` (before clipping), `lr` and `finite`.
-
-        Where the norm is not finite, or `finite` is false, both stay as they are.
-        """
+        """New parameters, new state, and `grad_norm` (before clipping), `lr` and `finite`. Where
+        the norm is not finite, or `finite` is false, both stay as they are."""
         trainable = self.trainable(params)
         params, frozen = eqx.partition(params, trainable)
         grads = optax.tree.cast(eqx.filter(grads, trainable), jnp.float32)

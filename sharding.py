@@ -228,11 +228,8 @@ def num_shards(name: str) -> int:
 
 
 def constrain(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
-    """Pin an activation with these axes, such as `"batch seq embed"`, to the mesh in scope.
-
-    The mesh is the one of the enclosing `jax.set_mesh`; without one this does nothing. A dimension
-    that does not divide stays whole.
-    """
+    """Pins an activation with these axes, such as `"batch seq embed"`, to the mesh of the enclosing
+    `jax.set_mesh`, if any. A dimension that does not divide stays whole."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -244,10 +241,8 @@ def constrain(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
 
 
 def process_rows(mesh: Mesh, rules: Rules | None = None) -> tuple[int, int]:
-    """Which part of every batch this process reads, and of how many.
-
-    Processes whose devices hold the same rows, parts of one model, read the same.
-    """
+    """Which part of every batch this process reads, and of how many: processes whose devices hold
+    the same rows, parts of one model, read the same."""
     (axes,), held = claims(["batch"], mesh, rules), {}
     ways, rows = _parts(mesh, axes), NamedSharding(mesh, PartitionSpec(axes or None))
     for device, (part,) in rows.devices_indices_map((ways,)).items():

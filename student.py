@@ -69,11 +69,9 @@ def choose_layers(
     dtype: Any = None,
     progress: Callable[[int, int, str], None] = lambda done, total, figure: None,
 ) -> Choice:
-    """Which `layers` of the teacher's blocks a student keeps.
-
-    `greedy` removes one block after the other, always the one whose absence moves the output least;
-    `influence` removes those that turn their input least, all at once; both look at `calibration`.
-    """
+    """Which `layers` of the teacher's blocks a student keeps: `greedy` removes one block after the
+    other, always the one whose absence moves the output least; `influence` removes those that turn
+    their input least, all at once."""
     depth, listed = teacher.config.layers, parse(how)
     check(depth, layers, how)
     if listed is not None:
@@ -166,10 +164,8 @@ def ablate(
 def cut(
     teacher: LanguageModel, indices: Mapping[str, Sequence[int]], dtype: Any = jnp.float32
 ) -> LanguageModel:
-    """The teacher with only these indices of these axes, such as `{"layers": (0, 2, 5)}`.
-
-    Every leaf that carries an axis is indexed along it. No buffer is shared with the teacher.
-    """
+    """The teacher with only these indices of these axes, such as `{"layers": (0, 2, 5)}`. No buffer
+    is shared with the teacher."""
     config = teacher.config.select(indices)
     abstract = eqx.filter_eval_shape(lambda: type(teacher)(config, jax.random.key(0)))
     chosen = {axis: np.array(numbers) for axis, numbers in indices.items()}

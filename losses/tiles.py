@@ -63,10 +63,7 @@ def chunks(batch: int, seq: int, chunk: int) -> tuple[int, int]:
 
 
 def default_chunk(head: Float[Array, "vocab embed"]) -> int:
-    """As many tokens as keep their logits small beside what a device has, and its products large.
-
-    Measured: below 128 tokens the products of a CPU slow down, above 256 its caches; an
-    accelerator wants 1024.
-    """
+    """As many tokens as keep their logits small beside what a device has, and its products large:
+    below 128 the products of a CPU slow down, above 256 its caches; an accelerator wants 1024."""
     least, elements = (128, 2**22) if jax.default_backend() == "cpu" else (1024, 2**27)
     return max(least, elements * num_shards("vocab") // len(head))

@@ -56,10 +56,8 @@ class ModelConfig:
 
 
 def tensor(name: str, when: str | None = None) -> Any:
-    """A field that holds the tensor of this name in a checkpoint, or all of these in its blocks.
-
-    The field is None where the config does not set the flag `when`.
-    """
+    """A field for the tensor of this name in a checkpoint, or all of these in its blocks; None
+    where the config does not set the flag `when`."""
     return eqx.field(metadata={"tensor": name, "when": when})
 
 
@@ -100,10 +98,8 @@ class Tensors(eqx.Module):
 
 
 class LanguageModel(Tensors):
-    """A decoder. Its family says what a block holds and computes; here blocks are walked.
-
-    They are stacked: their leaves have a leading dimension `layers`.
-    """
+    """A decoder: its family says what a block computes, here they are walked. Leaves of `blocks`
+    are stacked: they have a leading dimension `layers`."""
 
     Config: eqx.AbstractClassVar[type]
     PREFIX: eqx.AbstractClassVar[str]  # of names; checkpoints of the bare decoder leave it out
@@ -227,13 +223,12 @@ class LanguageModel(Tensors):
 
 
 def linear(pattern: str, x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """A contraction in the dtype of `x`: weights are cast where they are used, block by block.
+    """A contraction over the last axes of both, in the dtype of `x`: weights are cast where they
+    are used, block by block. Nothing else multiplies by a weight of a block: one that is a module
+    needs `shape` and `astype`.
 
-    Nothing else multiplies by a weight of a block: one that is a module needs `shape` and `astype`.
-
-    The axes it sums over are the last of both. They are merged, and so are those it makes: XLA on
-    CPU transposes a weight of more than two axes at every use. For one token a row the weight comes
-    first: as the second factor it would be packed anew each time, for too little use.
+    Axes are merged: XLA on CPU transposes a weight of more than two at every use. For one token a
+    row the weight comes first: as the second factor it would be packed anew each time.
     """
     operands, result = pattern.split("->")
     summed = sum(axis not in result for axis in operands.split(",")[1])

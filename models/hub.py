@@ -55,10 +55,8 @@ BLOCK = 1 << 22  # bytes read at a time
 
 
 def fetch(source: Source, *, weights: bool = True) -> Path:
-    """The local folder of a folder or a hub id (`owner/name`, `owner/name@revision`).
-
-    Downloads what is needed and not in the cache; without `weights` only config and tokenizer.
-    """
+    """The local folder of a folder or a hub id (`owner/name`, `owner/name@revision`), downloaded
+    where the cache lacks it; without `weights` only config and tokenizer."""
     wanted = ["config.json", GENERATION, *TOKENIZER, *(WEIGHTS if weights else ())]
     try:
         path = Path(source).expanduser()
@@ -123,10 +121,8 @@ class Leaf(NamedTuple):
 
 
 def leaves(model: LanguageModel) -> list[Leaf]:
-    """The arrays of a model, or of their shapes, with the names and shapes of their tensors.
-
-    On file `embed` is a dimension of its own, and the axes on either side of it are fused.
-    """
+    """The arrays of a model, or of their shapes, with the names and shapes of their tensors: on
+    file `embed` is a dimension of its own, and the axes on either side of it are fused."""
     entries = []
     axes_of = jax.tree.structure(model).flatten_up_to(sharding.axes(model))
     for (name, array), axes in zip(model.tensors(), axes_of, strict=True):
@@ -141,10 +137,8 @@ def leaves(model: LanguageModel) -> list[Leaf]:
 
 
 def load(source: Source, *, dtype: Any = None, mesh: Mesh | None = None) -> LanguageModel:
-    """The model in a folder or on the hub, cast to `dtype` and laid over `mesh` if these are given.
-
-    Each device reads its own part of the files. Without `dtype` every tensor stays as it is stored.
-    """
+    """The model in a folder or on the hub; each device of a `mesh` reads its own part of the files.
+    Without `dtype` every tensor stays as it is stored."""
     folder = fetch(source)
     shapes = abstract(folder)
     tensors, entries = read_index(folder, shapes.PREFIX), leaves(shapes)
@@ -321,10 +315,8 @@ def check(entries: list[Leaf], tensors: dict[str, Tensor], folder: Path, tied: b
 
 
 def abstract(source: Source) -> LanguageModel:
-    """The model of a folder or hub id as `load` gives it, without reading (or fetching) a weight.
-
-    Each leaf has the dtype that is stored; where no file says so, the one that the config names.
-    """
+    """The shapes of what `load` gives, without reading (or fetching) a weight. Each leaf has the
+    dtype that is stored; where no file says so, the one that the config names."""
     folder = fetch(source, weights=False)
     settings = config(folder)
     family = FAMILIES[settings.model_type]
@@ -350,11 +342,8 @@ def save(
     notes: Mapping[str, str] | None = None,
     shard_size: int = 5_000_000_000,
 ) -> None:
-    """A checkpoint that Hugging Face tools load, with the tokenizer of another folder or hub id.
-
-    The folder appears when it is whole, with `notes` as further files in it; an older checkpoint of
-    this name is replaced.
-    """
+    """A checkpoint that Hugging Face tools load, with the tokenizer of another folder or hub id and
+    `notes` as further files. It appears when it is whole, in place of an older checkpoint."""
     notes = notes or {}
     with files.disk_errors(Path(folder), ""):
         folder = Path(folder).expanduser().resolve()
@@ -407,10 +396,8 @@ def separate(model: LanguageModel) -> Iterator[jax.Array]:
 
 
 def write_weights(model: LanguageModel, folder: Path, shard_size: int) -> dict[str, Any]:
-    """Writes tensor after tensor: safetensors' own writer would hold those of a whole file.
-
-    Returns the files of JSON that belong to them: an index, if there are several shards.
-    """
+    """Writes tensor after tensor: safetensors' own writer would hold those of a whole file. Returns
+    the files of JSON that belong to them: an index, if there are several shards."""
     shards: list[dict[str, dict[str, Any]]] = []
     end, total = math.inf, 0  # of the last shard, and of all
     for leaf in leaves(model):
