@@ -214,12 +214,7 @@ def _rule(config: Config, finite: Bool[Array, ""] | bool) -> optax.GradientTrans
             return optax.partition({"muon": guard(muon), "adam": adam}, labels)
 
 
-def _guard(
-    rule: optax.GradientTransformation,
-    finite: Bool[Array, ""] | bool,
-    dtype: jnp.dtype,
-    direction: Callable[[PyTree], PyTree] | None = None,
-) -> optax.GradientTransformation:
+def _guard(rule, finite, dtype, direction=None) -> optax.GradientTransformation:
     """`rule` with a state that changes only where `finite`, and its first moment in `dtype`.
 
     The moment is computed in float32: optax's own `mu_dtype` multiplies it by its decay rate in

@@ -123,9 +123,7 @@ def block_fn(teacher: LanguageModel, calibration: Calibration) -> Callable[[Arra
 
 
 @sharding.jit
-def forward(
-    teacher: LanguageModel, calibration: Calibration, dtype: Any
-) -> tuple[Hidden, Hidden, Float32[Array, " layers"]]:
+def forward(teacher: LanguageModel, calibration: Calibration, dtype: Any):
     """The input of the first block, what the head reads, and how far each block turns its input:
     1 - cosine, a mean over tokens."""
     apply, weight = block_fn(teacher, calibration), calibration.mask.astype(jnp.float32)
@@ -136,8 +134,8 @@ def forward(
         turn = features.cosine(x.astype(jnp.float32), y.astype(jnp.float32))
         return y, jnp.sum(weight * turn)
 
-    x = teacher.embedding[calibration.tokens].astype(dtype or teacher.dtype)
-    first = teacher.embed_input(x)
+    embedded = teacher.embedding[calibration.tokens].astype(dtype or teacher.dtype)
+    first = teacher.embed_input(embedded)
     last, influence = jax.lax.scan(one, first, jnp.arange(teacher.config.layers))
     return first, teacher.final_norm(last), influence
 
@@ -168,13 +166,12 @@ def cut(
     is shared with the teacher."""
     config = teacher.config.select(indices)
     abstract = eqx.filter_eval_shape(lambda: type(teacher)(config, jax.random.key(0)))
-    chosen = {axis: np.array(numbers) for axis, numbers in indices.items()}
 
     def part(leaf, axes):
-        copy = jnp.copy(leaf) if chosen.keys().isdisjoint(axes) else leaf
+        copy = jnp.copy(leaf) if indices.keys().isdisjoint(axes) else leaf
         for dimension, axis in enumerate(axes):
-            if axis in chosen:
-                copy = jnp.take(copy, chosen[axis], axis=dimension)
+            if axis in indices:
+                copy = jnp.take(copy, np.array(indices[axis]), axis=dimension)
         copy = copy.astype(dtype)
         return jax.device_put(copy, leaf.sharding) if leaf.committed else copy
 

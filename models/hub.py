@@ -348,9 +348,8 @@ def save(
     with files.disk_errors(Path(folder), ""):
         folder = Path(folder).expanduser().resolve()
         if not replaceable(folder, notes):
-            raise UserError(
-                f"{folder}: more than a checkpoint, so not replaced: choose another name"
-            )
+            what = "more than a checkpoint, so not replaced"
+            raise UserError(f"{folder}: {what}: choose another name")
     texts = None if tokenizer is None else fetch(tokenizer, weights=False)
     if jax.process_index() != 0:  # the first one writes; the others lend what they hold
         for part in separate(model):
