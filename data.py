@@ -231,11 +231,9 @@ def _rows(step: int, batch_size: int, index: int, count: int) -> Rows:
 
 
 def assign_sources(rows: Rows, weights: Sequence[float], seed: int) -> tuple[Rows, Rows]:
-    """For each row of the endless sequence: its source, and how many rows of it came before.
-
-    Of any n rows the first source has n * weight, rounded up or down by the seed; of the rest the
-    next has its share, and so on. In integers: the counts must be exact.
-    """
+    """For each row of the endless sequence: its source, and how many rows of it came before. Of any
+    n rows the first source has n * weight, rounded up or down by the seed; of the rest the next has
+    its share, and so on. In integers: the counts must be exact."""
     source = np.full_like(rows, max(0, len(weights) - 1))
     before, left = rows.copy(), np.ones(len(rows), bool)
     for i, weight in enumerate(weights[:-1]):
@@ -250,11 +248,9 @@ def assign_sources(rows: Rows, weights: Sequence[float], seed: int) -> tuple[Row
 
 
 def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray, " n"]:
-    """Where a permutation of `range(size)`, one for each key, puts these indices.
-
-    A Feistel network on pairs of numbers below a and b, with a * b just above `size`; what falls
-    beyond is sent on (Black and Rogaway 2002, ciphers with arbitrary finite domains).
-    """
+    """Where a permutation of `range(size)`, one for each key, puts these indices: a Feistel network
+    on pairs of numbers below a and b, with a * b just above `size`; what falls beyond is sent on
+    (Black and Rogaway 2002, ciphers with arbitrary finite domains)."""
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
     # Twelve rounds: with eight, orders of as few as five are not equally likely.

@@ -215,12 +215,10 @@ def _rule(config: Config, finite: Bool[Array, ""] | bool) -> optax.GradientTrans
 
 
 def _guard(rule, finite, dtype, direction=None) -> optax.GradientTransformation:
-    """`rule` with a state that changes only where `finite`, and its first moment in `dtype`.
-
-    The moment is computed in float32: optax's own `mu_dtype` multiplies it by its decay rate in
-    bfloat16, where 0.99 is 0.988. A `direction` is taken from the new state, behind a barrier:
-    left to itself XLA computes it from the old moments, which it must copy for that.
-    """
+    """`rule` with a state that changes only where `finite`, and its first moment in `dtype`,
+    computed in float32: optax's own `mu_dtype` multiplies it by its decay rate in bfloat16, where
+    0.99 is 0.988. A `direction` is taken from the new state, behind a barrier: left to itself XLA
+    computes it from the old moments, which it must copy for that."""
 
     def cast(state, dtype):
         def leaf(path, x):
@@ -250,11 +248,9 @@ def _muon_dimensions(names: Axes) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def _adafactor() -> optax.GradientTransformation:
-    """Adafactor at an absolute learning rate, factored and clipped matrix by matrix.
-
-    Its rows and columns have other shapes than the parameters. They lie in lists, so that nobody
-    reads the axes of a parameter into them: they are small and stay whole on every device.
-    """
+    """Adafactor at an absolute learning rate, factored and clipped matrix by matrix. Its rows and
+    columns lie in lists, so that nobody reads the axes of a parameter into them: they are small and
+    stay whole on every device."""
 
     def clip(update, _):
         rms = jnp.sqrt(jnp.mean(update**2, axis=(1, 2), keepdims=True))

@@ -125,12 +125,9 @@ def make_mesh(
 
 
 def axes(tree: PyTree) -> PyTree:
-    """The axis names of every array in `tree`, as a tree of tuples; `None` where none are declared.
-
-    Names come from the annotation of the Equinox module that holds the array, however deep in other
-    containers (an optimizer state, say) that module lies. An array with one dimension more than its
-    annotation is stacked over `layers`.
-    """
+    """The axis names of every array in `tree`, `None` where none are declared: those in the
+    annotation of the Equinox module that holds it, however deep in other containers (an optimizer
+    state, say). An array with one dimension more is stacked over `layers`."""
 
     def declared(path, leaf):
         node, names = tree, None

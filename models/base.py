@@ -165,10 +165,10 @@ class LanguageModel(Tensors):
         Tokens attend and count positions within their own run of equal `segments`; segment 0 is
         padding. With a `cache` they continue its rows, and the grown cache is returned too; then
         `segments` only tells tokens from the padding behind them, which the cache forgets, and
-        `doc_length` is the final length of each row whose text is read in parts. `dtype` is
-        computed in, `remat` (none, dots, full) trades memory for recomputation. `embedded` are the
-        rows of the embedding, where the caller has looked them up to differentiate by them. With
-        the numbers of some blocks, ascending, in `taps` their outputs are returned too.
+        `doc_length` is the final length of each row whose text is read in parts. `remat` (none,
+        dots, full) trades memory for recomputation. `embedded` are the rows of the embedding, where
+        the caller differentiates by them. The outputs of the blocks `taps`, ascending, are returned
+        too.
         """
         here = positions(tokens, segments, cache, doc_length)
         position_inputs = self.position_inputs(here)

@@ -328,10 +328,9 @@ def abstract(source: Source) -> LanguageModel:
         tensors = read_index(folder, family.PREFIX)
     except UserError:
         tensors = {}
-    entries = leaves(shapes)
-    dtypes = [getattr(tensors.get(leaf.names[0]), "dtype", usual) for leaf in entries]
-    sizes = [leaf.array.shape for leaf in entries]
-    return jax.tree.unflatten(jax.tree.structure(shapes), map(jax.ShapeDtypeStruct, sizes, dtypes))
+    dtypes = [getattr(tensors.get(leaf.names[0]), "dtype", usual) for leaf in leaves(shapes)]
+    dtypes = jax.tree.unflatten(jax.tree.structure(shapes), dtypes)
+    return jax.tree.map(lambda shape, dtype: shape.update(dtype=dtype), shapes, dtypes)
 
 
 def save(

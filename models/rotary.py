@@ -133,7 +133,6 @@ class Rope:
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
-
         growth = math.log(max(self.factor, 1.0))
         if self.mscale and self.mscale_all_dim:
             return (0.1 * self.mscale * growth + 1.0) / (0.1 * self.mscale_all_dim * growth + 1.0)
