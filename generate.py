@@ -352,7 +352,7 @@ def prepare(
     encodings = zip(pieces, tokenizer.encode(pieces), strict=True)
     tokens = [encoded.ids if piece.rendered else bos + encoded.ids for piece, encoded in encodings]
     longest, remedy = config.max_prompt, "raise --max-prompt"
-    if shape.longest is not None and shape.longest - config.max_new < longest:
+    if shape.longest - config.max_new < longest:
         longest = max(0, shape.longest - config.max_new)
         remedy = f"lower --max-new (the model has {shape.longest} positions)"
     fitting = [i for i, ids in enumerate(tokens) if 0 < len(ids) <= longest]

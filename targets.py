@@ -118,9 +118,7 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
     """The targets of a config, whether or not they are on disk, and the text they are for."""
     folder = models.fetch(config.teacher)
     shape = models.config(folder)
-    seq_len = config.seq_len or min(1024, shape.longest or 1024)
-    if seq_len > (shape.longest or seq_len):
-        raise UserError(f"--seq-len {seq_len}: the model was made for {shape.longest} positions")
+    seq_len = models.seq_len(config.seq_len, 1024, config.teacher)
     kind, entries = ("draws", config.draws) if config.draws else ("top-k", config.top_k or 32)
     if entries + (kind == "draws") > shape.vocab:
         raise UserError(f"--{kind} {entries}: the teacher's vocabulary has {shape.vocab} tokens")

@@ -235,7 +235,7 @@ def teacher_and_student(
         student = models.load(config.student, dtype=jnp.float32, mesh=mesh)
     elif not begun and not cuts:
         shape, key = student_config(config), jax.random.key(config.seed)
-        student = students.fresh(models.FAMILIES[shape.model_type], shape, key, mesh)
+        student = students.fresh(models.FAMILIES[shape.model_type], shape, key)
     if student is not None:
         student = jax.device_put(student, sharding.specs(student, mesh, layout.params))
     return teacher if needs_teacher(config) else None, student, layers

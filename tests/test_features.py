@@ -49,7 +49,7 @@ def outputs(model, tokens, segments) -> list:
     """Of every block, one after the other."""
     here = positions(tokens, segments)
     prepared = model.position_inputs(here)
-    x, found = model.embed(tokens, jnp.dtype("float32")), []
+    x, found = model.embed_input(model.embedding[tokens].astype("float32")), []
     for layer in range(model.config.layers):
         weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
         x, _ = model.block(weights, x, here, prepared, jnp.array(layer), None)
