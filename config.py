@@ -197,7 +197,9 @@ def with_defaults(config: Config) -> Config:
     teacher = named or str(DEMO / "teacher")
     embedded = config.teacher is None and stored is None  # the text is, whoever teaches
     layers = _student_layers(config, models.config(teacher))
-    seq_len = _seq_len(config, teacher, 128 if embedded else 1024, stored)
+    asked = stored.seq_len if stored is not None and config.seq_len is None else config.seq_len
+    several = [teacher] if config.student is None else [teacher, config.student]
+    seq_len = models.seq_len(asked, 128 if embedded else 1024, *several)
     if config.loss.features != "off":
         features.pairs(config.loss.feature_pairs, layers, models.config(teacher).layers)
     if config.on_policy.fraction:
@@ -235,15 +237,6 @@ def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> 
         source=tuple(map(text.canonical, config.source)),
         eval_source=config.eval_source and text.canonical(config.eval_source),
     )
-
-
-def _seq_len(config: Config, teacher: str, usual: int, stored: target_store.Targets | None) -> int:
-    names = [teacher] if config.student is None else [teacher, config.student]
-    limits = [models.config(name).longest for name in names]
-    longest = min((limit for limit in limits if limit is not None), default=config.seq_len or usual)
-    if config.seq_len is not None and config.seq_len > longest:
-        raise UserError(f"--seq-len {config.seq_len}: the model was made for {longest} positions")
-    return config.seq_len or (min(usual, longest) if stored is None else stored.seq_len)
 
 
 def _student_layers(config: Config, teacher: Any) -> int:

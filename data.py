@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int, Int32
 
 import text
 from runtime.errors import Constraint, UserError, between, check
-from text.store import BLOCK, Options, Store, hash_bytes, open_store
+from text.store import BLOCK, Store, hash_bytes, open_store
 
 T = TypeVar("T")
 Rows = Int[np.ndarray, " rows"]
@@ -120,21 +120,15 @@ class Corpus:
 def open_corpus(
     config: Config, tokenizer_folder: Path | str, *, seq_len: int, seed: int, vocab: int
 ) -> Corpus:
-    """The corpus a config describes; text that is new is tokenized first, with a progress bar.
-
-    With `held_out=1`, all of it is for `evaluation`: every token of a text once, in order.
-    """
-    tokenizer = text.load_tokenizer(tokenizer_folder)
-    if tokenizer.size > vocab:
-        problem = f"has ids up to {tokenizer.size - 1}, the model's vocabulary has {vocab}"
-        raise UserError(f"{tokenizer_folder}: the tokenizer {problem}: they do not belong together")
+    """The corpus a config describes; text that is new is tokenized first. With `held_out=1`, all of
+    it is for `evaluation`: every token of a text once, in order."""
+    tokenizer = text.load_tokenizer(tokenizer_folder, vocab)
     if not config.source:
         raise UserError("no text to train on: name some with --data.source")
 
     def split(name: str, share: float) -> tuple[TokenRange, TokenRange]:
         """What of a source is to train on, and what is held out."""
-        options = Options(config.text_field, config.documents, config.mask, share)
-        store = open_store(name, tokenizer, options, cache=config.cache, streaming=config.streaming)
+        store = open_store(name, tokenizer, dataclasses.replace(config, held_out=share))
         cut, total = store.training, max(1, TokenRange(store, 0, store.tokens, seq_len).windows)
         held = store.tokens - cut
         # Too few documents for their hashes to divide them as asked: hold out the last windows.
@@ -233,11 +227,9 @@ def _rows(step: int, batch_size: int, index: int, count: int) -> Rows:
 
 
 def assign_sources(rows: Rows, weights: Sequence[float], seed: int) -> tuple[Rows, Rows]:
-    """For each row of the endless sequence: its source, and how many rows of it came before.
-
-    Of any n rows the first source has n * weight, rounded up or down by the seed; of the rest the
-    next has its share, and so on. In integers: the counts must be exact.
-    """
+    """For each row of the endless sequence: its source, and how many rows of it came before. Of any
+    n rows the first source has n * weight, rounded up or down by the seed; of the rest the next has
+    its share, and so on. In integers: the counts must be exact."""
     source = np.full_like(rows, max(0, len(weights) - 1))
     before, left = rows.copy(), np.ones(len(rows), bool)
     for i, weight in enumerate(weights[:-1]):
@@ -252,11 +244,9 @@ def assign_sources(rows: Rows, weights: Sequence[float], seed: int) -> tuple[Row
 
 
 def permute(index: Int[np.ndarray, " n"], size: int, key: str) -> Int[np.ndarray, " n"]:
-    """Where a permutation of `range(size)`, one for each key, puts these indices.
-
-    A Feistel network on pairs of numbers below a and b, with a * b just above `size`; what falls
-    beyond is sent on (Black and Rogaway 2002, ciphers with arbitrary finite domains).
-    """
+    """Where a permutation of `range(size)`, one for each key, puts these indices: a Feistel network
+    on pairs of numbers below a and b, with a * b just above `size`; what falls beyond is sent on
+    (Black and Rogaway 2002, ciphers with arbitrary finite domains)."""
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
     # Twelve rounds: with eight, orders of as few as five are not equally likely.
@@ -297,11 +287,8 @@ def _checked(tokens: IO[bytes], sums: IO[bytes], start: int, size: int) -> memor
 
 
 def prefetch(load: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:
-    """`load(step)` for each step, computed ahead in a thread; its exceptions are raised here.
-
-    Close the generator, or let it go, to end the thread once it has loaded: in native code at the
-    interpreter's end it would abort the process.
-    """
+    """`load(step)` for each step, computed ahead in a thread. Close the generator, or let it go, to
+    end the thread: in native code at the interpreter's end it would abort the process."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
         steps = range(start, stop)

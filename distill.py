@@ -17,6 +17,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Float, Float32, Int
 
 import data
@@ -303,16 +304,16 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
     write = compile_writer(run, state) if written.any() else None
     deadline = begun + 60 * (config.time_limit or float("inf"))
     pending: tuple[int, dict[str, Any]] | None = None
-    watch, trace = report.Stopwatch(), plan.Trace(config.profile_steps, run.out / "trace")
+    trace = plan.Trace(config.profile_steps, run.out / "trace")
     with (
         results.open_log(run, start) as log,
         processes.Interruption() as interruption,
         contextlib.closing(data.prefetch(run.batch, start, config.steps)) as batches,
     ):
-        log_step = results.step_logger(run, state.student, start, log, watch, written)
+        log_step = results.step_logger(run, state.student, start, log, written)
         if start == 0:
             results.evaluate(run, state.student, 0, log)
-        watch.lap(start)
+        log.lap(start)
         try:
             for number, batch in enumerate(batches, start + 1):
                 trace.before(number)
@@ -331,11 +332,11 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     continue
                 log_step(*pending)
                 pending = None
-                with watch.paused():
-                    if evaluates:
-                        results.evaluate(run, state.student, number, log)
-                    if saves:
-                        saved.save(number, state, extra)
+                if evaluates:
+                    results.evaluate(run, state.student, number, log)
+                if saves:
+                    saved.save(number, state, extra)
+                log.lap(number)  # neither is time of the steps
                 if stops:
                     saved.wait()
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")
@@ -354,7 +355,9 @@ def compile_step(run: Run, state: State) -> Any:
     with report.progress("compiling"):
         program = sharding.compiled(step.lower(*arguments, run.optimizer, run.objective))
     took = report.duration(time.monotonic() - begun)
-    report.say(f"compiled  in {took}, {plan.memory(program)}")
+    stats = program.compiled.memory_analysis()
+    arrays, rest = map(report.size, (stats.argument_size_in_bytes, stats.temp_size_in_bytes))
+    report.say(f"compiled  in {took}, {arrays} of arrays and {rest} to work in, a device")
     if start:
         report.say(f"goes on   from step {start}")
     return program
@@ -367,23 +370,27 @@ def compile_writer(run: Run, state: State) -> Callable[[State, data.Batch], data
     def writer(state: State) -> LanguageModel:
         return teacher if config.on_policy.writer == "teacher" else state.student
 
+    def write(state: State, batch: data.Batch) -> data.Batch:
+        return processes.block_on_cpu(program(writer(state), batch, state.step, **settings))
+
+    settings = {
+        "config": config.on_policy, "seed": config.seed, "dtype": run.objective.dtype,
+        "vocab": min(state.student.config.vocab, teacher.config.vocab),
+        "stop": text.stop_ids(run.tokenizer),
+    }  # fmt: skip
     with report.progress("compiling the writer"):
-        continue_rows = on_policy.compile_writer(
-            writer(state), run.batch(int(state.step)), state.step,
-            config=config.on_policy, seed=config.seed,
-            vocab=min(state.student.config.vocab, teacher.config.vocab),
-            stop=text.stop_ids(run.tokenizer), dtype=run.objective.dtype,
-        )  # fmt: skip
+        inputs = writer(state), run.batch(int(state.step)), state.step
+        program = sharding.compiled(on_policy.continue_rows.lower(*inputs, **settings))
     took = report.duration(time.monotonic() - begun)
     report.say(f"writer    the {config.on_policy.writer}, compiled in {took}")
-    return lambda state, batch: continue_rows(writer(state), batch, state.step)
+    return write
 
 
 def must_stop(config: Config, number: int, asked: bool) -> bool:
     """Whether to end early; processes ask each other now and then, and all find the same."""
     if number == config.steps or (jax.process_count() > 1 and number % config.log_every):
         return False
-    return bool(processes.allgather(asked).any())
+    return bool(process_allgather(asked).any())
 
 
 def command() -> str:

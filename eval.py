@@ -81,10 +81,7 @@ def evaluate(
 def score(config: Config) -> None:
     """Prints the figures of a model on a text."""
     folder = models.fetch(config.model)
-    for name in filter(None, (config.model, config.teacher)):
-        longest = models.config(name).longest
-        if longest is not None and config.seq_len > longest:
-            raise UserError(f"--seq-len {config.seq_len}: {name} was made for {longest} positions")
+    models.seq_len(config.seq_len, config.seq_len, config.model, config.teacher or config.model)
     if config.teacher is not None:
         text.same_tokenizer(models.fetch(config.teacher, weights=False), folder)
     everything = dataclasses.replace(config.data, held_out=1.0, eval_source=None)

@@ -65,8 +65,6 @@ class Config:
 
 def make(config: Config, steps: int) -> "Optimizer":
     """The optimizer of a run of `steps` optimizer steps."""
-    if steps < 1:
-        raise UserError(f"--steps is {steps}: it must be positive")
     warmup = steps // 20 if config.warmup is None else config.warmup
     if warmup > steps:
         raise UserError(f"--optim.warmup is {warmup}: it must not exceed --steps ({steps})")
@@ -96,34 +94,29 @@ class Optimizer:
         return jnp.asarray(schedule(jnp.asarray(step, jnp.float32)), jnp.float32)
 
     def trainable(self, params: PyTree) -> PyTree[bool]:
-        """Which leaves are updated: the inexact arrays, real or abstract, that `freeze` spares.
-
-        A pattern may leave out the first part of a path: `embedding` is `student.embedding` too.
-        """
+        """Which leaves are updated: the inexact arrays, real or abstract, that `freeze` spares. A
+        pattern may leave out the first part of a path: `embedding` is `student.embedding` too."""
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-        inexact = {
+        trainable = {
             jax.tree_util.keystr(path, simple=True, separator="."): hasattr(leaf, "dtype")
             and jnp.issubdtype(leaf.dtype, jnp.inexact)
             for path, leaf in leaves
         }
-        frozen = set()
+        known = ", ".join(name for name in trainable if trainable[name])
         for pattern in self.config.freeze:
-            names = {name for name in inexact if _matches(name, pattern)}
-            if not names:
-                known = ", ".join(name for name in inexact if inexact[name])
+            paths = [(name, name.partition(".")[2]) for name in trainable]
+            frozen = [names[0] for names in paths if any(fnmatchcase(x, pattern) for x in names)]
+            if not frozen:
                 raise UserError(f"--optim.freeze {pattern} names no parameter; there are {known}")
-            frozen |= names
-        trainable = [inexact[name] and name not in frozen for name in inexact]
-        if not any(trainable):
+            trainable |= dict.fromkeys(frozen, False)
+        if not any(trainable.values()):
             patterns = " ".join(self.config.freeze)
             raise UserError(f"--optim.freeze {patterns} leaves nothing to train")
-        return jax.tree.unflatten(structure, trainable)
+        return jax.tree.unflatten(structure, trainable.values())
 
     def init(self, params: PyTree) -> PyTree:
-        """The state before the first step: moments for every leaf that is not frozen.
-
-        Call it on placed parameters outside of jit, or constrain the result by `sharding.specs`.
-        """
+        """The moments of every leaf that is not frozen. Call it on placed parameters outside of
+        jit, or constrain the result by `sharding.specs`."""
         trainable = eqx.filter(params, self.trainable(params))
         return self._chain(1.0, 0, True).init(optax.tree.cast(trainable, jnp.float32))
 
@@ -135,10 +128,8 @@ class Optimizer:
         step: Int[Array, ""],
         finite: Bool[Array, ""] | bool = True,
     ) -> tuple[PyTree, PyTree, dict[str, Array]]:
-        """New parameters, new state, and `grad_norm` (before clipping), `lr` and `finite`.
-
-        Where the norm is not finite, or `finite` is false, both stay as they are.
-        """
+        """New parameters, new state, and `grad_norm` (before clipping), `lr` and `finite`. Where
+        the norm is not finite, or `finite` is false, both stay as they are."""
         trainable = self.trainable(params)
         params, frozen = eqx.partition(params, trainable)
         grads = optax.tree.cast(eqx.filter(grads, trainable), jnp.float32)
@@ -161,10 +152,6 @@ class Optimizer:
             optax.add_decayed_weights(self.config.weight_decay, _over_axes(is_matrix)),
             optax.scale_by_learning_rate(self.lr(step)),
         )
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.partition(".")[2], pattern)
 
 
 SLABS = 64
@@ -227,18 +214,11 @@ def _rule(config: Config, finite: Bool[Array, ""] | bool) -> optax.GradientTrans
             return optax.partition({"muon": guard(muon), "adam": adam}, labels)
 
 
-def _guard(
-    rule: optax.GradientTransformation,
-    finite: Bool[Array, ""] | bool,
-    dtype: jnp.dtype,
-    direction: Callable[[PyTree], PyTree] | None = None,
-) -> optax.GradientTransformation:
-    """`rule` with a state that changes only where `finite`, and its first moment in `dtype`.
-
-    The moment is computed in float32: optax's own `mu_dtype` multiplies it by its decay rate in
-    bfloat16, where 0.99 is 0.988. A `direction` is taken from the new state, behind a barrier:
-    left to itself XLA computes it from the old moments, which it must copy for that.
-    """
+def _guard(rule, finite, dtype, direction=None) -> optax.GradientTransformation:
+    """`rule` with a state that changes only where `finite`, and its first moment in `dtype`,
+    computed in float32: optax's own `mu_dtype` multiplies it by its decay rate in bfloat16, where
+    0.99 is 0.988. A `direction` is taken from the new state, behind a barrier: left to itself XLA
+    computes it from the old moments, which it must copy for that."""
 
     def cast(state, dtype):
         def leaf(path, x):
@@ -268,11 +248,9 @@ def _muon_dimensions(names: Axes) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def _adafactor() -> optax.GradientTransformation:
-    """Adafactor at an absolute learning rate, factored and clipped matrix by matrix.
-
-    Its rows and columns have other shapes than the parameters. They lie in lists, so that nobody
-    reads the axes of a parameter into them: they are small and stay whole on every device.
-    """
+    """Adafactor at an absolute learning rate, factored and clipped matrix by matrix. Its rows and
+    columns lie in lists, so that nobody reads the axes of a parameter into them: they are small and
+    stay whole on every device."""
 
     def clip(update, _):
         rms = jnp.sqrt(jnp.mean(update**2, axis=(1, 2), keepdims=True))

@@ -109,47 +109,43 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes `data`, `fsdp`, `tensor`; a size of -1 takes the devices that are left."""
     devices = jax.devices() if devices is None else list(devices)
-    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    sizes, count = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True)), len(devices)
     mesh = "mesh " + " x ".join(f"{name} {size}" for name, size in sizes.items())
     rest = [name for name, size in sizes.items() if size == -1]
-    if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"{mesh}: sizes are positive, and at most one is -1 (what is left)")
-    for name in rest:
-        sizes[name] = len(devices) // -math.prod(sizes.values())
-    if math.prod(sizes.values()) != len(devices):
-        count = len(devices)
+    if len(rest) == 1:
+        given = math.prod(size for size in sizes.values() if size != -1)
+        sizes[rest[0]] = count // max(given, 1)
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
         raise UserError(
-            f"{mesh} does not match {count} devices: choose sizes whose product is {count}"
+            f"{mesh} does not match {count} devices: choose sizes whose product is {count}; at most"
+            " one is -1 (what is left)"
         )
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
 
 
 def axes(tree: PyTree) -> PyTree:
-    """The axis names of every array in `tree`, as a tree of tuples; `None` where none are declared.
+    """The axis names of every array in `tree`, `None` where none are declared: those in the
+    annotation of the Equinox module that holds it, however deep in other containers (an optimizer
+    state, say). An array with one dimension more is stacked over `layers`."""
 
-    Names come from the annotation of the Equinox module that holds the array, however deep in other
-    containers (an optimizer state, say) that module lies. An array with one dimension more than its
-    annotation is stacked over `layers`.
-    """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    return jax.tree.unflatten(structure, [_declared(tree, path, leaf) for path, leaf in leaves])
+    def declared(path, leaf):
+        node, names = tree, None
+        for key in path:
+            match key:
+                case jax.tree_util.GetAttrKey(name=name):
+                    if isinstance(node, eqx.Module):
+                        names = field_axes(type(node), name)
+                    node = getattr(node, name)
+                case jax.tree_util.SequenceKey(idx=at) | jax.tree_util.DictKey(key=at):
+                    node = node[at]
+                case _:
+                    return None
+        extra = getattr(leaf, "ndim", -1) - len(names or ())
+        stacked = {0: (), 1: ("layers",)}.get(extra)
+        return None if names is None or stacked is None else (*stacked, *names)
 
-
-def _declared(node: Any, path: tuple, leaf: Any) -> tuple[str, ...] | None:
-    names = None
-    for key in path:
-        match key:
-            case jax.tree_util.GetAttrKey(name=name):
-                names = field_axes(type(node), name) if isinstance(node, eqx.Module) else names
-                node = getattr(node, name)
-            case jax.tree_util.SequenceKey(idx=at) | jax.tree_util.DictKey(key=at):
-                node = node[at]
-            case _:
-                return None
-    extra = getattr(leaf, "ndim", -1) - len(names or ())
-    stacked = {0: (), 1: ("layers",)}.get(extra)
-    return None if names is None or stacked is None else (*stacked, *names)
+    return jax.tree_util.tree_map_with_path(declared, tree)
 
 
 def field_axes(module: type, field: str) -> tuple[str, ...] | None:
@@ -177,48 +173,41 @@ def claims(
 
 def specs(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> PyTree:
     """A `NamedSharding` for every array of `tree` (arrays or their shapes), by its axis names."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    places = [
-        NamedSharding(mesh, _fit(jax.tree_util.keystr(path).lstrip("."), leaf, names, mesh, rules))
-        for (path, leaf), names in zip(leaves, structure.flatten_up_to(axes(tree)), strict=True)
-    ]
-    return jax.tree.unflatten(structure, places)
 
+    def place(path, leaf, names):
+        if names is None:
+            return NamedSharding(mesh, PartitionSpec())
+        entries, shape = claims(names, mesh, rules), leaf.shape
+        if "vocab" in names and "embed" in names:
+            rows, width = names.index("vocab"), names.index("embed")
+            if shape[rows] % _parts(
+                mesh, entries[rows]
+            ):  # the losses pad it; the array need not be
+                entries[width] += entries[rows]
+                entries[rows] = ()
+                while shape[width] % _parts(mesh, entries[width]):
+                    entries[width] = entries[width][:-1]
+        for i, (axis, size) in enumerate(zip(names, shape, strict=True)):
+            parts = _parts(mesh, entries[i])
+            if size % parts and axis == "kv_heads":  # few: every device holds them whole
+                entries[i] = ()
+            elif size % parts:
+                nearest = max(n for n in range(1, parts) if size % n == 0)
+                name = jax.tree_util.keystr(path).lstrip(".")
+                raise UserError(
+                    f"{name}: its {size} {axis} do not divide over {parts} devices of the mesh axes"
+                    f" {', '.join(entries[i])}; the nearest mesh that works has {nearest} there"
+                )
+        return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries)))
 
-def _fit(
-    name: str, leaf: Any, names: Any, mesh: Mesh | AbstractMesh, rules: Rules | None
-) -> PartitionSpec:
-    """The mesh axes over which each dimension of a leaf is split."""
-    if names is None:
-        return PartitionSpec()
-    entries, shape = claims(names, mesh, rules), leaf.shape
-    if "vocab" in names and "embed" in names:
-        rows, width = names.index("vocab"), names.index("embed")
-        if shape[rows] % _parts(mesh, entries[rows]):  # the losses pad it; the array need not be
-            entries[width] += entries[rows]
-            entries[rows] = ()
-            while shape[width] % _parts(mesh, entries[width]):
-                entries[width] = entries[width][:-1]
-    for i, (axis, size) in enumerate(zip(names, shape, strict=True)):
-        parts = _parts(mesh, entries[i])
-        if size % parts and axis == "kv_heads":  # few: every device holds them whole
-            entries[i] = ()
-        elif size % parts:
-            nearest = max(n for n in range(1, parts) if size % n == 0)
-            raise UserError(
-                f"{name}: its {size} {axis} do not divide over {parts} devices of the mesh axes"
-                f" {', '.join(entries[i])}; the nearest mesh that works has {nearest} there"
-            )
-    return PartitionSpec(*(entry or None for entry in entries))
+    return jax.tree_util.tree_map_with_path(place, tree, axes(tree))
 
 
 def _parts(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def shard(tree: PyTree, specs: PyTree) -> PyTree:
-    """`tree` with its arrays placed as `specs` says; inside a jitted function, constrained so."""
-    return eqx.filter_shard(tree, specs)
+shard = eqx.filter_shard  # of a tree and its specs; inside a jitted function, constrained so
 
 
 def constrain_tree(tree: PyTree, *, moments: bool = False) -> PyTree:
@@ -242,11 +231,8 @@ def num_shards(name: str) -> int:
 
 
 def constrain(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
-    """Pin an activation with these axes, such as `"batch seq embed"`, to the mesh in scope.
-
-    The mesh is the one of the enclosing `jax.set_mesh`; without one this does nothing. A dimension
-    that does not divide stays whole.
-    """
+    """Pins an activation with these axes, such as `"batch seq embed"`, to the mesh of the enclosing
+    `jax.set_mesh`, if any. A dimension that does not divide stays whole."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -258,10 +244,8 @@ def constrain(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
 
 
 def process_rows(mesh: Mesh, rules: Rules | None = None) -> tuple[int, int]:
-    """Which part of every batch this process reads, and of how many.
-
-    Processes whose devices hold the same rows, parts of one model, read the same.
-    """
+    """Which part of every batch this process reads, and of how many: processes whose devices hold
+    the same rows, parts of one model, read the same."""
     (axes,), held = claims(["batch"], mesh, rules), {}
     ways, rows = _parts(mesh, axes), NamedSharding(mesh, PartitionSpec(axes or None))
     for device, (part,) in rows.devices_indices_map((ways,)).items():

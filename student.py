@@ -8,11 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
 
 import losses
 import sharding
+from losses import features
 from models.attention import Hidden, positions
 from models.base import LanguageModel
 from runtime.errors import UserError
@@ -69,11 +69,9 @@ def choose_layers(
     dtype: Any = None,
     progress: Callable[[int, int, str], None] = lambda done, total, figure: None,
 ) -> Choice:
-    """Which `layers` of the teacher's blocks a student keeps.
-
-    `greedy` removes one block after the other, always the one whose absence moves the output least;
-    `influence` removes those that turn their input least, all at once; both look at `calibration`.
-    """
+    """Which `layers` of the teacher's blocks a student keeps: `greedy` removes one block after the
+    other, always the one whose absence moves the output least; `influence` removes those that turn
+    their input least, all at once."""
     depth, listed = teacher.config.layers, parse(how)
     check(depth, layers, how)
     if listed is not None:
@@ -87,13 +85,13 @@ def choose_layers(
     if how == "random" or calibration is None:
         lack = "keeps no blocks, see fresh()" if how == "random" else "needs calibration windows"
         raise UserError(f"--student-init {how} {lack}")
+    start, target, turns = forward(teacher, calibration, dtype)
     if how == "influence":
-        turns = np.asarray(influence(teacher, calibration, dtype))
+        turns = np.asarray(turns)
         progress(1, 1, f"influence {turns.min():.3f} to {turns.max():.3f}")
         return Choice(tuple(sorted(np.argsort(-turns, kind="stable")[:layers].tolist())))
     left, kl = list(range(depth)), 0.0
     total, done = sum(range(layers + 1, depth + 1)), 0
-    start, target = first_and_last_states(teacher, calibration, dtype)
     while len(left) > layers:
         # Padded to one length: every candidate of every round runs the same compiled program.
         order, count = jnp.array(left + [0] * (depth - len(left))), jnp.array(len(left))
@@ -125,11 +123,21 @@ def block_fn(teacher: LanguageModel, calibration: Calibration) -> Callable[[Arra
 
 
 @sharding.jit
-def first_and_last_states(teacher: LanguageModel, calibration: Calibration, dtype: Any):
-    """The input of the first block, and what the head reads."""
-    x = teacher.embed(calibration.tokens, jnp.dtype(dtype or teacher.dtype))
-    apply = block_fn(teacher, calibration)
-    return x, teacher.final_norm(jax.lax.fori_loop(0, teacher.config.layers, apply, x))
+def forward(teacher: LanguageModel, calibration: Calibration, dtype: Any):
+    """The input of the first block, what the head reads, and how far each block turns its input:
+    1 - cosine, a mean over tokens."""
+    apply, weight = block_fn(teacher, calibration), calibration.mask.astype(jnp.float32)
+    weight /= jnp.maximum(jnp.sum(weight), 1)
+
+    def one(x, layer):
+        y = apply(layer, x)
+        turn = features.cosine(x.astype(jnp.float32), y.astype(jnp.float32))
+        return y, jnp.sum(weight * turn)
+
+    embedded = teacher.embedding[calibration.tokens].astype(dtype or teacher.dtype)
+    first = teacher.embed_input(embedded)
+    last, influence = jax.lax.scan(one, first, jnp.arange(teacher.config.layers))
+    return first, teacher.final_norm(last), influence
 
 
 @sharding.jit
@@ -151,42 +159,19 @@ def ablate(
     return sums["kl"] / jnp.maximum(sums["tokens"], 1), apply(order[i], x)
 
 
-@sharding.jit
-def influence(
-    teacher: LanguageModel, calibration: Calibration, dtype: Any
-) -> Float32[Array, " layers"]:
-    """1 - cosine between each block's input and output, a mean over tokens."""
-    apply = block_fn(teacher, calibration)
-    weight = calibration.mask.astype(jnp.float32)
-    weight /= jnp.maximum(jnp.sum(weight), 1)
-
-    def one(x, layer):
-        y = apply(layer, x)
-        a, b = x.astype(jnp.float32), y.astype(jnp.float32)
-        length = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-        cosine = jnp.sum(a * b, axis=-1) / jnp.maximum(length, 1e-30)
-        return y, jnp.sum(weight * (1 - cosine))
-
-    x = teacher.embed(calibration.tokens, jnp.dtype(dtype or teacher.dtype))
-    return jax.lax.scan(one, x, jnp.arange(teacher.config.layers))[1]
-
-
 def cut(
     teacher: LanguageModel, indices: Mapping[str, Sequence[int]], dtype: Any = jnp.float32
 ) -> LanguageModel:
-    """The teacher with only these indices of these axes, such as `{"layers": (0, 2, 5)}`.
-
-    Every leaf that carries an axis is indexed along it. No buffer is shared with the teacher.
-    """
+    """The teacher with only these indices of these axes, such as `{"layers": (0, 2, 5)}`. No buffer
+    is shared with the teacher."""
     config = teacher.config.select(indices)
     abstract = eqx.filter_eval_shape(lambda: type(teacher)(config, jax.random.key(0)))
-    chosen = {axis: np.array(numbers) for axis, numbers in indices.items()}
 
     def part(leaf, axes):
-        copy = jnp.copy(leaf) if chosen.keys().isdisjoint(axes) else leaf
+        copy = jnp.copy(leaf) if indices.keys().isdisjoint(axes) else leaf
         for dimension, axis in enumerate(axes):
-            if axis in chosen:
-                copy = jnp.take(copy, chosen[axis], axis=dimension)
+            if axis in indices:
+                copy = jnp.take(copy, np.array(indices[axis]), axis=dimension)
         copy = copy.astype(dtype)
         return jax.device_put(copy, leaf.sharding) if leaf.committed else copy
 
@@ -194,17 +179,9 @@ def cut(
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(copies))
 
 
-def fresh(
-    family: type[LanguageModel], config: Any, key: PRNGKeyArray, mesh: Mesh | None = None
-) -> LanguageModel:
-    """Random weights in float32, made in their places on the mesh."""
-
-    @eqx.filter_jit
-    def init(key):
-        model = family(config, key)
-        return model if mesh is None else sharding.shard(model, sharding.specs(model, mesh))
-
-    return init(key)
+def fresh(family: type[LanguageModel], config: Any, key: PRNGKeyArray) -> LanguageModel:
+    """Random weights in float32, made in their places on the mesh in scope, if any."""
+    return eqx.filter_jit(lambda key: sharding.constrain_tree(family(config, key)))(key)
 
 
 def resized(config: Any, layers: int, **widths: int | None) -> Any:
@@ -215,12 +192,9 @@ def resized(config: Any, layers: int, **widths: int | None) -> Any:
         if name not in known:
             flag = name.replace("_", "-")
             raise UserError(f"--student-{flag} means nothing to {config.model_type}")
-    heads = given.get("heads", config.heads)
-    groups = given.get("kv_heads", config.kv_heads if "kv_heads" in known else heads)
-    if heads % groups:
-        raise UserError(
-            f"{heads} heads of the student are not a multiple of its {groups} key and value heads:"
-            " change --student-heads or --student-kv-heads"
-        )
     numbers = tuple(i % config.layers for i in range(layers))
-    return dataclasses.replace(config.select({"layers": numbers}), **given)
+    try:
+        return dataclasses.replace(config.select({"layers": numbers}), **given)
+    except UserError as error:
+        widths = "--student-embed, --student-heads or --student-kv-heads"
+        raise UserError(f"{error}: change {widths}") from None

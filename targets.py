@@ -6,7 +6,6 @@ python targets.py --teacher bigscience/bloom-1b7 --data.source FILE --out DIR
 import contextlib
 import dataclasses
 import json
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Literal
 import equinox as eqx
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from jaxtyping import Array, Int
 
 import data
@@ -107,7 +107,7 @@ def make(config: Config) -> Targets:
     with files.disk_errors(targets.folder, remedy), checkpoint.lock(targets.folder):
         if jax.process_index() == 0:
             target_store.open_or_create(targets)
-        processes.sync("targets begun")
+        sync_global_devices("targets begun")
         targets = target_store.open_or_create(targets)
         with jax.set_mesh(mesh):
             write(config, targets, corpus, mesh)
@@ -118,9 +118,7 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
     """The targets of a config, whether or not they are on disk, and the text they are for."""
     folder = models.fetch(config.teacher)
     shape = models.config(folder)
-    seq_len = config.seq_len or min(1024, shape.longest or 1024)
-    if seq_len > (shape.longest or seq_len):
-        raise UserError(f"--seq-len {seq_len}: the model was made for {shape.longest} positions")
+    seq_len = models.seq_len(config.seq_len, 1024, config.teacher)
     kind, entries = ("draws", config.draws) if config.draws else ("top-k", config.top_k or 32)
     if entries + (kind == "draws") > shape.vocab:
         raise UserError(f"--{kind} {entries}: the teacher's vocabulary has {shape.vocab} tokens")
@@ -155,12 +153,11 @@ def write(config: Config, targets: Targets, corpus: data.Corpus, mesh: jax.shard
     todo = unwritten(targets, jax.process_index(), count)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-config.batch_size // shards) * shards // count  # each device has as many
-    left = processes.allgather(len(todo))  # of every process: all take part in every step
+    left = process_allgather(len(todo))  # of every process: all take part in every step
     steps = -(-int(left.max()) // rows)
     if not steps:
         return
-    if jax.process_index() == 0 and not config.quiet:
-        print(f"{left.sum()} of {len(targets.windows)} windows to compute", file=sys.stderr)
+    report.say(f"{left.sum()} of {len(targets.windows)} windows to compute")
     teacher = models.load(config.teacher, mesh=mesh)
     parts = [todo[step * rows :][:rows] for step in range(steps)]
 

@@ -4,12 +4,4 @@
 from .chunked import distill_loss, measure, sample_targets, top_k
 from .divergences import DIVERGENCES
 from .objective import Config, Divergence, Objective
-from .signal import (
-    SampledTargets,
-    Signal,
-    Targets,
-    TeacherStates,
-    TopK,
-    partition_rows,
-    teacher_states,
-)
+from .signal import SampledTargets, Targets, TeacherStates, TopK, partition_rows, teacher_states

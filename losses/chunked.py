@@ -1,16 +1,17 @@
 """What walks over the vocabulary in chunks of tokens: the loss with its gradients, the figures of
 an evaluation, and the making of targets."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray, PyTree
 
-from losses import tiles
+from losses import signal as signals
 from losses.objective import Config, Objective
-from losses.signal import SampledTargets, Signal, TeacherStates, TopK, full_divergence
+from losses.signal import SampledTargets, Signal, TeacherStates, TopK
 from models.attention import einsum_f32
 from sharding import claims, constrain, num_shards
 
@@ -42,15 +43,15 @@ def _value_and_grads(hidden, student_head, signal, labels, mask, objective, step
     rows, divergence, ce_weight = None, None, 1.0
     if signal is not None:
         rows, divergence, ce_weight = signal.rows, signal.divergence(vocab), 1.0 - alpha
-    chunk = config.chunk or tiles.default_chunk(weights)
+    chunk = config.chunk or default_chunk(weights)
     # Devices add up head gradients of their own, which are reduced once and not at every chunk.
     parts = num_shards("rows")
-    if len(hidden) * tiles.chunks(*hidden.shape[:2], chunk)[1] % parts:
+    if len(hidden) * chunks(*hidden.shape[:2], chunk)[1] % parts:
         parts = 1
 
     def chunk_fn(carry, hidden, rows, labels, mask):
         sums, d_head = carry
-        z = tiles.logits(weights, hidden, vocab)
+        z = signals.head_logits(weights, hidden, vocab)
         terms = [("ce", ce_weight, *_cross_entropy(z, labels))]
         if divergence is not None:
             terms.append(("divergence", weight, *divergence(rows, config, z, temperature)))
@@ -68,7 +69,7 @@ def _value_and_grads(hidden, student_head, signal, labels, mask, objective, step
     sums = dict.fromkeys(("divergence", "ce"), jnp.float32(0))
     d_head = constrain(jnp.zeros((parts, *weights.shape), jnp.float32), "rows vocab embed")
     init, arrays = (sums, d_head), (hidden, rows, labels, mask)
-    (sums, d_head), d_hidden = tiles.scan_chunks(chunk_fn, init, chunk, arrays)
+    (sums, d_head), d_hidden = scan_chunks(chunk_fn, init, chunk, arrays)
     d_head = constrain(d_head.sum(0), "vocab embed")[:vocab].astype(student_head.dtype)
     d_head = jnp.pad(d_head, [(0, len(student_head) - vocab), (0, 0)])
     return (weight * sums["divergence"] + ce_weight * sums["ce"], sums), (d_hidden, d_head)
@@ -101,19 +102,19 @@ def measure(
         rows, teacher_logits = signal.rows, signal.logits(vocab)
 
     def chunk_fn(sums, hidden, teacher_hidden, labels, mask):
-        z = tiles.logits(weights, hidden, vocab)
+        z = signals.head_logits(weights, hidden, vocab)
         figures = {"tokens": jnp.ones(labels.shape), "ce": _cross_entropy(z, labels)[0]}
         if teacher_logits is not None:
             z_teacher = teacher_logits(teacher_hidden)
             figures["teacher_ce"] = _cross_entropy(z_teacher, labels)[0]
-            figures["kl"] = full_divergence(z_teacher, Config("forward_kl"), z, 1.0)[0]
-            figures["reverse_kl"] = full_divergence(z_teacher, Config("reverse_kl"), z, 1.0)[0]
+            for name, kind in (("kl", "forward_kl"), ("reverse_kl", "reverse_kl")):
+                figures[name] = signals.full_divergence(z_teacher, Config(kind), z, 1.0)[0]
             figures["agreement"] = jnp.argmax(z, 0) == jnp.argmax(z_teacher, 0)
         add = partial(jnp.sum, where=mask, dtype=jnp.float32)
         return {name: sums[name] + add(x) for name, x in figures.items()}, None
 
     zeros, arrays = dict.fromkeys(names, jnp.float32(0)), (student_hidden, rows, labels, mask)
-    return tiles.scan_chunks(chunk_fn, zeros, chunk or tiles.default_chunk(weights), arrays)[0]
+    return scan_chunks(chunk_fn, zeros, chunk or default_chunk(weights), arrays)[0]
 
 
 def _prepare_head(head, signal, dtype):
@@ -121,7 +122,7 @@ def _prepare_head(head, signal, dtype):
     padding rows of the wider have no probability."""
     teacher_head = getattr(signal, "head", None)
     vocab = len(head if teacher_head is None else teacher_head[: len(head)])
-    return vocab, tiles.prepare_head(head[:vocab], dtype)
+    return vocab, signals.prepare_head(head[:vocab], dtype)
 
 
 def _cross_entropy(z, labels):
@@ -193,8 +194,8 @@ def _scan_logits(target_fn, teacher: TeacherStates, temperature, chunk, *arrays)
         z = teacher_logits(hidden).T / temperature
         return carry, target_fn(z, jax.nn.logsumexp(z, 1, keepdims=True), *rows)
 
-    chunk = chunk or tiles.default_chunk(teacher.head)
-    return tiles.scan_chunks(chunk_fn, None, chunk, (teacher.hidden, *arrays))[1]
+    chunk = chunk or default_chunk(teacher.head)
+    return scan_chunks(chunk_fn, None, chunk, (teacher.hidden, *arrays))[1]
 
 
 def _largest(x, count: int):
@@ -213,3 +214,45 @@ def _largest(x, count: int):
     values, ids = jax.shard_map(top, in_specs=spec, out_specs=(spec, spec))(x)
     values, best = jax.lax.top_k(constrain(values, "rows width"), count)
     return values, jnp.take_along_axis(constrain(ids, "rows width"), best, 1)
+
+
+def scan_chunks(chunk_fn: Callable, init: PyTree, chunk: int, arrays: PyTree) -> tuple:
+    """`lax.scan` of `chunk_fn` along the sequence: each array, [batch, seq, ...], reaches it as
+    [rows, ...], about `chunk` tokens at a time. What fills up the last one is 0, and False in a
+    mask."""
+    batch, seq = jax.tree.leaves(arrays)[0].shape[:2]
+    count, length = chunks(batch, seq, chunk)
+    padding = (0, 0), (0, count * length - seq), (0, 0)
+    arrays = jax.tree.map(lambda x: jnp.pad(x, padding[: x.ndim]), arrays)
+
+    def body(carry, i):
+        def rows(x):
+            x = jax.lax.dynamic_slice_in_dim(x, i * length, length, axis=1)
+            x = x.reshape(batch * length, *x.shape[2:])
+            return constrain(x, "rows width" if x.ndim == 2 else "rows")
+
+        def unflatten(y):
+            y = y.reshape(batch, length, *y.shape[1:])
+            return constrain(y, "batch seq width" if y.ndim == 3 else "batch seq")
+
+        carry, y = chunk_fn(carry, *jax.tree.map(rows, arrays))
+        return carry, jax.tree.map(unflatten, y)
+
+    def unchunk(y):
+        return jnp.moveaxis(y, 0, 1).reshape(batch, count * length, *y.shape[3:])[:, :seq]
+
+    carry, ys = jax.lax.scan(body, init, jnp.arange(count))
+    return carry, jax.tree.map(unchunk, ys)
+
+
+def chunks(batch: int, seq: int, chunk: int) -> tuple[int, int]:
+    """How many chunks, and how many positions each: as even as can be, for the least padding."""
+    count = -(-seq // max(1, chunk // batch))
+    return count, -(-seq // count)
+
+
+def default_chunk(head: Float[Array, "vocab embed"]) -> int:
+    """As many tokens as keep their logits small beside what a device has, and its products large:
+    below 128 the products of a CPU slow down, above 256 its caches; an accelerator wants 1024."""
+    least, elements = (128, 2**22) if jax.default_backend() == "cpu" else (1024, 2**27)
+    return max(least, elements * num_shards("vocab") // len(head))

@@ -73,10 +73,8 @@ def loss(
     mask: Bool[Array, "batch seq"],
     projection: Projection | None = None,
 ) -> Float32[Array, ""]:
-    """The distance of the mapped states, a mean over pairs, summed over the tokens of `mask`.
-
-    The states are outputs of the blocks of `tapped_layers(pairs)`; the teacher's are constants.
-    """
+    """The distance of the mapped states, a mean over pairs, summed over the tokens of `mask`. The
+    states are outputs of the blocks of `tapped_layers(pairs)`; the teacher's are constants."""
     student_layers, teacher_layers = tapped_layers(pairs)
     order = [student_layers.index(student) for student, _ in pairs]
     if order != list(range(len(student_layers))):

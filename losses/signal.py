@@ -16,13 +16,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 import data
-from losses import tiles
 from losses.divergences import LOWEST, terms
 from losses.objective import Config
-from losses.tiles import Logits
+from models.attention import einsum_f32
 from models.base import LanguageModel
+from sharding import constrain, num_shards
 
+Logits = Float32[Array, "vocab rows"]  # so that sums over the vocabulary run along memory
 Values = tuple[Float32[Array, " rows"], Logits]
+
+
+def prepare_head(head: Float[Array, "rows embed"], dtype: jnp.dtype) -> Float[Array, "vocab embed"]:
+    """A head in the dtype of hidden states, split over the vocabulary alone, and filled up with
+    rows to do so evenly."""
+    missing = -len(head) % num_shards("vocab")
+    return constrain(jnp.pad(head.astype(dtype), [(0, missing), (0, 0)]), "vocab embed")
+
+
+def head_logits(
+    head: Float[Array, "padded embed"], hidden: Float[Array, "rows embed"], vocab: int
+) -> Logits:
+    """Rows of the head beyond `vocab` have no probability."""
+    z = constrain(einsum_f32("ve,re->vr", head, hidden), "vocab rows")
+    return z if len(z) == vocab else jnp.where(jnp.arange(len(z))[:, None] < vocab, z, -jnp.inf)
 
 
 class TeacherStates(eqx.Module):
@@ -35,8 +51,8 @@ class TeacherStates(eqx.Module):
 
     def logits(self, vocab: int) -> Callable[[Float[Array, "rows embed"]], Logits]:
         """From hidden states to logits: rows of the wider head have no probability."""
-        head = tiles.prepare_head(self.head[:vocab], self.hidden.dtype)
-        return lambda hidden: tiles.logits(head, hidden, vocab)
+        head = prepare_head(self.head[:vocab], self.hidden.dtype)
+        return lambda hidden: head_logits(head, hidden, vocab)
 
     def divergence(self, vocab: int) -> Callable[..., Values]:
         logits = self.logits(vocab)

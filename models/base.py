@@ -29,9 +29,9 @@ class ModelConfig:
         return not self.tied
 
     @property
-    def longest(self) -> int | None:
-        """How many positions the model is made for; None is without limit."""
-        return self.max_positions
+    def longest(self) -> float:
+        """How many positions the model is made for, if there is a limit."""
+        return self.max_positions or math.inf
 
     def select(self, indices: Mapping[str, Sequence[int]]) -> Any:
         """The config of a model that has only these indices of these axes, such as `layers`."""
@@ -56,10 +56,8 @@ class ModelConfig:
 
 
 def tensor(name: str, when: str | None = None) -> Any:
-    """A field that holds the tensor of this name in a checkpoint, or all of these in its blocks.
-
-    The field is None where the config does not set the flag `when`.
-    """
+    """A field for the tensor of this name in a checkpoint, or all of these in its blocks; None
+    where the config does not set the flag `when`."""
     return eqx.field(metadata={"tensor": name, "when": when})
 
 
@@ -100,10 +98,8 @@ class Tensors(eqx.Module):
 
 
 class LanguageModel(Tensors):
-    """A decoder. Its family says what a block holds and computes; here blocks are walked.
-
-    They are stacked: their leaves have a leading dimension `layers`.
-    """
+    """A decoder: its family says what a block computes, here they are walked. Leaves of `blocks`
+    are stacked: they have a leading dimension `layers`."""
 
     Config: eqx.AbstractClassVar[type]
     PREFIX: eqx.AbstractClassVar[str]  # of names; checkpoints of the bare decoder leave it out
@@ -152,10 +148,6 @@ class LanguageModel(Tensors):
         stored = self.embedding.dtype
         return jnp.dtype(jnp.float32) if stored == jnp.float16 else stored
 
-    def embed(self, tokens: Int[Array, "batch seq"], dtype: jnp.dtype) -> Hidden:
-        """The input of the first block."""
-        return self.embed_input(self.embedding[tokens].astype(dtype))
-
     def hidden(
         self,
         tokens: Int[Array, "batch seq"],
@@ -173,10 +165,10 @@ class LanguageModel(Tensors):
         Tokens attend and count positions within their own run of equal `segments`; segment 0 is
         padding. With a `cache` they continue its rows, and the grown cache is returned too; then
         `segments` only tells tokens from the padding behind them, which the cache forgets, and
-        `doc_length` is the final length of each row whose text is read in parts. `dtype` is
-        computed in, `remat` (none, dots, full) trades memory for recomputation. `embedded` are the
-        rows of the embedding, where the caller has looked them up to differentiate by them. With
-        the numbers of some blocks, ascending, in `taps` their outputs are returned too.
+        `doc_length` is the final length of each row whose text is read in parts. `remat` (none,
+        dots, full) trades memory for recomputation. `embedded` are the rows of the embedding, where
+        the caller differentiates by them. The outputs of the blocks `taps`, ascending, are returned
+        too.
         """
         here = positions(tokens, segments, cache, doc_length)
         position_inputs = self.position_inputs(here)
@@ -231,13 +223,12 @@ class LanguageModel(Tensors):
 
 
 def linear(pattern: str, x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """A contraction in the dtype of `x`: weights are cast where they are used, block by block.
+    """A contraction over the last axes of both, in the dtype of `x`: weights are cast where they
+    are used, block by block. Nothing else multiplies by a weight of a block: one that is a module
+    needs `shape` and `astype`.
 
-    Nothing else multiplies by a weight of a block: one that is a module needs `shape` and `astype`.
-
-    The axes it sums over are the last of both. They are merged, and so are those it makes: XLA on
-    CPU transposes a weight of more than two axes at every use. For one token a row the weight comes
-    first: as the second factor it would be packed anew each time, for too little use.
+    Axes are merged: XLA on CPU transposes a weight of more than two at every use. For one token a
+    row the weight comes first: as the second factor it would be packed anew each time.
     """
     operands, result = pattern.split("->")
     summed = sum(axis not in result for axis in operands.split(",")[1])

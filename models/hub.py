@@ -21,7 +21,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 import sharding
 from models.base import LanguageModel
@@ -55,10 +55,8 @@ BLOCK = 1 << 22  # bytes read at a time
 
 
 def fetch(source: Source, *, weights: bool = True) -> Path:
-    """The local folder of a folder or a hub id (`owner/name`, `owner/name@revision`).
-
-    Downloads what is needed and not in the cache; without `weights` only config and tokenizer.
-    """
+    """The local folder of a folder or a hub id (`owner/name`, `owner/name@revision`), downloaded
+    where the cache lacks it; without `weights` only config and tokenizer."""
     wanted = ["config.json", GENERATION, *TOKENIZER, *(WEIGHTS if weights else ())]
     try:
         path = Path(source).expanduser()
@@ -123,10 +121,8 @@ class Leaf(NamedTuple):
 
 
 def leaves(model: LanguageModel) -> list[Leaf]:
-    """The arrays of a model, or of their shapes, with the names and shapes of their tensors.
-
-    On file `embed` is a dimension of its own, and the axes on either side of it are fused.
-    """
+    """The arrays of a model, or of their shapes, with the names and shapes of their tensors: on
+    file `embed` is a dimension of its own, and the axes on either side of it are fused."""
     entries = []
     axes_of = jax.tree.structure(model).flatten_up_to(sharding.axes(model))
     for (name, array), axes in zip(model.tensors(), axes_of, strict=True):
@@ -141,25 +137,22 @@ def leaves(model: LanguageModel) -> list[Leaf]:
 
 
 def load(source: Source, *, dtype: Any = None, mesh: Mesh | None = None) -> LanguageModel:
-    """The model in a folder or on the hub, cast to `dtype` and laid over `mesh` if these are given.
-
-    Each device reads its own part of the files. Without `dtype` every tensor stays as it is stored.
-    """
+    """The model in a folder or on the hub; each device of a `mesh` reads its own part of the files.
+    Without `dtype` every tensor stays as it is stored."""
     folder = fetch(source)
-    family, config = read_config(folder)
-    shapes = eqx.filter_eval_shape(family, config, jax.random.key(0))
-    tensors, entries = read_index(folder, family), leaves(shapes)
-    check(entries, tensors, folder, config.tied)
+    shapes = abstract(folder)
+    tensors, entries = read_index(folder, shapes.PREFIX), leaves(shapes)
+    check(entries, tensors, folder, shapes.config.tied)
     placement = [None] * len(entries)
     if mesh is not None:
         placement = jax.tree.leaves(sharding.specs(shapes, mesh))
-    arrays: dict[int, jax.Array] = {}
+    arrays: list[Any] = [None] * len(entries)
     # The largest first: while it is read, nothing else is held but what a copy of it may take.
     order = sorted(range(len(entries)), key=lambda i: -math.prod(entries[i].array.shape))
     for i in report.track(order, f"loading {folder.name}", len(order)):
         parts = [tensors[name] for name in entries[i].names]
         arrays[i] = read_leaf(entries[i], parts, placement[i], dtype)
-    return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[i] for i in sorted(arrays)])
+    return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
 def read_leaf(leaf: Leaf, tensors: list[Tensor], where: Any, dtype: Any) -> jax.Array:
@@ -168,10 +161,8 @@ def read_leaf(leaf: Leaf, tensors: list[Tensor], where: Any, dtype: Any) -> jax.
     if dtype is None:
         dtype = stored.pop() if len(stored) == 1 else np.float32
     dtype, shape = np.dtype(dtype), leaf.array.shape
-    local, indices = shape, [(slice(None),) * len(shape)]
-    if where is not None:
-        local = where.shard_shape(shape)
-        indices = where.addressable_devices_indices_map(shape).values()
+    place = where or SingleDeviceSharding(jax.local_devices()[0])
+    local, indices = place.shard_shape(shape), place.addressable_devices_indices_map(shape).values()
 
     def region(index: tuple[slice, ...]) -> tuple[range, ...]:
         return tuple(range(n)[part] for n, part in zip(shape, index, strict=True))[leaf.stacked :]
@@ -226,10 +217,7 @@ def fingerprint(folder: Path) -> str:
 
 def config(source: Source) -> Any:
     """The config alone of a model in a folder or on the hub."""
-    return read_config(fetch(source, weights=False))[1]
-
-
-def read_config(folder: Path) -> tuple[type[LanguageModel], Any]:
+    folder = fetch(source, weights=False)
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{path}: no such file, so {folder} is no checkpoint")
@@ -238,16 +226,25 @@ def read_config(folder: Path) -> tuple[type[LanguageModel], Any]:
     if str(kind) not in FAMILIES:
         what, known = reprlib.repr(kind), ", ".join(FAMILIES)
         raise UserError(f"{path}: model_type {what} is not supported, only {known} are")
-    family = FAMILIES[kind]
     try:
-        config = family.Config.read(settings)
-        settings.reject_unread(family.Config.HARMLESS)
-        return family, config
+        config = FAMILIES[kind].Config.read(settings)
+        settings.reject_unread(config.HARMLESS)
+        return config
     except UserError as error:
         raise UserError(f"{path}: {files.printable(error)}") from None
 
 
-def read_index(folder: Path, family: type[LanguageModel]) -> dict[str, Tensor]:
+def seq_len(asked: int | None, usual: int, *sources: Source) -> int:
+    """Tokens of a window: as asked for, or the usual number as far as these models can."""
+    for source in sources:
+        longest = config(source).longest
+        if asked is not None and asked > longest:
+            raise UserError(f"--seq-len {asked}: {source} was made for {longest} positions")
+        usual = min(usual, longest)
+    return usual if asked is None else asked
+
+
+def read_index(folder: Path, prefix: str) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its full name: those of a bare decoder lack the prefix."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
@@ -271,9 +268,8 @@ def read_index(folder: Path, family: type[LanguageModel]) -> dict[str, Tensor]:
             f"{folder}: it holds no model.safetensors and no {index.name}{only}; pickles are never"
             " read: convert them with transformers, from_pretrained(...) then save_pretrained(...)"
         )
-    whole = any(tensor.name.startswith(family.PREFIX) for tensor in stored)
-    prefixes = ["" if whole or tensor.name == HEAD else family.PREFIX for tensor in stored]
-    return {prefix + x.name: x for prefix, x in zip(prefixes, stored, strict=True)}
+    bare = not any(tensor.name.startswith(prefix) for tensor in stored)
+    return {prefix + x.name if bare and x.name != HEAD else x.name: x for x in stored}
 
 
 def read_header(path: Path) -> list[Tensor]:
@@ -319,24 +315,22 @@ def check(entries: list[Leaf], tensors: dict[str, Tensor], folder: Path, tied: b
 
 
 def abstract(source: Source) -> LanguageModel:
-    """The model of a folder or hub id as `load` gives it, without reading (or fetching) a weight.
-
-    Each leaf has the dtype that is stored; where no file says so, the one that the config names.
-    """
+    """The shapes of what `load` gives, without reading (or fetching) a weight. Each leaf has the
+    dtype that is stored; where no file says so, the one that the config names."""
     folder = fetch(source, weights=False)
-    family, config = read_config(folder)
-    shapes = eqx.filter_eval_shape(family, config, jax.random.key(0))
+    settings = config(folder)
+    family = FAMILIES[settings.model_type]
+    shapes = eqx.filter_eval_shape(family, settings, jax.random.key(0))
     raw = files.read_json(folder / "config.json")
     usual = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     usual = {dtype.name: dtype for dtype in CODES}.get(usual, np.dtype(np.float32))
     try:
-        tensors = read_index(folder, family)
+        tensors = read_index(folder, family.PREFIX)
     except UserError:
         tensors = {}
-    entries = leaves(shapes)
-    dtypes = [getattr(tensors.get(leaf.names[0]), "dtype", usual) for leaf in entries]
-    sizes = [leaf.array.shape for leaf in entries]
-    return jax.tree.unflatten(jax.tree.structure(shapes), map(jax.ShapeDtypeStruct, sizes, dtypes))
+    dtypes = [getattr(tensors.get(leaf.names[0]), "dtype", usual) for leaf in leaves(shapes)]
+    dtypes = jax.tree.unflatten(jax.tree.structure(shapes), dtypes)
+    return jax.tree.map(lambda shape, dtype: shape.update(dtype=dtype), shapes, dtypes)
 
 
 def save(
@@ -347,18 +341,14 @@ def save(
     notes: Mapping[str, str] | None = None,
     shard_size: int = 5_000_000_000,
 ) -> None:
-    """A checkpoint that Hugging Face tools load, with the tokenizer of another folder or hub id.
-
-    The folder appears when it is whole, with `notes` as further files in it; an older checkpoint of
-    this name is replaced.
-    """
+    """A checkpoint that Hugging Face tools load, with the tokenizer of another folder or hub id and
+    `notes` as further files. It appears when it is whole, in place of an older checkpoint."""
     notes = notes or {}
     with files.disk_errors(Path(folder), ""):
         folder = Path(folder).expanduser().resolve()
         if not replaceable(folder, notes):
-            raise UserError(
-                f"{folder}: more than a checkpoint, so not replaced: choose another name"
-            )
+            what = "more than a checkpoint, so not replaced"
+            raise UserError(f"{folder}: {what}: choose another name")
     texts = None if tokenizer is None else fetch(tokenizer, weights=False)
     if jax.process_index() != 0:  # the first one writes; the others lend what they hold
         for part in separate(model):
@@ -370,7 +360,8 @@ def save(
     ids = {"bos_token_id": config.bos, "eos_token_id": config.eos, "pad_token_id": config.pad}
     common = {"model_type": config.model_type, "tie_word_embeddings": config.tied}
     common |= ids | {"dtype": stored, "torch_dtype": stored}  # the newer and the older name
-    with files.atomic_folder(folder, "") as partial:
+    with files.atomic_write(folder, "") as partial:
+        partial.mkdir(parents=True)
         contents = write_weights(model, partial, shard_size)
         contents["config.json"] = common | config.write()
         contents[GENERATION] = {key: value for key, value in ids.items() if value is not None}
@@ -404,22 +395,19 @@ def separate(model: LanguageModel) -> Iterator[jax.Array]:
 
 
 def write_weights(model: LanguageModel, folder: Path, shard_size: int) -> dict[str, Any]:
-    """Writes tensor after tensor: safetensors' own writer would hold those of a whole file.
-
-    Returns the files of JSON that belong to them: an index, if there are several shards.
-    """
-    shards: list[dict[str, dict[str, Any]]] = [{}]
-    sizes = [0]
+    """Writes tensor after tensor: safetensors' own writer would hold those of a whole file. Returns
+    the files of JSON that belong to them: an index, if there are several shards."""
+    shards: list[dict[str, dict[str, Any]]] = []
+    end, total = math.inf, 0  # of the last shard, and of all
     for leaf in leaves(model):
         size = math.prod(leaf.shape) * leaf.array.dtype.itemsize
         for name in leaf.names:
-            if sizes[-1] and sizes[-1] + size > shard_size:
+            if end + size > shard_size:
                 shards.append({})
-                sizes.append(0)
-            offsets = sizes[-1], sizes[-1] + size
-            entry = {"dtype": CODES[leaf.array.dtype], "shape": leaf.shape, "data_offsets": offsets}
-            shards[-1][name] = entry
-            sizes[-1] += size
+                end = 0
+            entry = {"dtype": CODES[leaf.array.dtype], "shape": leaf.shape}
+            shards[-1][name] = entry | {"data_offsets": (end, end + size)}
+            end, total = end + size, total + size
     count, tensors, where = len(shards), separate(model), {}
     for i, shard in enumerate(shards, 1):
         path = f"model-{i:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
@@ -431,5 +419,5 @@ def write_weights(model: LanguageModel, folder: Path, shard_size: int) -> dict[s
             for array in itertools.islice(tensors, len(shard)):
                 numbers = np.ascontiguousarray(sharding.to_host(array))
                 file.write(numbers.reshape(-1).view(np.uint8))
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
     return {"model.safetensors.index.json": index} if count > 1 else {}

@@ -27,10 +27,8 @@ Table = tuple[Float[Array, "#batch seq 1 half"], Float[Array, "#batch seq 1 half
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions. The fields beyond `theta` belong to the kinds that stretch them.
-
-    Those that are 0 must be given to the kinds that have them.
-    """
+    """Rotary positions. The fields beyond `theta` belong to the kinds that stretch them, and those
+    that are 0 must be given to these."""
 
     kind: str = "default"
     theta: float = 10000.0
@@ -55,17 +53,16 @@ class Rope:
     @classmethod
     def read(cls, settings: HFConfig, positions: int) -> "Rope":
         """From either dialect: `rope_theta` and `rope_scaling`, or `rope_parameters`."""
-        raw = {"rope_theta": settings.peek("rope_theta")}
+        theta = settings.peek("rope_theta")
+        raw = {} if theta is None else {"rope_theta": theta}
         for name in ("rope_scaling", "rope_parameters"):
             given = settings.peek(name) or {}
             if not isinstance(given, dict):
                 settings.reject(name, given, "an object")
-            given = {field: value for field, value in given.items() if value is not None}
             for field, value in given.items():
-                if raw.get(field) not in (None, value):
+                if value is not None and raw.setdefault(field, value) != value:
                     what = reprlib.repr(value)
                     raise UserError(f"{field} is given twice, and {name} says {what}")
-            raw |= given
         rope = HFConfig(raw)
         kind = rope.get(["rope_type", "type"], str, "the kind of rotary positions", "default")
         if kind not in FIELDS:
@@ -136,7 +133,6 @@ class Rope:
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
-
         growth = math.log(max(self.factor, 1.0))
         if self.mscale and self.mscale_all_dim:
             return (0.1 * self.mscale * growth + 1.0) / (0.1 * self.mscale_all_dim * growth + 1.0)

@@ -33,7 +33,7 @@ class Journal(contextlib.ExitStack):
     def __init__(self, out: Path, settings: Settings, *, resume: bool = True):
         super().__init__()
         self.path, self.lock = journal_path(out), out.with_name(f".{out.name}.lock")
-        self.offsets: dict[tuple[int, int], int] = {}
+        self.offsets: dict[tuple[int, int], int] = {}  # of the answer to a prompt, by its sample
         end = 0
         with contextlib.ExitStack() as opened, files.disk_errors(self.path, REMEDY):
             opened.enter_context(files.lock(self.lock, out))
@@ -52,22 +52,14 @@ class Journal(contextlib.ExitStack):
                     end += len(line)
             self.file.truncate(end)
             if not end:
-                self._append(settings)
+                files.append_json(self.file, settings)
             self.push(opened.pop_all())
-
-    def _append(self, record: Settings) -> None:
-        left = memoryview(json.dumps(record).encode() + b"\n")
-        while left:
-            left = left[self.file.write(left) :]
-
-    def __contains__(self, answer: tuple[int, int]) -> bool:
-        return answer in self.offsets
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
         with files.disk_errors(self.path, REMEDY):
             for record in records:
                 self.offsets[record["prompt"], record["sample"]] = self.file.seek(0, os.SEEK_END)
-                self._append(record)
+                files.append_json(self.file, record)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The answers by prompt and sample."""

@@ -21,9 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, PyTree, Shaped, UInt32
 
-from runtime import files, processes
+from runtime import files
 from runtime.errors import UserError
 
 # While a step is saved again, its older checkpoint is `<step>.old`: second choice, but it counts.
@@ -150,7 +151,7 @@ def restore(folder: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any], i
             raise  # no fault of the file's
         except Exception as error:  # a broken file may raise anything
             reason = _reason(error)
-        if not processes.allgather(reason is None).all():
+        if not process_allgather(reason is None).all():
             reason = reason or "another process cannot read it"
         else:
             stored = manifest["arrays"]

@@ -1,6 +1,5 @@
 """What a run leaves to look at: curves, the table, the model card."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,37 +82,3 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     header, *others = rows
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *others]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def model_card(
-    *, teacher: str | None, start: str, data: str, loss: str, tokens: int, steps: int,
-    rows: Sequence[Sequence[str]],
-) -> str:  # fmt: skip
-    """The README of a student; `start` says what it was before training."""
-    base = taught = ""
-    title = f"A model trained on {data}"
-    if teacher is not None:
-        if Path(teacher).exists():  # only an id of the hub can be `base_model`
-            teacher = Path(teacher).resolve().name
-        else:
-            base = f"base_model: {json.dumps(teacher.partition('@')[0])}\n"
-        title, taught = f"A student of {teacher}", f"- **Teacher**: {teacher}\n"
-    return f"""---
-{base}library_name: transformers
-pipeline_tag: text-generation
-tags:
-- distillation
----
-
-# {title}
-
-{taught}- **Student began as**: {start}
-- **Data**: {data}
-- **Loss**: {loss}
-- **Training**: {count(tokens)} tokens in {steps:,} optimizer steps
-
-Held-out figures: cross entropy in nats per token, KL(teacher ‖ student) at temperature 1, and the
-share of the cross-entropy gap between teacher and untrained student that training closed.
-
-{markdown(rows)}
-"""

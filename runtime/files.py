@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from runtime.errors import UserError
 
@@ -34,7 +34,10 @@ def disk_errors(path: Path, remedy: str = RESUME) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, remedy: str = RESUME) -> Iterator[Path]:
-    """Yields the path of a partial file, which replaces `path` when the body ends well."""
+    """Yields the path of a partial file or folder, which replaces `path` when the body ends well.
+
+    The caller makes it, decides whether what is there may be replaced, and writes it alone.
+    """
     partial, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     with disk_errors(path, remedy):
         try:
@@ -56,15 +59,11 @@ def atomic_write(path: Path, remedy: str = RESUME) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def atomic_folder(folder: Path, remedy: str = RESUME) -> Iterator[Path]:
-    """Yields an empty folder, which replaces `folder` and all in it when the body ends well.
-
-    The caller decides whether what is there may be replaced, and lets nobody else write it.
-    """
-    with atomic_write(folder, remedy) as partial:
-        partial.mkdir(parents=True)
-        yield partial
+def append_json(file: IO[bytes], record: Settings) -> None:
+    """Writes a line; the file has no buffer, so it is there at once, or an `OSError` says why."""
+    left = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+    while left:
+        left = left[file.write(left) :]
 
 
 def write_json(path: Path, content: Settings, remedy: str = RESUME) -> None:
@@ -99,10 +98,8 @@ def check_links(folder: Path, paths: Iterable[Path]) -> None:
     for path in paths:
         target = Path(os.path.realpath(path))
         if not any(target.is_relative_to(place) for place in allowed):
-            raise UserError(
-                f"{printable(path)}: it is a link that leads out of {folder}: put what it leads to"
-                " there, or name that itself"
-            )
+            why = f"it is a link that leads out of {folder}"
+            raise UserError(f"{printable(path)}: {why}: put what it leads to there")
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{printable(path)}: it is no file that can be read")
 

@@ -4,7 +4,6 @@ Which steps have one, and what is written there, is a function of the seed and t
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import equinox as eqx
@@ -17,7 +16,6 @@ import data
 import sharding
 from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
-from runtime import processes
 from runtime.errors import UserError, at_least, between
 
 
@@ -56,26 +54,11 @@ def on_policy_steps(config: Config, seed: int, start: int, stop: int) -> Bool[np
     return sharding.to_host(draw(np.arange(start, stop))) < config.fraction
 
 
-def compile_writer(
-    writer: LanguageModel, batch: data.Batch, step: Int[Array, ""], **settings: Any
-) -> Callable[..., data.Batch]:
-    """`continue_rows` with these settings, compiled for such a writer and such batches."""
-    program = sharding.compiled(continue_rows.lower(writer, batch, step, **settings))
-    return lambda *inputs: processes.block_on_cpu(program(*inputs, **settings))
-
-
 @eqx.filter_jit
 def continue_rows(
-    writer: LanguageModel,
-    batch: data.Batch,
-    step: Int[Array, ""],
-    *,
-    config: Config,
-    seed: int,
-    vocab: int,
-    stop: tuple[int, ...],
-    dtype: Any = None,
-) -> data.Batch:
+    writer: LanguageModel, batch: data.Batch, step: Int[Array, ""], *,
+    config: Config, seed: int, vocab: int, stop: tuple[int, ...], dtype: Any = None,
+) -> data.Batch:  # fmt: skip
     """The batch of a step, its rows continued by `writer` with the first `vocab` tokens.
 
     A row is the last document that its first tokens reach, and what was sampled, which alone

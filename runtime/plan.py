@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,11 +51,7 @@ class DeviceBytes(NamedTuple):
 
 
 def with_shardings(tree: PyTree, places: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        places,
-    )
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), tree, places)
 
 
 def state_shardings(state: PyTree, mesh: jax.sharding.Mesh, layout: sharding.Layout) -> PyTree:
@@ -65,32 +61,32 @@ def state_shardings(state: PyTree, mesh: jax.sharding.Mesh, layout: sharding.Lay
     return eqx.tree_at(lambda state: state.opt_state, places, moments)
 
 
-def abstract_frozen(
-    config: Config, placement: Placement
-) -> tuple[LanguageModel | None, data.Batch]:
-    """The teacher and the batch that a step is given."""
+def abstract_frozen(config: Config, placement: Placement) -> tuple[Any, data.Batch]:
+    """The teacher, or none, and the batch that a step is given."""
     mesh, layout, teacher_mesh = placement
-    rows, seq = config.batch_size, config.seq_len
-    ids = jax.ShapeDtypeStruct((rows, seq + 1), jnp.int32)
-    batch = data.Batch(ids, ids, jax.ShapeDtypeStruct((rows, seq), bool))
-    teacher = signal = head = None
+    rows, seq, where = config.batch_size, config.seq_len, sharding.row_sharding(mesh, layout.params)
+    ids = jax.ShapeDtypeStruct((rows, seq + 1), jnp.int32, sharding=where)
+    batch = data.Batch(ids, ids, ids.update(shape=(rows, seq), dtype=bool))
     if config.targets is not None:
         targets = target_store.load(config.targets)
-        kind = losses.TopK if targets.kind == "top-k" else losses.SampledTargets
-        signal = kind.abstract(rows, seq, targets.entries)
-    elif uses_teacher_loss(config.loss):
-        teacher = models.abstract(config.teacher)
-        teacher = with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
-    if teacher is not None and teacher_mesh is not None:
-        head, dtype = teacher.unembedding, config.compute_dtype
-        signal = eqx.filter_eval_shape(losses.teacher_states, teacher, batch, dtype=dtype)
-        teacher = None
-    where = sharding.row_sharding(mesh, layout.params)
-    batch = batch._replace(signal=signal)
-    batch = with_shardings(batch, jax.tree.map(lambda _: where, batch))
-    if head is not None:
-        batch = eqx.tree_at(lambda batch: batch.signal.head, batch, head)
-    return teacher, batch
+        signal = target_store.SIGNALS[targets.kind].abstract(rows, seq, targets.entries)
+        signal = jax.tree.map(lambda leaf: leaf.update(sharding=where), signal)
+        return None, batch._replace(signal=signal)
+    if not uses_teacher_loss(config.loss):
+        return None, batch
+    teacher = models.abstract(config.teacher)
+    teacher = with_shardings(teacher, sharding.specs(teacher, mesh, layout.params))
+    if teacher_mesh is None:
+        return teacher, batch
+    return None, batch._replace(signal=abstract_states(config, teacher, batch))
+
+
+def abstract_states(config: Config, teacher: LanguageModel, batch: data.Batch) -> Any:
+    """What the teacher says of a batch, where its rows lie."""
+    dtype = config.compute_dtype
+    states = eqx.filter_eval_shape(losses.teacher_states, teacher, batch, dtype=dtype)
+    parts = states.hidden.update(sharding=batch.mask.sharding), teacher.unembedding
+    return eqx.tree_at(lambda states: (states.hidden, states.head), states, parts)
 
 
 def compile_abstract(step: Callable, arguments: PyTree, *static: Any) -> Any:
@@ -140,31 +136,19 @@ def loss_bytes(
     """The temporaries of the head and the loss, compiled alone."""
     teacher, batch = frozen
     if teacher is not None:
-        dtype = config.compute_dtype
-        signal = eqx.filter_eval_shape(losses.teacher_states, teacher, batch, dtype=dtype)
-        batch = eqx.tree_at(
-            lambda batch: batch.signal.head, batch._replace(signal=signal), teacher.unembedding
-        )
+        batch = batch._replace(signal=abstract_states(config, teacher, batch))
+    count = config.batch_size // config.microbatches
+    rows, head = losses.partition_rows(batch)
+    rows = jax.tree.map(lambda leaf: leaf.update(shape=(count, *leaf.shape[1:])), rows)
+    signal, mask = eqx.combine(rows, head).signal, rows.mask
+    shape, dtype = (*mask.shape, state.student.config.embed), jnp.dtype(config.compute_dtype)
+    hidden, labels = mask.update(shape=shape, dtype=dtype), mask.update(dtype=jnp.int32)
 
-    def part(leaf: Any) -> jax.ShapeDtypeStruct:
-        shape = (config.batch_size // config.microbatches, *leaf.shape[1:])
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=batch.mask.sharding)
+    def loss(*inputs):
+        return losses.distill_loss(*inputs, objective=objective, step=0)[0]
 
-    rows, whole = losses.partition_rows(batch)
-    batch = eqx.combine(jax.tree.map(part, rows), whole)
-
-    def loss(hidden, student, signal, labels, mask):
-        return losses.distill_loss(
-            hidden, student.unembedding, signal, labels, mask, objective=objective, step=0
-        )[0]
-
-    width = state.student.config.embed
-    hidden = jax.ShapeDtypeStruct((*batch.mask.shape, width), jnp.dtype(config.compute_dtype))
-    labels = jax.ShapeDtypeStruct(batch.mask.shape, jnp.int32)
-    inputs = jax.tree.map(part, (hidden, labels))
-    program = jax.jit(jax.grad(loss, (0, 1))).lower(
-        inputs[0], state.student, batch.signal, inputs[1], batch.mask
-    )
+    inputs = hidden, state.student.unembedding, signal, labels, mask
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(*inputs)
     return sharding.compiled(program).memory_analysis().temp_size_in_bytes
 
 
@@ -202,10 +186,9 @@ def refuse(config: Config, resident: DeviceBytes) -> None:
     memory, source = device_memory(config)
     least = max(resident.arrays + resident.gradients, resident.own_teacher)
     if least > memory:
-        raise UserError(
-            f"a device has {size(memory)} ({source}), and arrays and gradients alone need"
-            f" {size(least)}: --plan tells what would fit, --force tries all the same"
-        )
+        why = f"arrays and gradients alone need {size(least)}"
+        remedy = "--plan tells what would fit, --force tries all the same"
+        raise UserError(f"a device has {size(memory)} ({source}), and {why}: {remedy}")
 
 
 def smaller_settings(config: Config, placement: Placement) -> Iterator[tuple[str, Config]]:
@@ -235,19 +218,15 @@ def table(config: Config, placement: Placement, need: DeviceBytes, loss: int) ->
     mesh, layout, teacher_mesh = placement
     memory, source = device_memory(config)
     guess = jax.default_backend() == "cpu" and (config.devices or config.device_memory)
-    lines = [
-        "mesh       " + " x ".join(f"{name} {count}" for name, count in mesh.shape.items()),
-        "rules      " + written(layout.params),
-    ]
-    if layout.moments != layout.params:
-        lines.append("moments    " + written(layout.moments))
+    lines = ["mesh       " + " x ".join(f"{name} {count}" for name, count in mesh.shape.items())]
+    for name, rules in (("rules", layout.params), ("moments", layout.moments)):
+        if name == "rules" or rules != layout.params:
+            spelled = (f"{axis}={','.join(places)}" for axis, places in rules.items())
+            lines.append(f"{name:11}{' '.join(spelled)}")
     rest = max(need.temporaries - loss - need.gradients, 0)
-    rows = [
-        ("teacher", need.teacher, ""),
-        ("student", need.student, ""),
-        ("moments", need.moments, ""),
-        ("batch", need.batch, ""),
-        ("gradients", need.gradients, ""),
+    parts = ("teacher", "student", "moments", "batch", "gradients")
+    rows = [(name, getattr(need, name), "") for name in parts]
+    rows += [
         ("head and loss", loss, "compiled alone"),
         ("activations", rest, "the rest of what the program works in"),
         ("in all", need.total, "an estimate, compiled for CPUs" if guess else ""),
@@ -261,16 +240,6 @@ def table(config: Config, placement: Placement, need: DeviceBytes, loss: int) ->
         for name, number, remark in rows
     ]
     return "\n".join([*lines, ""])
-
-
-def written(rules: sharding.Rules) -> str:
-    return " ".join(f"{name}={','.join(axes)}" for name, axes in rules.items())
-
-
-def step_flops(student: LanguageModel, teacher: LanguageModel | None, seq_len: int) -> float:
-    """Of one token in a training step: three forward passes of the student, one of the teacher."""
-    flops = 3 * forward_flops(student, seq_len)
-    return flops if teacher is None else flops + forward_flops(teacher, seq_len)
 
 
 def forward_flops(model: LanguageModel, seq_len: int) -> float:
@@ -287,22 +256,11 @@ def matrix_peak(dtype: str) -> float:
     """FLOP/s of a matrix product on all devices, measured."""
     backend = jax.default_backend()
     size = 1024 if backend == "cpu" else 8192
-    a = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
-    best = math.inf
-    for _ in range(4):
-        begun = time.monotonic()
-        product(a, a).block_until_ready()
-        best = min(best, time.monotonic() - begun)
+    a, product = jnp.ones((size, size), dtype), jax.jit(jnp.matmul)
+    # Five times, of which the first compiles.
+    seconds = min(timeit.repeat(lambda: product(a, a).block_until_ready(), number=1))
     devices = 1 if backend == "cpu" else jax.device_count()  # emulated ones share the processor
-    return 2 * size**3 / best * devices
-
-
-def memory(program: Any) -> str:
-    stats = program.compiled.memory_analysis()
-    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
-    return f"{size(arguments)} of arrays and {size(temporaries)} to work in, a device"
+    return 2 * size**3 / seconds * devices
 
 
 class Trace:

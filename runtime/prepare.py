@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import data
@@ -21,7 +22,7 @@ import text
 from config import Config, needs_teacher, run_folder, student_config, uses_teacher_loss
 from losses import features
 from models.base import LanguageModel
-from runtime import checkpoint, files, processes, report, target_store
+from runtime import checkpoint, files, report, target_store
 from runtime.errors import UserError
 
 
@@ -36,22 +37,17 @@ class Placement(NamedTuple):
 def placement(config: Config) -> Placement:
     devices, apart = jax.devices(), config.teacher_devices or 0
     if apart >= len(devices):
-        raise UserError(
-            f"--teacher-devices {apart}: there are {len(devices)} devices, and the student needs"
-            " one of them"
-        )
+        why = "the student needs one of them"
+        raise UserError(f"--teacher-devices {apart} of {len(devices)}: {why}")
     mesh = sharding.make_mesh(**config.mesh.sizes, devices=devices[: len(devices) - apart])
     rows, shards = config.batch_size // config.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % shards:
-        raise UserError(
-            f"--batch-size {config.batch_size} in {config.microbatches} --microbatches gives {rows}"
-            f" rows at a time, which do not divide over {shards} devices of the mesh axes data,"
-            " fsdp"
-        )
+        flags = f"--batch-size {config.batch_size} in {config.microbatches} --microbatches"
+        misfit = f"do not divide over {shards} devices of the mesh axes data, fsdp"
+        raise UserError(f"{flags} gives {rows} rows at a time, which {misfit}")
     if apart and config.batch_size % apart:
-        raise UserError(
-            f"--teacher-devices {apart}: --batch-size {config.batch_size} does not divide over them"
-        )
+        flag = f"--batch-size {config.batch_size}"
+        raise UserError(f"{flag} does not divide over the --teacher-devices {apart}")
     teacher_mesh = sharding.make_mesh(devices=devices[-apart:]) if apart else None
     return Placement(mesh, sharding.Layout(config.zero, config.mesh.rules), teacher_mesh)
 
@@ -142,7 +138,7 @@ def make_folder(config: Config) -> files.RunFolder:
                     aside = folder.set_aside()
                 folder.path.mkdir()
                 report.say(f"the run that was in {folder.path} is in {aside} now")
-    processes.sync("folder")
+    sync_global_devices("folder")
     return folder
 
 
@@ -156,10 +152,8 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
         write_config(folder)
         return None
     if changed and not config.resume_anyway:
-        raise UserError(
-            f"{folder.path} has other settings ({'; '.join(changed)}): give the same, another"
-            " --out, --no-resume, or --resume-anyway to go on with these"
-        )
+        remedy = "give the same, another --out, --no-resume, or --resume-anyway to go on with these"
+        raise UserError(f"{folder.path} has other settings ({'; '.join(changed)}): {remedy}")
     if changed:
         report.say(f"continued anyway: {'; '.join(changed)}")
     steps = (folder.previous() or {}).get("steps")
@@ -200,7 +194,7 @@ def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, Langu
         config, out, placement, process_rows, teacher, head, targets, tokenizer, corpus,
         *optimizer_and_objective(config, layers), layers,
     )  # fmt: skip
-    processes.sync("prepared")
+    sync_global_devices("prepared")
     return run, student
 
 
@@ -211,16 +205,13 @@ def open_corpus(config: Config, tokenizer: Path, vocab: int) -> data.Corpus:
     corpus = data.open_corpus(
         config.data, tokenizer, seq_len=config.seq_len, seed=config.seed, vocab=vocab
     )
-    digests = processes.allgather(int(corpus.digest[:15], 16))
+    digests = process_allgather(int(corpus.digest[:15], 16))
     if (digests != digests[0]).any():
-        raise UserError(
-            "the processes read different text: give all of them the same --data.source"
-        )
+        raise UserError("the processes read different text: give all the same --data.source")
     data.batch(corpus, 0, config.batch_size)  # a text that is too short ends here
     if not any(part.windows for part in corpus.held_out):
-        raise UserError(
-            "there is no text to evaluate on: raise --data.held-out, or give --data.eval-source"
-        )
+        remedy = "raise --data.held-out, or give --data.eval-source"
+        raise UserError(f"there is no text to evaluate on: {remedy}")
     return corpus
 
 
@@ -244,7 +235,7 @@ def teacher_and_student(
         student = models.load(config.student, dtype=jnp.float32, mesh=mesh)
     elif not begun and not cuts:
         shape, key = student_config(config), jax.random.key(config.seed)
-        student = students.fresh(models.FAMILIES[shape.model_type], shape, key, mesh)
+        student = students.fresh(models.FAMILIES[shape.model_type], shape, key)
     if student is not None:
         student = jax.device_put(student, sharding.specs(student, mesh, layout.params))
     return teacher if needs_teacher(config) else None, student, layers
@@ -262,11 +253,9 @@ def choose_or_restore_layers(
         choice = files.read_json(path)
         layers = choice.get("kept")
         if not isinstance(layers, list) or len(layers) != config.student_layers:
-            raise UserError(
-                f"{path}: expected the choice of {config.student_layers} blocks, found {layers}:"
-                " give the --student-layers that the run was begun with, or begin anew with"
-                " --no-resume"
-            )
+            misfit = f"expected the choice of {config.student_layers} blocks, found {layers}"
+            remedy = "give --student-layers as at the beginning, or begin anew with --no-resume"
+            raise UserError(f"{path}: {misfit}: {remedy}")
     else:
         begun = time.monotonic()
         windows = data.batch(corpus, 0, min(config.calibration_windows, corpus.windows))
@@ -315,13 +304,10 @@ def print_summary(run: Run, student: LanguageModel) -> None:
             size = report.size(sum(leaf.nbytes for leaf in leaves))
             apart = name == "teacher" and run.placement.teacher_mesh is not None
             where = " on devices of its own" if apart else ""
-            line = f"{name}   {model.config.layers} blocks, {count} parameters, {size}{where}"
-            report.say(line)
-    report.say(
-        f"data      {report.count(corpus.tokens)} tokens, {report.count(corpus.windows)} windows of"
-        f" {config.seq_len}; {config.steps} steps of {config.batch_size} windows",
-    )
+            report.say(f"{name}   {model.config.layers} blocks, {count} parameters, {size}{where}")
+    amount = f"{report.count(corpus.tokens)} tokens, {report.count(corpus.windows)} windows"
+    steps = f"{config.steps} steps of {config.batch_size} windows"
+    report.say(f"data      {amount} of {config.seq_len}; {steps}")
     mesh = " x ".join(f"{name} {size}" for name, size in run.placement.mesh.shape.items())
-    report.say(
-        f"device    {jax.device_count()} x {device.device_kind} ({mesh}), {config.compute_dtype}",
-    )
+    devices = f"{jax.device_count()} x {device.device_kind}"
+    report.say(f"device    {devices} ({mesh}), {config.compute_dtype}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 
 from runtime import errors
 from runtime.errors import UserError
@@ -19,13 +18,9 @@ PATIENCE = 60  # seconds to wait for the other processes at the start, and for a
 
 
 def start(
-    *,
-    distributed: bool = False,
-    coordinator: str | None = None,
-    processes: int | None = None,
-    process_id: int | None = None,
-    devices: int | None = None,
-) -> None:
+    *, distributed: bool = False, coordinator: str | None = None, processes: int | None = None,
+    process_id: int | None = None, devices: int | None = None,
+) -> None:  # fmt: skip
     """Prepares the devices, before any is touched: joins the other processes, or emulates
     `devices` of them on the CPU. Programs are kept for the next start, but for several processes on
     CPUs."""
@@ -35,10 +30,7 @@ def start(
     if coordinator is not None and not re.fullmatch(r"\S+:\d+", coordinator):
         raise UserError(f"--coordinator {coordinator}: expected host:port of the first process")
     if process_id is not None and not 0 <= process_id < processes:
-        raise UserError(
-            f"--process-id {process_id}: expected one of 0 to {processes - 1}, with --processes"
-            f" {processes}"
-        )
+        raise UserError(f"--process-id {process_id}: expected one of 0 to {processes - 1}")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -50,13 +42,11 @@ def start(
         os.environ.setdefault("NPROC", str(max(4 * emulated, os.cpu_count() or 1)))
     if not (distributed or coordinator):
         return
-    where = coordinator or "the one that the scheduler names"
+    where = coordinator or "the coordinator that the scheduler names"
 
     def unmet(reason: str) -> UserError:
-        return UserError(
-            f"the processes could not meet at the coordinator, {where} ({reason}): start all of"
-            " them, and let --coordinator name the first"
-        )
+        remedy = "start all of them, and let --coordinator name the first"
+        return UserError(f"the processes could not meet at {where} ({reason}): {remedy}")
 
     # When jax's own time is up it aborts the process.
     silence = unmet(f"it or another one did not answer in {PATIENCE} s")
@@ -90,41 +80,30 @@ def exit_with_peers() -> Iterator[None]:
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, jax.errors.JaxRuntimeError) as error:
         if jax.process_count() == 1:
             raise
+        if not isinstance(error, UserError):
+            cause = str(error).splitlines()[0][:160]
+            remedy = "start all of them again, and they go on from what was saved"
+            error = UserError(f"another process has ended or is out of reach ({cause}): {remedy}")
         _leave(error)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        cause = str(error).splitlines()[0][:160]
-        _leave(
-            UserError(
-                f"another process has ended or cannot be reached ({cause}): start all of them"
-                " again, and they go on from what was saved"
-            )
-        )
 
 
-class Interruption:
+class Interruption(contextlib.ExitStack):
     """Ctrl-C and SIGTERM as a wish to stop after the step; a second one is taken at its word."""
 
     asked = False
 
     def __enter__(self) -> "Interruption":
-        self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # others may not
             for kind in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[kind] = signal.signal(kind, self.ask)
+                self.callback(signal.signal, kind, signal.signal(kind, self.ask))
         return self
 
-    def ask(self, kind: int, _: Any) -> None:
+    def ask(self, *_: Any) -> None:
         self.asked = True
-        self.__exit__()
-
-    def __exit__(self, *_: Any) -> None:
-        for kind, handler in self.handlers.items():
-            signal.signal(kind, handler)
+        self.close()
 
 
 def block_on_cpu(result: Any) -> Any:
@@ -133,20 +112,3 @@ def block_on_cpu(result: Any) -> Any:
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(result)
     return result
-
-
-def sync(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices(name)
-
-
-def allgather(value: np.ndarray | int | bool) -> np.ndarray:
-    """What each process has, in the order of processes."""
-    if jax.process_count() == 1:
-        return np.asarray(value)[None]
-    from jax.experimental.multihost_utils import process_allgather
-
-    return np.asarray(process_allgather(np.asarray(value)))

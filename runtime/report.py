@@ -1,9 +1,7 @@
 """What a run says: the metrics file, its progress, and numbers in words."""
 
-import errno
 import json
 import math
-import os
 import sys
 import threading
 import time
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.files import atomic_write, disk_errors
+from runtime.files import append_json, atomic_write, disk_errors
 
 Metrics = Mapping[str, Any]
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
@@ -59,7 +57,7 @@ class Log(ExitStack):
     def __init__(self, path: Path | None, *, steps: int, start: int = 0, divergence: str = "KL"):
         super().__init__()
         self.steps, self.divergence, self.bar, self.path = steps, divergence, None, path
-        self.quiet = path is None or _quiet.get()
+        self.quiet, self.last_lap = path is None or _quiet.get(), (time.monotonic(), start)
         if path is None:
             return
         earlier = [line for line in read_metrics(path) if line["step"] <= start] if start else []
@@ -97,13 +95,16 @@ class Log(ExitStack):
         elif self.path is not None:
             print(text, file=sys.stderr, flush=True)
 
+    def lap(self, step: int) -> tuple[float, int]:
+        """Seconds and steps since the last lap."""
+        (since, last), self.last_lap = self.last_lap, (time.monotonic(), step)
+        return max(time.monotonic() - since, 1e-9), step - last
+
     def _record(self, metrics: Metrics) -> dict[str, Any]:
         metrics = {name: plain(value) for name, value in metrics.items()}
         if self.path is not None:
-            line = json.dumps(metrics, allow_nan=False).encode() + b"\n"
             with disk_errors(self.path):
-                if self.file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                append_json(self.file, metrics)
         return metrics
 
 
@@ -120,24 +121,6 @@ def step_line(line: Metrics, steps: int, mfu: float | None = None, divergence: s
         left = line["tokens"] / line["step"] * (steps - line["step"])
         parts.append(f"ETA {duration(left / speed)}")
     return "  ".join(parts)
-
-
-class Stopwatch:
-    """Time since the last lap, without the time while it was paused."""
-
-    since, step = 0.0, 0
-
-    def lap(self, step: int) -> tuple[float, int]:
-        """Seconds and steps since the last one."""
-        seconds, steps = time.monotonic() - self.since, step - self.step
-        self.since, self.step = time.monotonic(), step
-        return max(seconds, 1e-9), steps
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.since += time.monotonic() - start
 
 
 @contextmanager
@@ -225,10 +208,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             entries.append(entry)
         elif number < len(lines):
-            raise UserError(
-                f"{path}, line {number}: expected a JSON object with its step, found"
-                f" {line[:40].decode(errors='replace')!r}; remove it, or give --no-resume"
-            )
+            start = line[:40].decode(errors="replace")
+            misfit = f"expected a JSON object with its step, found {start!r}"
+            raise UserError(f"{path}, line {number}: {misfit}; remove it, or give --no-resume")
     return entries
 
 

@@ -1,5 +1,6 @@
 """What a run measures of its student, and what it leaves: the checkpoint, the curves, the table."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 
 import data
 import eval as evaluation
-import generate
 import models
+import sharding
+import text
 from config import describe_loss, uses_teacher_loss
+from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
-from runtime import figures, plan, processes, report
+from runtime import figures, plan, report
 from runtime.errors import UserError
 from runtime.prepare import Run
+from runtime.report import Log
 
 PATIENCE = 5  # updates in a row that may be left out
 
@@ -25,26 +30,20 @@ class NotFinite(UserError):
     """A run whose updates are left out one after the other."""
 
 
-def open_log(run: Run, start: int) -> report.Log:
-    config, path = run.config, run.out / "metrics.jsonl"
-    divergence = config.loss.divergence
-    path = path if jax.process_index() == 0 else None
-    divergence = "KL" if divergence == "forward_kl" else divergence
-    return report.Log(path, steps=config.steps, start=start, divergence=divergence)
+def open_log(run: Run, start: int) -> Log:
+    path = run.out / "metrics.jsonl" if jax.process_index() == 0 else None
+    divergence = run.config.loss.divergence.replace("forward_kl", "KL")
+    return Log(path, steps=run.config.steps, start=start, divergence=divergence)
 
 
 def step_logger(
-    run: Run,
-    student: LanguageModel,
-    start: int,
-    log: report.Log,
-    watch: report.Stopwatch,
-    written: Any,
+    run: Run, student: LanguageModel, start: int, log: Log, written: Any
 ) -> Callable[[int, dict[str, Any]], None]:
     """What records the metrics of a step, and shows them."""
     config = run.config
-    teacher = run.teacher if run.targets is None and uses_teacher_loss(config.loss) else None
-    flops = run.step_tokens * plan.step_flops(student, teacher, config.seq_len)
+    flops = 3 * plan.forward_flops(student, config.seq_len)  # forward, and twice that backward
+    if run.targets is None and uses_teacher_loss(config.loss):
+        flops += plan.forward_flops(run.teacher, config.seq_len)
     peak = plan.matrix_peak(config.compute_dtype)
 
     def log_step(number: int, metrics: dict[str, Any]) -> None:
@@ -52,14 +51,12 @@ def step_logger(
         if metrics["skipped"]:
             log.say(f"step {number}: loss or gradient is not finite, the update is left out")
         if metrics["skipped"] >= PATIENCE:
-            raise NotFinite(
-                f"step {number}: loss or gradient was not finite {PATIENCE} times in a row; the"
-                " state is saved: look at the data, or begin anew with --no-resume and a lower"
-                " --optim.lr"
-            )
+            what = f"loss or gradient was not finite {PATIENCE} times in a row; the state is saved"
+            remedy = "look at the data, or begin anew with --no-resume and a lower --optim.lr"
+            raise NotFinite(f"step {number}: {what}: {remedy}")
         if number % config.log_every and number != config.steps:
             return
-        seconds, steps = watch.lap(number)
+        seconds, steps = log.lap(number)
         names = ("loss", "divergence", "ce", "features", "grad_norm", "lr")
         line = {"step": number} | {name: metrics[name] for name in names if name in metrics}
         if not uses_teacher_loss(config.loss):
@@ -69,7 +66,7 @@ def step_logger(
         rate = run.step_tokens * steps / seconds
         line |= {"tokens": number * run.step_tokens, "tokens_per_second": round(rate, 1)}
         line |= {name: value for name, value in metrics.items() if "/" in name}
-        log.step(line, mfu=flops * steps / seconds / peak)
+        log.step(line, mfu=flops * rate / peak)
 
     return log_step
 
@@ -86,7 +83,7 @@ def score(run: Run, student: LanguageModel) -> dict[str, int | float]:
     return {f"eval/{name}": scores[name] for name in names if name in scores}
 
 
-def evaluate(run: Run, student: LanguageModel, number: int, log: report.Log) -> None:
+def evaluate(run: Run, student: LanguageModel, number: int, log: Log) -> None:
     """Scores the student on held-out windows, and keeps the best one if that is asked for."""
     entry = {"step": number} | score(run, student)
     if run.config.keep_best:
@@ -107,29 +104,49 @@ def export(
     run: Run, student: LanguageModel, step: int, folder: Path, metrics: list[dict[str, Any]]
 ) -> None:
     """The student as a checkpoint of Hugging Face, with a card that says how it came about."""
-    config = run.config
-    start = "random weights"
+    dtype = jnp.dtype(run.config.export_dtype)
+    exported = jax.tree.map(lambda leaf: leaf.astype(dtype), student)
+    notes = {"README.md": model_card(run, step, metrics)}
+    with report.progress("exporting"):
+        models.save(exported, folder, tokenizer=run.tokenizer, notes=notes)
+
+
+def model_card(run: Run, step: int, metrics: list[dict[str, Any]]) -> str:
+    """The README of a student after so many steps."""
+    config, start, base, taught = run.config, "random weights", "", ""
     if config.student is not None:
         start = f"the weights of {Path(config.student).name}"
     elif run.layers is not None:
         depth, blocks = models.config(config.teacher).layers, ", ".join(map(str, run.layers))
         start = f"{len(run.layers)} of the teacher's {depth} blocks: {blocks}"
+    source = ", ".join(Path(name).name for name in config.data.source)
+    title = f"A model trained on {source}"
     teacher = config.teacher if run.targets is None else run.targets.teacher_name
-    if run.targets is None and teacher == config.student:
-        teacher = None
-    card = figures.model_card(
-        teacher=teacher,
-        start=start,
-        data=", ".join(Path(name).name for name in config.data.source),
-        loss=describe_loss(config.loss, config.on_policy),
-        tokens=step * run.step_tokens,
-        steps=step,
-        rows=figures.rows(metrics),
-    )
-    dtype = jnp.dtype(config.export_dtype)
-    exported = jax.tree.map(lambda leaf: leaf.astype(dtype), student)
-    with report.progress("exporting"):
-        models.save(exported, folder, tokenizer=run.tokenizer, notes={"README.md": card})
+    if run.targets is not None or teacher != config.student:
+        if Path(teacher).exists():  # only an id of the hub can be `base_model`
+            teacher = Path(teacher).resolve().name
+        else:
+            base = f"base_model: {json.dumps(teacher.partition('@')[0])}\n"
+        title, taught = f"A student of {teacher}", f"- **Teacher**: {teacher}\n"
+    return f"""---
+{base}library_name: transformers
+pipeline_tag: text-generation
+tags:
+- distillation
+---
+
+# {title}
+
+{taught}- **Student began as**: {start}
+- **Data**: {source}
+- **Loss**: {describe_loss(config.loss, config.on_policy)}
+- **Training**: {report.count(step * run.step_tokens)} tokens in {step:,} optimizer steps
+
+Held-out figures: cross entropy in nats per token, KL(teacher ‖ student) at temperature 1, and the
+share of the cross-entropy gap between teacher and untrained student that training closed.
+
+{figures.markdown(figures.rows(metrics))}
+"""
 
 
 def finish(run: Run, student: LanguageModel, step: int) -> Path:
@@ -138,8 +155,8 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
     first = jax.process_index() == 0
     metrics = report.read_metrics(path) if first else []
     known = any(line["step"] == step and "eval/ce" in line for line in metrics)
-    if processes.allgather(first and not known).any():  # where --steps moved to an earlier save
-        with report.Log(path if first else None, steps=step, start=step) as log:
+    if process_allgather(first and not known).any():  # where --steps moved to an earlier save
+        with Log(path if first else None, steps=step, start=step) as log:
             log.evaluation({"step": step} | score(run, student))
         metrics = report.read_metrics(path) if first else []
     if first:
@@ -155,20 +172,27 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
             step = next(e["step"] for e in reversed(evaluations) if is_best(evaluations, e))
             print(f"best     {best} (step {step})")
         print(f"curves   {run.out / 'curves.png'}")
-    processes.sync("finished")
+    sync_global_devices("finished")
     return folder
 
 
 def samples(run: Run, student: LanguageModel) -> Iterator[str]:
-    """Lines that show how teacher and student continue two held-out texts."""
+    """Lines that show how teacher and student continue two held-out texts, by likeliest tokens."""
     mesh, layout, teacher_mesh = run.placement
     windows, length = next(data.evaluation(run.corpus, 32)), min(24, run.config.seq_len)
     first, last = windows.segments[:, 0], windows.segments[:, length - 1]
     rows = np.argsort(first != last, kind="stable")[:2]  # one document's, where there are such
     prompts = windows.tokens[rows[last[rows] > 0], :length]
-    writers = {"student": (student, mesh)} if len(prompts) else {}
-    if writers and run.teacher is not None:
-        writers = {"teacher": (run.teacher, teacher_mesh or mesh)} | writers
-    return generate.continuations(
-        writers, run.tokenizer, prompts, layout=layout, dtype=run.objective.dtype
-    )
+    decode, stop = text.load_tokenizer(run.tokenizer).encoder.decode, text.stop_ids(run.tokenizer)
+    greedy = Decoding(32, Sampling(temperature=0.0), stop, run.objective.dtype)
+    lengths, key, written = np.full(len(prompts), length), jax.random.key(0), {}
+    writers = [("teacher", run.teacher, teacher_mesh or mesh), ("student", student, mesh)]
+    for name, model, where in writers:
+        if model is not None and len(prompts):
+            with sharding.use_mesh(where, layout):
+                tokens_and_counts = sample(model, prompts, lengths, key, greedy)
+                written[name] = tuple(map(sharding.to_host, tokens_and_counts))
+    for row, prompt in enumerate(prompts):
+        yield f"\n> {decode(prompt.tolist())!r}"
+        for name, (tokens, counts) in written.items():
+            yield f"{name:8}  {decode(tokens[row, : counts[row]].tolist())!r}"

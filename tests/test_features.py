@@ -49,7 +49,7 @@ def outputs(model, tokens, segments) -> list:
     """Of every block, one after the other."""
     here = positions(tokens, segments)
     prepared = model.position_inputs(here)
-    x, found = model.embed(tokens, jnp.dtype("float32")), []
+    x, found = model.embed_input(model.embedding[tokens].astype("float32")), []
     for layer in range(model.config.layers):
         weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
         x, _ = model.block(weights, x, here, prepared, jnp.array(layer), None)
@@ -264,7 +264,7 @@ def test_the_map_follows_the_cut():
 def brief(monkeypatch):
     """Runs that neither evaluate nor show samples."""
     monkeypatch.setattr(results, "score", lambda *_: {"eval/ce": 1.0})
-    monkeypatch.setattr(results.generate, "continuations", lambda *_, **__: iter(()))
+    monkeypatch.setattr(results, "samples", lambda *_: ())
 
 
 class Reached(Exception):

@@ -25,19 +25,21 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path):
 def test_a_folder_is_replaced_when_it_is_whole(tmp_path, monkeypatch):
     folder = tmp_path / "store"
     for content in ("old", "new"):
-        with files.atomic_folder(folder) as partial:
+        with files.atomic_write(folder) as partial:
+            partial.mkdir()
             (partial / content).write_text(content)
             assert content == "old" or os.listdir(folder) == ["old"]
     assert os.listdir(folder) == ["new"]
-    with pytest.raises(ZeroDivisionError), files.atomic_folder(folder) as partial:
+    with pytest.raises(ZeroDivisionError), files.atomic_write(folder) as partial:
+        partial.mkdir()
         (partial / "torn").write_text("")
         raise ZeroDivisionError
     replace = type(folder).replace
     monkeypatch.setattr(
         type(folder), "replace", lambda a, b: 1 / (".partial" not in a.name) and replace(a, b)
     )
-    with pytest.raises(ZeroDivisionError), files.atomic_folder(folder) as partial:
-        pass  # the last step fails, after the older folder was put aside
+    with pytest.raises(ZeroDivisionError), files.atomic_write(folder) as partial:
+        partial.mkdir()  # the last step fails, after the older folder was put aside
     assert os.listdir(folder) == ["new"] and os.listdir(tmp_path) == ["store"]
 
 

@@ -27,7 +27,7 @@ import sharding
 import text
 from generate import Decoding, Job, Sampling, sample, sample_token
 from models.llama import Config, Llama
-from runtime import answers, errors
+from runtime import answers, errors, files
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -429,7 +429,7 @@ def test_a_journal_keeps_what_is_whole_and_goes_on_behind_it(tmp_path, torn):
     with journal.path.open("ab") as file:
         file.write(torn)
     with answers.Journal(out, {"seed": 1}) as journal:
-        assert list(journal) == records[2:] and (1, 0) not in journal
+        assert list(journal) == records[2:] and (1, 0) not in journal.offsets
         journal.add(records[:2])
     with answers.Journal(out, {"seed": 1}) as journal:
         assert list(journal) == records
@@ -437,26 +437,25 @@ def test_a_journal_keeps_what_is_whole_and_goes_on_behind_it(tmp_path, torn):
 
 def test_a_full_disk_loses_nothing(base, tmp_path, monkeypatch):
     expected = read(ran(**base, samples=3))
-    append, left = answers.Journal._append, 6
+    append, left = files.append_json, 6
 
-    def fill(journal, record):
+    def fill(file, record):
         nonlocal left
         left -= 1
         if not left:
-            journal.file.write(b'{"prompt": 0, "sam')
-            journal.file.flush()
+            file.write(b'{"prompt": 0, "sam')
             raise OSError(28, "No space left on device")
-        append(journal, record)
+        append(file, record)
 
     out = base | {"out": tmp_path / "again.jsonl"}
     with monkeypatch.context() as patch:
-        patch.setattr(answers.Journal, "_append", fill)
+        patch.setattr(files, "append_json", fill)
         with pytest.raises(UserError, match="No space left on device.*kept: make room"):
             ran(**out, samples=3)
     journal = answers.journal_path(out["out"]).read_text().splitlines()
     assert len(journal) == 6 and not journal[-1].endswith("}")
     calls = []
-    monkeypatch.setattr(answers.Journal, "_append", lambda *a: (calls.append(1), append(*a)))
+    monkeypatch.setattr(files, "append_json", lambda *a: (calls.append(1), append(*a)))
     assert read(ran(**out, samples=3)) == expected
     assert len(calls) == 15 - 4
 

@@ -92,7 +92,7 @@ def test_the_future_does_not_leak_and_the_past_is_heard(folder):
 @some_fixtures
 def test_scan_is_an_explicit_loop_of_blocks(folder):
     model, tokens = load(folder), random_tokens(2, 20)
-    x = model.embed(tokens, jnp.dtype(jnp.float32))
+    x = model.embed_input(model.embedding[tokens].astype(jnp.float32))
     looped = eqx.filter_jit(block_by_block)(model, x, positions(tokens))
     close(hidden_of(model, tokens), looped)
 

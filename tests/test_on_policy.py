@@ -219,22 +219,23 @@ def test_who_writes_at_a_step(config, teacher, brief, monkeypatch, request, writ
         places = {"microbatches": 2}
     asks = dataclasses.replace(asked(config, fraction=1.0, writer=writer), **places)
     calls = []
-    compile_writer = on_policy.compile_writer
+    compile_writer = distill.compile_writer
 
-    def watched(*inputs, **settings):
-        write = compile_writer(*inputs, **settings)
+    def watched(run, state):
+        write = compile_writer(run, state)
 
-        def noted(model, batch, step):
+        def noted(state, batch):
             if len(calls) == 2:
                 raise Reached
-            assert step == len(calls)
-            continued = write(model, batch, step)
+            assert state.step == len(calls)
+            continued = write(state, batch)
+            model = run.teacher if writer == "teacher" else state.student
             calls.append(jax.device_get((model, batch, continued)))
             return continued
 
         return noted
 
-    monkeypatch.setattr(on_policy, "compile_writer", watched)
+    monkeypatch.setattr(distill, "compile_writer", watched)
     with pytest.raises(Reached):
         distill.train(asks)
     if writer == "teacher":
@@ -257,7 +258,7 @@ def test_who_writes_at_a_step(config, teacher, brief, monkeypatch, request, writ
 
 def test_without_a_share_nothing_is_written(config, brief, one_device, monkeypatch):  # noqa: F811
     plain = asked(config, fraction=0.0)
-    monkeypatch.setattr(on_policy, "compile_writer", None)
+    monkeypatch.setattr(distill, "compile_writer", None)
     distill.train(dataclasses.replace(plain, steps=2, eval_every=2))
     assert all("on_policy" not in line for line in metrics_of(config.out))
 

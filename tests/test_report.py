@@ -14,6 +14,7 @@ import termios
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,9 @@ import pytest
 from hub_server import Hub
 
 import data
-from runtime import figures, report
+import distill
+import models
+from runtime import figures, prepare, report, results
 from runtime.errors import UserError
 from text import store
 
@@ -424,21 +427,18 @@ def test_a_table_survives_a_student_that_diverged():
     assert float(wrong.split()[5].removesuffix("T")) > 1e12
 
 
-def card(**changed):
-    start = "3 of the teacher's 24 blocks: 0, 2, 23"
-    given = {"teacher": "bigscience/bloom-1b7", "start": start}
-    facts = {
-        "data": "stories.txt",
-        "loss": "forward KL at T = 1",
-        "tokens": 1_234_567,
-        "steps": 300,
-    }
-    rows = figures.rows([evaluation(0, 6.0), evaluation(300, 3.0)])
-    return figures.model_card(**(given | facts | {"rows": rows} | changed))
+def card(monkeypatch, teacher: str) -> str:
+    """Of a student of three of the teacher's 24 blocks."""
+    monkeypatch.setattr(models, "config", lambda source: SimpleNamespace(layers=24))
+    text = distill.Data(source=("my/stories.txt",))
+    config = distill.Config(teacher=teacher, data=text, batch_size=4, seq_len=1024)
+    facts = dict.fromkeys(prepare.Run._fields) | {"config": config, "layers": [0, 2, 23]}
+    metrics = [evaluation(0, 6.0), evaluation(300, 3.0)]
+    return results.model_card(prepare.Run(**facts), 300, metrics)
 
 
-def test_model_card_states_the_facts():
-    text = card()
+def test_model_card_states_the_facts(monkeypatch):
+    text = card(monkeypatch, "bigscience/bloom-1b7")
     _, front, body = text.split("---\n", 2)
     assert front.splitlines() == [
         'base_model: "bigscience/bloom-1b7"',
@@ -447,16 +447,16 @@ def test_model_card_states_the_facts():
         "tags:",
         "- distillation",
     ]
-    for fact in ("bigscience/bloom-1b7", "3 of the teacher's 24 blocks: 0, 2, 23", "stories.txt"):
+    for fact in ("bigscience/bloom-1b7", "3 of the teacher's 24 blocks: 0, 2, 23", ": stories.txt"):
         assert fact in body
-    for fact in ("forward KL at T = 1", "1.2M tokens in 300 optimizer steps", "| 75.0% |"):
+    for fact in ("**Loss**: forward_kl", "1.2M tokens in 300 optimizer steps", "| 75.0% |"):
         assert fact in body
 
 
-def test_model_card_of_a_local_teacher_names_its_folder_only(tmp_path):
+def test_model_card_of_a_local_teacher_names_its_folder_only(monkeypatch, tmp_path):
     teacher = tmp_path / "teacher"
     teacher.mkdir()
-    text = card(teacher=str(teacher))
+    text = card(monkeypatch, str(teacher))
     assert "base_model" not in text
     assert str(tmp_path) not in text
     assert "- **Teacher**: teacher\n" in text

@@ -4,18 +4,10 @@ import datetime
 import json
 import re
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-from text.files import library_errors
 
 # Around what a template generates, while it is rendered; NUL occurs in no text that is trained on.
 OPEN, CLOSE = "\0generation(", "\0)generation"
-
-
-def compile_template(source: str, folder: Path) -> Any:
-    with library_errors(f"{folder}: its chat template is malformed"):
-        return _environment().from_string(source)
 
 
 def split_marks(rendered: str) -> tuple[str, tuple[tuple[int, int], ...]]:
@@ -28,7 +20,7 @@ def split_marks(rendered: str) -> tuple[str, tuple[tuple[int, int], ...]]:
     return text, tuple(spans)
 
 
-def _environment() -> Any:
+def environment() -> Any:
     """A sandbox for templates, with what those of published tokenizers expect there."""
     import jinja2
     from jinja2 import ext, nodes, sandbox

@@ -37,14 +37,9 @@ class Prompt(NamedTuple):
 
 
 def pieces(
-    source: Source,
-    tokenizer: "Tokenizer",
-    *,
-    text_field: str = "text",
-    documents: str = "file",
-    mask: str = "all",
-    progress: files.Progress = lambda amount: None,
-) -> Iterator[Piece]:
+    source: Source, tokenizer: "Tokenizer", *, text_field: str = "text", documents: str = "file",
+    mask: str = "all", progress: files.Progress = lambda amount: None,
+) -> Iterator[Piece]:  # fmt: skip
     """The documents of a source in order, blank ones left out; in memory a few at a time."""
     choices = [GENERATED_COLUMNS, ["messages"], ["prompt", "completion"], [text_field]]
     if text_field != "text":

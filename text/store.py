@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import zlib
@@ -17,15 +18,7 @@ import numpy as np
 
 from runtime import report
 from runtime.errors import UserError
-from runtime.files import (
-    atomic_folder,
-    digest,
-    disk_errors,
-    file_digest,
-    lock,
-    read_json,
-    write_json,
-)
+from runtime.files import atomic_write, digest, disk_errors, file_digest, lock, read_json
 from text import files, records
 from text.records import Piece
 from text.tokenizer import Tokenizer
@@ -35,17 +28,6 @@ CHUNK = 1 << 21  # characters tokenized at once
 BLOCK = 1 << 12  # bytes of the token file that share a checksum: about what a window reads
 FILES = ("tokens", "documents", "trained")
 REMEDY = ": make room, give permission, or choose another folder with --data.cache"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How a source becomes tokens."""
-
-    text_field: str
-    documents: str
-    mask: str
-    held_out: float
-    """Share of the documents that are not to train on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +46,16 @@ class Store:
     """Of all the above but the folder, and of the files."""
 
 
-def open_store(
-    name: str, tokenizer: Tokenizer, options: Options, *,
-    cache: str | None = None, streaming: bool = False,
-) -> Store:  # fmt: skip
-    """The store of a source in the cache; it is built if there is none that is whole."""
-    source = files.find(name, streaming=streaming)
-    facts = [source.fingerprint, tokenizer.fingerprint, list(dataclasses.astuple(options))]
-    path = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "compact-distill")
-    folder = Path(os.path.expanduser(path), digest([VERSION, *facts]))
+def open_store(name: str, tokenizer: Tokenizer, config: Any) -> Store:
+    """The store of a source in the cache of a `data.Config`; built if there is none that is whole.
+
+    `config.held_out` is the share of the documents that are not to train on.
+    """
+    source = files.find(name, streaming=config.streaming)
+    options = [config.text_field, config.documents, config.mask, config.held_out]
+    cache = config.cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "compact-distill")
+    facts = [VERSION, source.fingerprint, tokenizer.fingerprint, options]
+    folder = Path(os.path.expanduser(cache), digest(facts))
     with disk_errors(folder.parent, REMEDY):
         if store := load(folder):
             return store
@@ -81,8 +64,9 @@ def open_store(
                 return store
             for stale in folder.parent.glob("*.partial"):
                 shutil.rmtree(stale, ignore_errors=True)
-            with atomic_folder(folder, REMEDY) as partial:
-                build(partial, source, tokenizer, options)
+            with atomic_write(folder, REMEDY) as partial:
+                partial.mkdir()
+                build(partial, source, tokenizer, config)
     return load(folder)
 
 
@@ -134,19 +118,19 @@ class TokenFiles(contextlib.ExitStack):
         self.tokens += other.tokens
 
 
-def build(folder: Path, source: files.Source, tokenizer: Tokenizer, options: Options) -> None:
+def build(folder: Path, source: files.Source, tokenizer: Tokenizer, config: Any) -> None:
     """Tokenizes a source into an empty folder."""
     dtype = "uint16" if tokenizer.size <= 1 << 16 else "uint32"
     with TokenFiles(folder, dtype) as training:
         with TokenFiles(folder / "held", dtype) as held_out:
-            size = _tokenize(source, tokenizer, options, training, held_out)
+            size = _tokenize(source, tokenizer, config, training, held_out)
         count = training.tokens
         training.extend(held_out)
     shutil.rmtree(held_out.folder)
     documents, trained = ((folder / name).stat().st_size // 8 for name in FILES[1:])
     if not documents:
         raise UserError(f"{source.name}: no documents in it: all it holds is empty or blank")
-    masked = options.mask == "assistant"
+    masked = config.mask == "assistant"
     if masked and not trained:
         raise UserError(f"{source.name}: no assistant turns in it to learn from")
     write_sums(folder)
@@ -154,7 +138,7 @@ def build(folder: Path, source: files.Source, tokenizer: Tokenizer, options: Opt
     manifest = {"version": VERSION} | dataclasses.asdict(Store(folder, dtype, *facts, digest=""))
     del manifest["folder"], manifest["digest"]
     manifest["files"] = {name: file_digest(folder / name) for name in (*FILES, "sums")}
-    write_json(folder / "store.json", manifest | {"digest": digest(manifest)})
+    (folder / "store.json").write_text(json.dumps(manifest | {"digest": digest(manifest)}))
 
 
 def write_sums(folder: Path) -> None:
@@ -165,7 +149,7 @@ def write_sums(folder: Path) -> None:
 
 
 def _tokenize(
-    source: files.Source, tokenizer: Tokenizer, options: Options,
+    source: files.Source, tokenizer: Tokenizer, config: Any,
     training: TokenFiles, held_out: TokenFiles,
 ) -> int:  # fmt: skip
     """Writes the tokens of a source; returns the bytes of the text to learn."""
@@ -177,8 +161,8 @@ def _tokenize(
         position += amount
 
     pieces = records.pieces(
-        source, tokenizer, text_field=options.text_field, documents=options.documents,
-        mask=options.mask, progress=read,
+        source, tokenizer, text_field=config.text_field, documents=config.documents,
+        mask=config.mask, progress=read,
     )  # fmt: skip
     with (
         report.progress(f"tokenizing {source.name}", source.size) as advance,
@@ -187,7 +171,7 @@ def _tokenize(
         for piece, encoding in encoded:
             content, ids, runs = piece.text.encode(), encoding.ids, []
             if piece.starts:
-                is_held_out = hash_bytes(content) < options.held_out * 2**64
+                is_held_out = hash_bytes(content) < config.held_out * 2**64
                 out = held_out if is_held_out else training
             if piece.spans is not None:
                 content = "".join(piece.text[slice(*span)] for span in piece.spans).encode()

@@ -11,7 +11,7 @@ from typing import Any
 
 from runtime.errors import UserError
 from runtime.files import digest, printable, read_json
-from text.chat import compile_template, split_marks
+from text.chat import environment, split_marks
 from text.files import library_errors
 from text.records import Piece
 
@@ -103,8 +103,11 @@ class Tokenizer:
         return start, stop + len(end)
 
 
-def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer of a model's folder: tokenizer.json and what the configs beside it say."""
+def load_tokenizer(folder: Path | str, vocab: int | None = None) -> Tokenizer:
+    """The tokenizer of a model's folder: tokenizer.json and what the configs beside it say.
+
+    It is refused if it has ids that a vocabulary of the size `vocab` lacks.
+    """
     folder = Path(folder)
     path, template_path = folder / "tokenizer.json", folder / "chat_template.jinja"
     if not path.is_file():
@@ -138,9 +141,13 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     added = tuple(token.content for token in known)
     closing = sorted({token.content for token in known if token.special} | {special["eos_token"]})
     size = max(encoder.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if vocab is not None and size > vocab:
+        problem = f"has ids up to {size - 1}, the model's vocabulary has {vocab}"
+        raise UserError(f"{folder}: the tokenizer {problem}: they do not belong together")
     marks = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or ""))
     facts = [hashlib.blake2b(path.read_bytes()).hexdigest(), eos, bos, template, special]
-    template = template and compile_template(template, folder)
+    with library_errors(f"{folder}: its chat template is malformed"):
+        template = template and environment().from_string(template)
     return Tokenizer(
         encoder, size, bos, eos, special, tuple(closing), added, template, marks, digest(facts)
     )
