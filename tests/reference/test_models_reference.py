@@ -15,6 +15,7 @@ from variants import VARIANTS, build, older_dialect
 
 import generate
 import models
+from models import kernels
 from models.hub import leaves
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -46,6 +47,20 @@ def test_logits(name, tmp_path):
         assert np.abs(ours(tmp_path, tokens) - expected).max() <= 1e-4
     if older_dialect(tmp_path):
         assert np.abs(ours(tmp_path, tokens) - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["bloom-6-heads", "llama-2", "qwen2-mixed"])
+def test_logits_of_long_rows(name, tmp_path):
+    """8,192 tokens are attended to by blocks; the window of Qwen ends within one."""
+    limits = {} if name.startswith("bloom") else {"max_position_embeddings": 8192}
+    if name == "qwen2-mixed":
+        limits["sliding_window"] = 700
+    reference = build(name, 0, **limits)
+    reference.save_pretrained(tmp_path)
+    tokens = tokens_for(0, (1, 8192))
+    assert kernels.choose(jnp.dtype("float32"), 8, 8192)[0] == "blockwise"
+    expected = reference_logits(reference, tokens)
+    assert np.abs(ours(tmp_path, tokens) - expected).max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -91,11 +91,11 @@ STORED = (
 )
 
 
-def build(name: str, seed: int) -> torch.nn.Module:
+def build(name: str, seed: int, **changes) -> torch.nn.Module:
     """With every parameter random, biases and norms too, so that none can be left out unseen."""
     kind, settings = VARIANTS[name]
     torch.manual_seed(seed)
-    config = kind(**json.loads(json.dumps(settings)))
+    config = kind(**json.loads(json.dumps(settings | changes)))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
