@@ -14,6 +14,7 @@ import sharding
 import student as students
 import text
 from losses import features
+from models import kernels
 from runtime import files, on_policy, target_store
 from runtime.errors import SEED, UserError, above, at_least, check
 
@@ -70,6 +71,9 @@ class Config:
     """Of the data's order and of fresh weights."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the student's blocks compute again in the backward pass to save memory."""
+    attention: kernels.Name = "auto"
+    """What attends: auto is cuDNN on NVIDIA's Hopper and later, splash on TPUs, else blockwise, or
+    dense where rows are short."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What models compute in; auto is bfloat16 on accelerators, float32 on CPUs."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -179,8 +183,8 @@ def profile_window(steps: str) -> tuple[int, int]:
 MAY_CHANGE = frozenset({
     "--out", "--resume", "--resume-anyway", "--steps", "--time-limit", "--eval-every",
     "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best", "--log-every",
-    "--log-norms", "--quiet", "--mesh", "--zero", "--teacher-devices", "--export-dtype", "--remat",
-    "--microbatches", "--loss.chunk", "--data.cache", "--data.streaming", "--profile-steps",
+    "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--teacher-devices", "--export-dtype",
+    "--remat", "--microbatches", "--loss.chunk", "--data.cache", "--data.streaming", "--profile-steps",
     "--plan", "--devices", "--device-memory", "--force", "--distributed", "--coordinator",
     "--processes", "--process-id",
 })  # fmt: skip

@@ -47,6 +47,8 @@ class Layout:
     zero: int = 3
     overrides: tuple[str, ...] = ()
     """Rules such as `vocab=fsdp,tensor`, over both."""
+    attention: str = "auto"
+    """What attends there: a name of `models.kernels`."""
 
     def __post_init__(self):
         if len(dict(map(_rule, self.overrides))) < len(self.overrides):
@@ -79,13 +81,13 @@ def _rule(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 # The layout goes where the mesh in scope goes: jax holds programs of other layouts apart.
-_layout = jax.make_user_context(Layout())
+in_scope = jax.make_user_context(Layout())
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, layout: Layout = Layout()) -> Iterator[None]:
     """Places activations and new states on `mesh` by the rules of `layout`."""
-    with jax.set_mesh(mesh), _layout(layout):
+    with jax.set_mesh(mesh), in_scope(layout):
         yield
 
 
@@ -161,7 +163,7 @@ def claims(
     names: Sequence[str], mesh: Mesh | AbstractMesh, rules: Rules | None = None
 ) -> list[tuple[str, ...]]:
     """The mesh axes that each of these axes is split over."""
-    rules = _layout.value.params if rules is None else rules
+    rules = in_scope.value.params if rules is None else rules
     claimed: dict[str, tuple[str, ...]] = {}
     free = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
     for name in rules:
@@ -212,7 +214,7 @@ shard = eqx.filter_shard  # of a tree and its specs; inside a jitted function, c
 
 def constrain_tree(tree: PyTree, *, moments: bool = False) -> PyTree:
     """Inside a jitted function: every array placed by its axes on the mesh in scope, if any."""
-    mesh, layout = jax.sharding.get_abstract_mesh(), _layout.value
+    mesh, layout = jax.sharding.get_abstract_mesh(), in_scope.value
     if mesh.empty:
         return tree
     return shard(tree, specs(tree, mesh, layout.moments if moments else layout.params))
@@ -271,16 +273,19 @@ def from_host(tree: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
 
 
-@functools.cache
 def compiler_options() -> dict[str, str]:
-    """Of the compiler, as they are best for the devices here."""
+    """Of the compiler, as they are best for the devices of the mesh in scope."""
+    return _cpu_options() if device()[0] == "cpu" else {}
+
+
+@functools.cache
+def _cpu_options() -> dict[str, str]:
     # Of this library's fusions on the CPU, those of other operations than products read constants
     # as whole arrays and run on one thread: more memory, and more time for losses and sums.
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
-    if jax.default_backend() == "cpu":
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # other versions lack it
-            jax.jit(lambda: 0, compiler_options=options)()
-            return options
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # other versions lack it
+        jax.jit(lambda: 0, compiler_options=options)()
+        return options
     return {}
 
 
@@ -313,7 +318,7 @@ def compute_dtype(asked: str = "auto") -> str:
     """What models compute in: auto is bfloat16 on accelerators, float32 on CPUs."""
     if asked != "auto":
         return asked
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if device()[0] == "cpu" else "bfloat16"
 
 
 def to_host(array: Array) -> np.ndarray:

@@ -80,7 +80,7 @@ def attention(seq: int, documents: int, alibi: bool = False) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from models import kernels
+    import sharding
     from models.attention import attention, positions
     from models.bloom import alibi_slopes
 
@@ -109,7 +109,7 @@ def attention(seq: int, documents: int, alibi: bool = False) -> dict:
         if name == "dense" and rows * heads * seq**2 > 2**32:
             continue
         try:
-            with kernels.asked(name):
+            with sharding.in_scope(sharding.Layout(attention=name)):
                 ahead = jax.jit(lambda *args: both(*args)[0])
                 full = jax.jit(lambda *args: both(*args))
                 once = median_seconds(lambda: ahead(inputs, gradient, segments), 4)  # noqa: B023

@@ -13,7 +13,7 @@ from losses import signal as signals
 from losses.objective import Config, Objective
 from losses.signal import SampledTargets, Signal, TeacherStates, TopK
 from models.attention import einsum_f32
-from sharding import claims, constrain, num_shards
+from sharding import claims, constrain, device, num_shards
 
 
 @partial(jax.custom_vjp, nondiff_argnames=("objective",))
@@ -253,6 +253,8 @@ def chunks(batch: int, seq: int, chunk: int) -> tuple[int, int]:
 
 def default_chunk(head: Float[Array, "vocab embed"]) -> int:
     """As many tokens as keep their logits small beside what a device has, and its products large:
-    below 128 the products of a CPU slow down, above 256 its caches; an accelerator wants 1024."""
-    least, elements = (128, 2**22) if jax.default_backend() == "cpu" else (1024, 2**27)
-    return max(least, elements * num_shards("vocab") // len(head))
+    below 128 the products of a CPU slow down, above 256 its caches; an accelerator wants 1024.
+    Every device has the hidden states of them all, however many share the vocabulary."""
+    least, elements = (128, 2**22) if device()[0] == "cpu" else (1024, 2**27)
+    vocab, embed = head.shape
+    return max(least, min(elements * num_shards("vocab") // vocab, elements // (4 * embed)))

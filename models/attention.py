@@ -120,18 +120,17 @@ def attention(
     """
     sizes = list(dict.fromkeys(windows)) or [None]
     window = jnp.array([size or 2**30 for size in windows])[layer] if any(sizes) else None
-    head_dim, seq = query.shape[-1] + (0 if slopes is None else 8), query.shape[1]
-    name = "dense" if cache is not None else kernels.choose(query.dtype, head_dim, seq)[0]
-    if name == "blockwise":
-        kernel = partial(kernels.blockwise, window=window)
-        return kernels.on_each_device(kernel, query, key, value, positions.position, slopes), None
+    name, (_, seq, _, head_dim) = "dense", query.shape
+    if cache is None:
+        name, _ = kernels.choose(query.dtype, head_dim, seq, slopes is not None)
     if name != "dense":
+        kernel, each = kernels.blockwise, [window]
+        if name != "blockwise":  # one is compiled for each window
+            kernel, each = partial(getattr(kernels, name), packed=positions.packed), sizes
+        branches = [partial(kernel, window=size) for size in each]
         kind = jnp.array([sizes.index(size) for size in windows] or [0])[layer]
-        each = [
-            partial(getattr(kernels, name), packed=positions.packed, window=size) for size in sizes
-        ]
-        kernel = partial(jax.lax.switch, kind, each) if len(each) > 1 else each[0]
-        return kernels.on_each_device(kernel, query, key, value, positions.position, slopes), None
+        one = branches[0] if len(branches) == 1 else partial(jax.lax.switch, kind, branches)
+        return kernels.on_each_device(one, query, key, value, positions.position, slopes), None
     groups = key.shape[2]
     grouped = query.reshape(*query.shape[:2], groups, -1, query.shape[3]).transpose(0, 2, 3, 1, 4)
 

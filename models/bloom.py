@@ -17,6 +17,7 @@ from runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Config(ModelConfig):
+    ALIBI: ClassVar = True
     HARMLESS: ClassVar = (
         "offset_alibi", "skip_bias_add*", "*_fusion", "attention_softmax_in_fp32",
         "pretraining_tp",  # nothing is sliced unless slow_but_exact says so, nor then another model

@@ -24,9 +24,6 @@ Heads = Float[Array, "batch seq heads head_dim"]
 KVHeads = Float[Array, "batch seq kv_heads head_dim"]
 Position = Int[Array, "#batch seq"]
 
-# Of the models that are traced while it is in force: `with kernels.asked("blockwise"):`.
-asked = jax.make_user_context("auto")
-
 # Shorter rows are attended to faster by whole products, where their S x S scores are small.
 DENSE_BELOW = {"cpu": 256}
 BLOCKS = {"cpu": 128}  # tokens; on accelerators a block is one large product
@@ -35,9 +32,10 @@ HOPPER = re.compile(r"\b(GH|GB|H|B)[1-3]0?0\b|\bH20\b|\bH800\b")  # or later
 DOCUMENTS = 32
 
 
-def choose(dtype: jnp.dtype, head_dim: int, seq: int) -> tuple[str, str]:
+def choose(dtype: jnp.dtype, head_dim: int, seq: int, alibi: bool) -> tuple[str, str]:
     """What attends on the devices of the mesh in scope, and why it is not their own kernel."""
-    (platform, kind), name, reason = sharding.device(), asked.value, ""
+    head_dim += 8 if alibi else 0  # as `with_alibi`
+    (platform, kind), name, reason = sharding.device(), sharding.in_scope.value.attention, ""
     if name in ("cudnn", "splash") and platform != {"cudnn": "gpu", "splash": "tpu"}[name]:
         raise UserError(f"--attention {name}: these devices are {kind}, and it does not run there")
     if name in ("auto", "cudnn") and platform == "gpu":

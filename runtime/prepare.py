@@ -21,6 +21,7 @@ import student as students
 import text
 from config import Config, needs_teacher, run_folder, student_config, uses_teacher_loss
 from losses import features
+from models import kernels
 from models.base import LanguageModel
 from runtime import checkpoint, files, report, target_store
 from runtime.errors import UserError
@@ -49,7 +50,9 @@ def placement(config: Config) -> Placement:
         flag = f"--batch-size {config.batch_size}"
         raise UserError(f"{flag} does not divide over the --teacher-devices {apart}")
     teacher_mesh = sharding.make_mesh(devices=devices[-apart:]) if apart else None
-    return Placement(mesh, sharding.Layout(config.zero, config.mesh.rules), teacher_mesh)
+    return Placement(
+        mesh, sharding.Layout(config.zero, config.mesh.rules, config.attention), teacher_mesh
+    )
 
 
 class Run(NamedTuple):
@@ -311,3 +314,6 @@ def print_summary(run: Run, student: LanguageModel) -> None:
     mesh = " x ".join(f"{name} {size}" for name, size in run.placement.mesh.shape.items())
     devices = f"{jax.device_count()} x {device.device_kind}"
     report.say(f"device    {devices} ({mesh}), {config.compute_dtype}")
+    shape, dtype = student.config, jnp.dtype(config.compute_dtype)
+    name, reason = kernels.choose(dtype, shape.head_dim, config.seq_len, shape.ALIBI)
+    report.say(f"attention {name}" + (f" ({reason})" if reason else ""))

@@ -34,6 +34,8 @@ def start(
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Else accelerators round the operands of float32 products to fewer bits.
+    jax.config.update("jax_default_matmul_precision", "highest")
     if devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)

@@ -32,7 +32,7 @@ def documents(batch, seq, mean=60):
 
 def call(name, query, key, value, segments=None, window=None, slopes=None):
     where = positions(jnp.zeros(query.shape[:2], jnp.int32), segments)
-    with kernels.asked(name):
+    with sharding.in_scope(sharding.Layout(attention=name)):
         layer, windows = jnp.array(1), (None, window)
         return attention(
             query, key, value, where, layer, None, windows=windows, slopes=slopes
@@ -147,11 +147,12 @@ def test_positions_of_keys_penalise_as_distances_do():
 )
 def test_the_devices_choose_what_attends(monkeypatch, device, dtype, head_dim, seq, expected):
     monkeypatch.setattr(sharding, "device", lambda: device)
-    name, reason = kernels.choose(jnp.dtype(dtype), head_dim, seq)
+    name, reason = kernels.choose(jnp.dtype(dtype), head_dim, seq, False)
     assert name == expected
     assert bool(reason) == (device[0] == "gpu" and name == "blockwise")
 
 
 def test_a_kernel_of_other_devices_is_refused():
-    with kernels.asked("cudnn"), pytest.raises(UserError, match="does not run there"):
-        kernels.choose(jnp.dtype("bfloat16"), 64, 128)
+    layout = sharding.Layout(attention="cudnn")
+    with sharding.in_scope(layout), pytest.raises(UserError, match="does not run there"):
+        kernels.choose(jnp.dtype("bfloat16"), 64, 128, False)

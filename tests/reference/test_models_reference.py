@@ -58,7 +58,7 @@ def test_logits_of_long_rows(name, tmp_path):
     reference = build(name, 0, **limits)
     reference.save_pretrained(tmp_path)
     tokens = tokens_for(0, (1, 8192))
-    assert kernels.choose(jnp.dtype("float32"), 8, 8192)[0] == "blockwise"
+    assert kernels.choose(jnp.dtype("float32"), 8, 8192, False)[0] == "blockwise"
     expected = reference_logits(reference, tokens)
     assert np.abs(ours(tmp_path, tokens) - expected).max() <= 1e-4
 
