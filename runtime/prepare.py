@@ -50,9 +50,8 @@ def placement(config: Config) -> Placement:
         flag = f"--batch-size {config.batch_size}"
         raise UserError(f"{flag} does not divide over the --teacher-devices {apart}")
     teacher_mesh = sharding.make_mesh(devices=devices[-apart:]) if apart else None
-    return Placement(
-        mesh, sharding.Layout(config.zero, config.mesh.rules, config.attention), teacher_mesh
-    )
+    layout = sharding.Layout(config.zero, config.mesh.rules, config.attention)
+    return Placement(mesh, layout, teacher_mesh)
 
 
 class Run(NamedTuple):

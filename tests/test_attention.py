@@ -107,14 +107,14 @@ def test_a_document_does_not_see_another(name):
 
 def test_each_device_attends_to_its_own_rows_and_heads():
     arrays = inputs(4, 300, 8, 4, 20)
-    settings = {"segments": documents(4, 300)}
-    expected = with_gradients(call, "blockwise", *arrays, **settings)
+    settings, windowed = {"segments": documents(4, 300)}, partial(call, window=90)
+    expected = with_gradients(windowed, "blockwise", *arrays, **settings)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     with sharding.use_mesh(mesh):
         rows, heads = sharding.claims(["batch", "heads"], mesh)
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(rows, None, heads))
         arrays = jax.device_put(arrays, place)
-        program = with_gradients.lower(call, "blockwise", *arrays, **settings).compile()
+        program = with_gradients.lower(windowed, "blockwise", *arrays, **settings).compile()
         results = program(*arrays, **settings)
     assert distance(results, expected) < 1e-6
     assert "all-gather" not in program.as_text() and "all-reduce" not in program.as_text()
