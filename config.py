@@ -183,10 +183,9 @@ def profile_window(steps: str) -> tuple[int, int]:
 MAY_CHANGE = frozenset({
     "--out", "--resume", "--resume-anyway", "--steps", "--time-limit", "--eval-every",
     "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best", "--log-every",
-    "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--teacher-devices", "--export-dtype",
-    "--remat", "--microbatches", "--loss.chunk", "--data.cache", "--data.streaming",
-    "--profile-steps",
-    "--plan", "--devices", "--device-memory", "--force", "--distributed", "--coordinator",
+    "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--teacher-devices",
+    "--export-dtype", "--remat", "--microbatches", "--loss.chunk", "--data.cache",
+    "--data.streaming", "--profile-steps", "--plan", "--devices", "--device-memory", "--force", "--distributed", "--coordinator",
     "--processes", "--process-id",
 })  # fmt: skip
 
