@@ -185,8 +185,8 @@ MAY_CHANGE = frozenset({
     "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best", "--log-every",
     "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--teacher-devices",
     "--export-dtype", "--remat", "--microbatches", "--loss.chunk", "--data.cache",
-    "--data.streaming", "--profile-steps", "--plan", "--devices", "--device-memory", "--force", "--distributed", "--coordinator",
-    "--processes", "--process-id",
+    "--data.streaming", "--profile-steps", "--plan", "--devices", "--device-memory", "--force",
+    "--distributed", "--coordinator", "--processes", "--process-id",
 })  # fmt: skip
 
 
