@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_distill import ADAMW, FIXTURES, config, metrics_of, pair, teacher, text  # noqa: F401
+from test_distill import (  # noqa: F401
+    ADAMW,
+    FIXTURES,
+    config,
+    metrics_of,
+    one_device,
+    pair,
+    teacher,
+    text,
+)
 from test_features import Reached, brief  # noqa: F401
 
 import data
@@ -42,13 +51,6 @@ def rows_of(seed: int = 0) -> data.Batch:
 
 
 PROMPTS = [(0, 8), (3, 8), (0, 4), (0, 0), (0, 0), (7, 8), (3, 8), (0, 8)]  # in the rows above
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Programs of eight compile slowly."""
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: devices)
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import re
-from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_distill import batch_of, near, teacher, text  # noqa: F401
+from test_distill import batch_of, config, near, teacher, text  # noqa: F401
 
 import data
 import distill
@@ -181,19 +180,6 @@ def test_eight_devices_hold_an_eighth_each():
 
 
 # ---- a teacher on devices of its own, and several processes --------------------------------------
-
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def config(teacher, text, tmp_path) -> distill.Config:
-    return distill.Config(
-        teacher=str(teacher), student_layers=2, seq_len=32, batch_size=8, steps=6, eval_every=3,
-        eval_windows=8, save_every=3, log_every=1, quiet=True, out=str(tmp_path / "run"),
-        data=distill.Data(source=(str(text),), documents="paragraph", cache=str(text.parent)),
-        optim=optim.Config(lr=1e-2, eps=1e-4),
-    )  # fmt: skip
 
 
 def test_a_teacher_on_devices_of_its_own_teaches_the_same(config, monkeypatch):
