@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -23,7 +23,7 @@ import text
 from models.attention import Cache, einsum_f32
 from models.base import LanguageModel
 from runtime import answers, errors, processes, report
-from runtime.errors import Constraint, UserError, above, at_least, between
+from runtime.errors import SEED, Constraint, UserError, above, at_least, between
 
 Logits = Float32[Array, "batch vocab"]
 Occurred = Bool[Array, "batch vocab"] | None  # tokens of a row, for --repetition-penalty
@@ -239,28 +239,6 @@ def sample(
     return state.tokens, state.count
 
 
-def continuations(
-    writers: Mapping[str, tuple[LanguageModel, jax.sharding.Mesh]],
-    tokenizer: Path,
-    prompts: Int[np.ndarray, "batch seq"],
-    *,
-    layout: sharding.Layout,
-    dtype: Any,
-) -> Iterator[str]:
-    """Lines that show how each model continues the same prompts, by its likeliest tokens."""
-    decode = text.load_tokenizer(tokenizer).encoder.decode
-    greedy = Decoding(32, Sampling(temperature=0.0), text.stop_ids(tokenizer), dtype)
-    lengths, samples = np.full(len(prompts), prompts.shape[1]), {}
-    for name, (model, mesh) in writers.items():
-        with sharding.use_mesh(mesh, layout):
-            result = sample(model, prompts, lengths, jax.random.key(0), greedy)
-            samples[name] = tuple(map(sharding.to_host, result))
-    for row, prompt in enumerate(prompts):
-        yield f"\n> {decode(prompt.tolist())!r}"
-        for name, (tokens, counts) in samples.items():
-            yield f"{name:8}  {decode(tokens[row, : counts[row]].tolist())!r}"
-
-
 class Job(NamedTuple):
     """One sample of one prompt. What is written depends on the key, and on these, alone."""
 
@@ -343,7 +321,7 @@ class Config(Sampling):
     """Tokens an answer may have."""
     stop: tuple[int, ...] = ()
     """Token ids that end an answer, besides those that the model's files name."""
-    seed: Annotated[int, Constraint("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)] = 0
+    seed: Annotated[int, SEED] = 0
     """Of the sampling."""
     batch_size: Annotated[int, at_least(1)] = 32
     """Answers written at once."""

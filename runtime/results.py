@@ -12,6 +12,8 @@ import data
 import eval as evaluation
 import generate
 import models
+import sharding
+import text
 from config import describe_loss, uses_teacher_loss
 from models.base import LanguageModel
 from runtime import figures, plan, processes, report
@@ -160,15 +162,25 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
 
 
 def samples(run: Run, student: LanguageModel) -> Iterator[str]:
-    """Lines that show how teacher and student continue two held-out texts."""
+    """Lines that show how each model continues two held-out texts, by its likeliest tokens."""
     mesh, layout, teacher_mesh = run.placement
     windows, length = next(data.evaluation(run.corpus, 32)), min(24, run.config.seq_len)
     first, last = windows.segments[:, 0], windows.segments[:, length - 1]
     rows = np.argsort(first != last, kind="stable")[:2]  # one document's, where there are such
     prompts = windows.tokens[rows[last[rows] > 0], :length]
-    writers = {"student": (student, mesh)} if len(prompts) else {}
-    if writers and run.teacher is not None:
+    if not len(prompts):
+        return
+    writers = {"student": (student, mesh)}
+    if run.teacher is not None:
         writers = {"teacher": (run.teacher, teacher_mesh or mesh)} | writers
-    return generate.continuations(
-        writers, run.tokenizer, prompts, layout=layout, dtype=run.objective.dtype
-    )
+    decode, stop = text.load_tokenizer(run.tokenizer).encoder.decode, text.stop_ids(run.tokenizer)
+    greedy = generate.Decoding(32, generate.Sampling(0.0), stop, run.objective.dtype)
+    lengths, results = np.full(len(prompts), length), {}
+    for name, (model, mesh) in writers.items():
+        with sharding.use_mesh(mesh, layout):
+            result = generate.sample(model, prompts, lengths, jax.random.key(0), greedy)
+            results[name] = tuple(map(sharding.to_host, result))
+    for row, prompt in enumerate(prompts):
+        yield f"\n> {decode(prompt.tolist())!r}"
+        for name, (tokens, counts) in results.items():
+            yield f"{name:8}  {decode(tokens[row, : counts[row]].tolist())!r}"
