@@ -214,15 +214,10 @@ def with_defaults(config: Config) -> Config:
     if config.compute_dtype == "auto" and config.plan and (config.devices or config.device_memory):
         compute = "bfloat16"  # for accelerators elsewhere
     return dataclasses.replace(
-        config,
-        teacher=teacher,
-        student_layers=layers,
+        config, teacher=teacher, student_layers=layers, seq_len=seq_len, compute_dtype=compute,
         student_init=config.student_init or ("greedy" if config.student is None else None),
-        seq_len=seq_len,
-        compute_dtype=compute,
-        out=config.out or f"runs/{name}-{layers}L",
-        data=_data(config.data, stored, embedded),
-    )
+        out=config.out or f"runs/{name}-{layers}L", data=_data(config.data, stored, embedded),
+    )  # fmt: skip
 
 
 def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> Data:

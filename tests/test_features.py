@@ -1,8 +1,6 @@
 """Matched hidden states: the loss and its gradient, what is kept for them, and runs with them."""
 
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 
 import equinox as eqx
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_distill
-from test_distill import FIXTURES, config, metrics_of, near, teacher, text  # noqa: F401
+from test_distill import FIXTURES, config, near, teacher, text  # noqa: F401
 
 import data
 import distill
@@ -22,7 +20,6 @@ import sharding
 import student as students
 from losses import features
 from models.attention import positions
-from runtime import results
 from runtime.errors import UserError
 
 SGD = optim.make(
@@ -260,13 +257,6 @@ def test_the_map_follows_the_cut():
     assert features.pairs(("0:5", "2:1"), 3, 8, [0, 4, 7]) == ((0, 5), (2, 1))
 
 
-@pytest.fixture
-def brief(monkeypatch):
-    """Runs that neither evaluate nor show samples."""
-    monkeypatch.setattr(results, "score", lambda *_: {"eval/ce": 1.0})
-    monkeypatch.setattr(results, "samples", lambda *_: ())
-
-
 class Reached(Exception):
     """That far a run was to go."""
 
@@ -281,31 +271,6 @@ def test_a_run_matches_the_blocks_it_was_cut_from(config, monkeypatch):  # noqa:
     with pytest.raises(Reached) as found:
         distill.train(cut)
     assert found.value.args == (((0, 0), (1, 2)),)
-
-
-def test_a_narrower_student_continues_with_its_map(config, tmp_path, brief):  # noqa: F811
-    """Which is kept in checkpoints, and not exported."""
-    changed = dataclasses.replace(
-        config, loss=losses.Config(features="mse", alpha=0.5), student_init="random",
-        student_embed=8, eval_windows=1, mesh=distill.Mesh(data=4, fsdp=2),
-    )  # fmt: skip
-    folder = distill.train(changed)
-    whole = models.load(folder)
-    assert whole.config.embed == 8
-    lines = metrics_of(config.out)
-    told = [line["features"] for line in lines if "loss" in line]
-    assert len(told) == 6 and min(told) > 0
-    cut = tmp_path / "cut"
-    shutil.copytree(config.out, cut)
-    shutil.rmtree(cut / "student")
-    shutil.rmtree(cut / "checkpoints" / "6")
-    stored = json.loads((cut / "checkpoints" / "3" / "manifest" / "metadata").read_text())["text"]
-    arrays = json.loads(stored)["arrays"]
-    assert arrays["learner.projection.weight"][0] == [2, 16, 8]
-    continued = models.load(distill.train(dataclasses.replace(changed, out=str(cut))))
-    assert eqx.tree_equal(continued, whole)
-    assert metrics_of(cut) == lines
-    assert "features mse" in (Path(folder) / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

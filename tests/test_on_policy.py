@@ -1,6 +1,7 @@
 """Batches that a model writes: what they hold, which steps have one, and runs that use them."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_distill import ADAMW, FIXTURES, config, metrics_of, pair, teacher, text  # noqa: F401
-from test_features import Reached, brief  # noqa: F401
+from test_distill import (  # noqa: F401
+    ADAMW,
+    FIXTURES,
+    config,
+    metrics_of,
+    one_device,
+    pair,
+    teacher,
+    text,
+)
+from test_features import Reached
 
 import data
 import distill
@@ -19,7 +29,7 @@ import losses
 import models
 import optim
 import sharding
-from runtime import on_policy
+from runtime import on_policy, results
 from runtime.errors import UserError
 
 STEP = jnp.array(7, jnp.int32)
@@ -42,13 +52,6 @@ def rows_of(seed: int = 0) -> data.Batch:
 
 
 PROMPTS = [(0, 8), (3, 8), (0, 4), (0, 0), (0, 0), (7, 8), (3, 8), (0, 8)]  # in the rows above
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Programs of eight compile slowly."""
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: devices)
 
 
 @pytest.fixture(scope="module")
@@ -194,17 +197,34 @@ def asked(config, **settings):  # noqa: F811
     return dataclasses.replace(config, student_init="0,2", loss=loss, on_policy=settings, seed=SEED)
 
 
-def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, brief, one_device):  # noqa: F811
-    changed = asked(config)
+@pytest.fixture
+def brief(monkeypatch):
+    """Runs that neither evaluate nor show samples."""
+    monkeypatch.setattr(results, "score", lambda *_: {"eval/ce": 1.0})
+    monkeypatch.setattr(results, "samples", lambda *_: iter(()))
+
+
+def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, brief):  # noqa: F811
+    """Of a narrower student too, whose map is kept in checkpoints and not exported."""
+    changed = dataclasses.replace(
+        asked(config), loss=losses.Config("reverse_kl", 0.5, features="mse"),
+        student_init="random", student_embed=8, mesh=distill.Mesh(data=4, fsdp=2),
+    )  # fmt: skip
     folder = distill.train(changed)
     whole, lines = models.load(folder), metrics_of(config.out)
-    turns = [line["on_policy"] for line in lines if "loss" in line]
+    assert whole.config.embed == 8
+    steps = [line for line in lines if "loss" in line]
+    assert len(steps) == 6 and min(line["features"] for line in steps) > 0
+    turns = [line["on_policy"] for line in steps]
     assert set(turns[:3]) == set(turns[3:]) == {0, 1}
-    assert "50% of the steps on the student's text" in (Path(folder) / "README.md").read_text()
+    card = (Path(folder) / "README.md").read_text()
+    assert "50% of the steps on the student's text" in card and "features mse" in card
     cut = tmp_path / "cut"
     shutil.copytree(config.out, cut)
     shutil.rmtree(cut / "student")
     shutil.rmtree(cut / "checkpoints" / "6")
+    stored = json.loads((cut / "checkpoints" / "3" / "manifest" / "metadata").read_text())["text"]
+    assert json.loads(stored)["arrays"]["learner.projection.weight"][0] == [2, 16, 8]
     continued = models.load(distill.train(dataclasses.replace(changed, out=str(cut))))
     assert eqx.tree_equal(continued, whole)
     assert metrics_of(cut) == lines
@@ -254,13 +274,6 @@ def test_who_writes_at_a_step(config, teacher, brief, monkeypatch, request, writ
         # Where sums are in another order a row may take another turn.
         assert same(model) > 0.8
         assert same(calls[1 - step][0]) < 0.8
-
-
-def test_without_a_share_nothing_is_written(config, brief, one_device, monkeypatch):  # noqa: F811
-    plain = asked(config, fraction=0.0)
-    monkeypatch.setattr(distill, "compile_writer", None)
-    distill.train(dataclasses.replace(plain, steps=2, eval_every=2))
-    assert all("on_policy" not in line for line in metrics_of(config.out))
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import re
-from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_distill import batch_of, near, teacher, text  # noqa: F401
+from test_distill import batch_of, config, near, teacher, text  # noqa: F401
 
 import data
 import distill
@@ -22,11 +21,12 @@ from models.bloom import Bloom
 from models.bloom import Config as BloomConfig
 from models.llama import Config as LlamaConfig
 from models.llama import Llama
-from runtime import plan, prepare
+from runtime import plan, prepare, results
 from runtime.errors import UserError
 
 ADAMW = optim.make(optim.Config(lr=1e-2, warmup=0, schedule="constant", eps=1e-4), 10)
 OBJECTIVE = losses.Objective(losses.Config(alpha=0.5), steps=10)
+LAYOUT = sharding.Layout()
 
 
 @functools.cache
@@ -46,26 +46,20 @@ def model_of(family: str, layers: int, vocab: int = 96):
     return jax.tree.map(jnp.array, weights_of(family, layers, vocab))
 
 
-def three_steps(family, mesh=None, layout=sharding.Layout(), vocab=96, objective=OBJECTIVE):
-    teacher, student = model_of(family, 4, vocab), model_of(family, 2, vocab)
-    batches = [batch_of(seed=seed) for seed in range(3)]
-    if mesh is None:
-        state = distill.init_state(student, ADAMW)
-        for batch in batches:
-            state, found = distill.step((teacher, batch), state, ADAMW, objective)
-        return state, jax.device_get(found)
+def three_steps(family, mesh, layout=LAYOUT, vocab=96):
     with sharding.use_mesh(mesh, layout):
+        teacher, student = (model_of(family, layers, vocab) for layers in (4, 2))
         teacher, student = (sharding.shard(m, sharding.specs(m, mesh)) for m in (teacher, student))
         state = distill.init_state(student, ADAMW)
-        for batch in batches:
-            batch = sharding.from_host(batch, mesh)
-            state, found = distill.step((teacher, batch), state, ADAMW, objective)
+        for seed in range(3):
+            batch = sharding.from_host(batch_of(seed=seed), mesh)
+            state, found = distill.step((teacher, batch), state, ADAMW, OBJECTIVE)
         return state, jax.device_get(found)
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return {family: three_steps(family) for family in ("bloom", "llama")}
+@functools.cache
+def alone(family: str, vocab: int = 96):
+    return three_steps(family, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]), vocab=vocab)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +72,10 @@ def alone():
     ],
     ids=str,
 )
-def test_three_steps_are_those_of_one_device(alone, family, sizes, zero):
+def test_three_steps_are_those_of_one_device(family, sizes, zero):
     mesh, layout = sharding.make_mesh(*sizes), sharding.Layout(zero)
     state, found = three_steps(family, mesh, layout)
-    whole, expected = alone[family]
+    whole, expected = alone(family)
     near(state.student, whole.student, 1e-5)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     where = plan.state_shardings(state, mesh, layout)
@@ -98,11 +92,9 @@ def test_three_steps_are_those_of_one_device(alone, family, sizes, zero):
     assert plan.bytes_of(moment) * (shards if zero == 3 else 8) == moment.nbytes
 
 
-@pytest.mark.parametrize(
-    ("family", "sizes"), [("bloom", (2, 2, 2)), ("bloom", (1, 8, 1)), ("llama", (1, 1, 8))], ids=str
-)
+@pytest.mark.parametrize(("family", "sizes"), [("bloom", (1, 8, 1)), ("llama", (2, 2, 2))], ids=str)
 def test_a_vocabulary_that_does_not_divide_works(family, sizes):
-    whole, expected = three_steps(family, vocab=97)
+    whole, expected = alone(family, vocab=97)
     state, found = three_steps(family, sharding.make_mesh(*sizes), vocab=97)
     assert state.student.embedding.shape == whole.student.embedding.shape
     near(state.student, whole.student, 1e-5)
@@ -113,11 +105,10 @@ def test_a_vocabulary_that_does_not_divide_works(family, sizes):
 def test_rules_can_be_told():
     layout = sharding.Layout(3, ("vocab=tensor", "mlp=fsdp,tensor", "embed="))
     mesh = sharding.make_mesh(1, 4, 2)
-    state, found = three_steps("llama", mesh, layout)
+    state, _ = three_steps("llama", mesh, layout)
     assert state.student.blocks.up.sharding.spec[:2] == (None, ("fsdp", "tensor"))
     assert state.student.embedding.sharding.spec[0] == "tensor"
-    whole, expected = three_steps("llama")
-    near(state.student, whole.student, 1e-5)
+    near(state.student, alone("llama")[0].student, 1e-5)
     for wrong in ("vocab", "words=fsdp", "vocab=pipe", "vocab=fsdp,fsdp"):
         with pytest.raises(UserError, match="--mesh.rules"):
             sharding.Layout(3, (wrong,))
@@ -133,7 +124,7 @@ def program_of(mesh, vocab: int, embed: int, rows: int, seq: int):
     with sharding.use_mesh(mesh):
         key = jax.random.key(0)
         state = eqx.filter_eval_shape(lambda: distill.init_state(model(4)(key), ADAMW))
-        places = plan.state_shardings(state, mesh, sharding.Layout())
+        places = plan.state_shardings(state, mesh, LAYOUT)
         state = plan.with_shardings(state, places)
         teacher = eqx.filter_eval_shape(model(8), key)
         teacher = plan.with_shardings(teacher, sharding.specs(teacher, mesh))
@@ -183,34 +174,25 @@ def test_eight_devices_hold_an_eighth_each():
 # ---- a teacher on devices of its own, and several processes --------------------------------------
 
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def config(teacher, text, tmp_path) -> distill.Config:
-    return distill.Config(
-        teacher=str(teacher), student_layers=2, seq_len=32, batch_size=8, steps=6, eval_every=3,
-        eval_windows=8, save_every=3, log_every=1, quiet=True, out=str(tmp_path / "run"),
-        data=distill.Data(source=(str(text),), documents="paragraph", cache=str(text.parent)),
-        optim=optim.Config(lr=1e-2, eps=1e-4),
-    )  # fmt: skip
-
-
 def test_a_teacher_on_devices_of_its_own_teaches_the_same(config, monkeypatch):
-    together = models.load(distill.train(config))
+    monkeypatch.setattr(results, "samples", lambda *_: iter(()))
+    with monkeypatch.context() as patch:
+        devices = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: devices)
+        together = models.load(distill.train(config))
     mesh = distill.Mesh(1, 2, 2)
     apart = dataclasses.replace(
         config, teacher_devices=4, microbatches=4, mesh=mesh, out=config.out + "-apart"
     )
-    devices, teacher_states = [], prepare.teacher_states
+    placed, teacher_states = [], prepare.teacher_states
 
     def spy(teacher, batch, *, dtype):
-        devices.append({d.id for leaf in jax.tree.leaves(teacher) for d in leaf.devices()})
+        placed.append({d.id for leaf in jax.tree.leaves(teacher) for d in leaf.devices()})
         return teacher_states(teacher, batch, dtype=dtype)
 
     monkeypatch.setattr(prepare, "teacher_states", spy)
     near(models.load(distill.train(apart)), together, 1e-5)
-    assert len(devices) >= 6 and all(ids == {4, 5, 6, 7} for ids in devices)
+    assert len(placed) >= 6 and all(ids == {4, 5, 6, 7} for ids in placed)
     for count, message in ((8, "the student needs"), (3, "does not divide")):
         with pytest.raises(UserError, match=message):
             distill.train(dataclasses.replace(config, teacher_devices=count, mesh=distill.Mesh(

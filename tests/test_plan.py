@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from test_distill import ROOT, teacher, text  # noqa: F401
+from test_distill import config_of, teacher, text  # noqa: F401
 
 import distill
 import models
@@ -30,11 +30,7 @@ def half(teacher, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(half, text, tmp_path) -> distill.Config:
-    return distill.Config(
-        teacher=str(half), student_layers=2, student_init="first", seq_len=32, batch_size=8,
-        steps=6, eval_windows=8, quiet=True, out=str(tmp_path / "run"),
-        data=distill.Data(source=(str(text),), documents="paragraph", cache=str(text.parent)),
-    )  # fmt: skip
+    return dataclasses.replace(config_of(half, text, tmp_path / "run"), student_init="first")
 
 
 class Begun(Exception):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_distill import one_device, teacher  # noqa: F401
 
 import data
 import distill
@@ -24,7 +24,7 @@ import optim
 import sharding
 import student
 import targets
-from models.llama import Config, Llama
+from models.llama import Llama
 from runtime import errors, results, target_store
 from runtime.errors import UserError
 
@@ -82,16 +82,6 @@ def test_drawn_values_are_rounded_without_bias_and_in_order():
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher") / "tiny"
-    config = Config(VOCAB, 16, 32, 2, 8, 8, 8, max_positions=64, tied=True, eos=0, pad=0)
-    model = Llama(config, jax.random.key(3))
-    model = jax.tree.map(lambda leaf: leaf * (10.0 if jnp.std(leaf) > 0 else 1.0), model)
-    models.save(model, folder, tokenizer=ROOT / "demo" / "teacher")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "few.txt"
     stories = (ROOT / "demo" / "stories.txt").read_text().split("\n\n")[:12]
@@ -102,14 +92,9 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config(teacher, text) -> targets.Config:
     return targets.Config(
-        teacher=str(teacher),
-        out="",
-        seq_len=SEQ,
-        batch_size=8,
-        top_k=6,
+        teacher=str(teacher), out="", seq_len=SEQ, batch_size=8, top_k=6, quiet=True,
         data=data.Config(source=(str(text),), documents="paragraph", cache=str(text.parent)),
-        quiet=True,
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +215,9 @@ def test_training_on_all_that_a_teacher_says_is_training_beside_it(config, teach
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
 
-def test_a_run_learns_from_them_without_a_teacher(config, teacher, tmp_path, monkeypatch):
+def test_a_run_learns_from_them_without_a_teacher(
+    config, teacher, tmp_path, monkeypatch, one_device
+):
     """As beside the teacher, and when it is continued."""
     whole = made(config, tmp_path / "targets", values="float32", top_k=VOCAB, steps=4)
     start = tmp_path / "start"

@@ -11,30 +11,19 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_distill import near, teacher, text  # noqa: F401
+from test_distill import config, near, teacher, text  # noqa: F401
 
 import distill
 import models
-import optim
 import sharding
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def config(teacher, text, tmp_path) -> distill.Config:
-    return distill.Config(
-        teacher=str(teacher), student_layers=2, seq_len=32, batch_size=8, steps=6, eval_every=3,
-        eval_windows=8, save_every=3, log_every=1, quiet=True, out=str(tmp_path / "run"),
-        data=distill.Data(source=(str(text),), documents="paragraph", cache=str(text.parent)),
-        optim=optim.Config(lr=1e-2, eps=1e-4),
-    )  # fmt: skip
-
-
 def commands(config: distill.Config, count: int, port: int, *more: str) -> list[list[str]]:
     flags = {
         "teacher": config.teacher, "student-layers": 2, "seq-len": 32, "batch-size": 8,
-        "steps": config.steps, "eval-every": 3, "eval-windows": 8, "save-every": 3, "log-every": 1,
+        "steps": config.steps, "eval-every": 4, "eval-windows": 8, "save-every": 3, "log-every": 1,
         "data.source": config.data.source[0], "data.documents": "paragraph",
         "data.cache": config.data.cache, "optim.lr": 1e-2, "optim.eps": 1e-4, "out": config.out,
     }  # fmt: skip

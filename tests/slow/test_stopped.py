@@ -22,13 +22,9 @@ def test_sigterm_saves_and_says_how_to_go_on(config, teacher, text):
     ]  # fmt: skip
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     run = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stderr=subprocess.PIPE,
+        command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
-    )
+    )  # fmt: skip
     for line in run.stderr:
         if line.startswith("step 3/"):
             break
