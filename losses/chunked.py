@@ -254,7 +254,7 @@ def chunks(batch: int, seq: int, chunk: int) -> tuple[int, int]:
 def default_chunk(head: Float[Array, "vocab embed"]) -> int:
     """As many tokens as keep their logits small beside what a device has, and its products large:
     below 128 the products of a CPU slow down, above 256 its caches; an accelerator wants 1024.
-    Every device has the hidden states of them all, however many share the vocabulary."""
-    least, elements = (128, 2**22) if device()[0] == "cpu" else (1024, 2**27)
+    Every device has the hidden states of all of them, however many share the vocabulary."""
+    least, elements = (128, 2**22) if device()[0] == "cpu" else (1024, 2**29)
     vocab, embed = head.shape
     return max(least, min(elements * num_shards("vocab") // vocab, elements // (4 * embed)))
