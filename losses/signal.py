@@ -20,7 +20,7 @@ from losses.divergences import LOWEST, terms
 from losses.objective import Config
 from models.attention import einsum_f32
 from models.base import LanguageModel
-from sharding import constrain, num_shards
+from sharding import constrain, device, num_shards
 
 Logits = Float32[Array, "vocab rows"]  # so that sums over the vocabulary run along memory
 Values = tuple[Float32[Array, " rows"], Logits]
@@ -129,6 +129,15 @@ def partition_rows(batch: data.Batch) -> tuple[data.Batch, data.Batch]:
     return eqx.partition(batch, lambda leaf: leaf is not head)
 
 
+def apart_on_cpu(value_and_logits: tuple) -> tuple:
+    """Makes logits new to a CPU's compiler, so that a gradient computes its log-probabilities anew,
+    fused with what reads them: those of the value would be kept whole. Compilers of GPUs compute
+    both in one pass, unless they are kept apart."""
+    if device()[0] != "cpu":
+        return value_and_logits
+    return jax.lax.optimization_barrier(value_and_logits)
+
+
 def full_divergence(z_teacher: Logits, config: Config, z: Logits, temperature: Any) -> Values:
     """Per row, and its gradient on the student's logits `z`."""
     inv_temperature = 1.0 / temperature
@@ -140,9 +149,7 @@ def full_divergence(z_teacher: Logits, config: Config, z: Logits, temperature: A
         return *terms(config, z_teacher * inv_temperature - lse_p, log_q), log_q
 
     value = value_and_slope(z_teacher, z)[0].sum(0)
-    # The gradient computes its log-probabilities anew from logits that this makes new to the
-    # compiler: fused with what reads them, where those of the value would be kept whole.
-    value, z_teacher, z = jax.lax.optimization_barrier((value, z_teacher, z))
+    value, z_teacher, z = apart_on_cpu((value, z_teacher, z))
     _, g, log_q = value_and_slope(z_teacher, z)
     if config.divergence != "forward_kl":  # there g = q - p, which sums to 0
         g -= jnp.exp(log_q) * g.sum(0)
