@@ -274,8 +274,8 @@ def student_config(config: Config) -> Any:
 
 def run_folder(config: Config) -> files.RunFolder:
     """The folder of a run, which holds its configuration."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    return files.RunFolder(Path(config.out), settings, MAY_CHANGE)
+    settings, default = (json.loads(json.dumps(dataclasses.asdict(x))) for x in (config, Config()))
+    return files.RunFolder(Path(config.out), settings, MAY_CHANGE, default)
 
 
 def uses_teacher_loss(loss: losses.Config) -> bool:
