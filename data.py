@@ -116,6 +116,12 @@ class Corpus:
         """What the sources' tokens are, wherever their stores lie."""
         return text.digest([part.store.digest for group in self.groups for part in group])
 
+    @property
+    def held_out_digest(self) -> str:
+        """What the windows to evaluate on are."""
+        parts = [[part.store.digest, part.start, part.stop] for part in self.held_out]
+        return text.digest([parts, self.seq_len])
+
 
 def open_corpus(
     config: Config, tokenizer_folder: Path | str, *, seq_len: int, seed: int, vocab: int
@@ -164,10 +170,11 @@ def batch(
 
 
 def windows(
-    corpus: Corpus, step: int, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Rows:
+    corpus: Corpus, step: int, batch_size: int, process_index: int = 0, process_count: int = 1,
+    first_row: int = 0,
+) -> Rows:  # fmt: skip
     """Which windows, numbered through all sources, are the rows of one process at a step."""
-    rows = _rows(step, batch_size, process_index, process_count)
+    rows = first_row + _rows(step, batch_size, process_index, process_count)
     groups, windows = assign_sources(rows, corpus.weights, corpus.seed)
     first = 0
     for group, size in enumerate(corpus.sizes):
@@ -210,13 +217,15 @@ def read(corpus: Corpus, windows: Rows, *, held_out: bool = False) -> Batch:
 
 
 def evaluation(
-    corpus: Corpus, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """Every held-out window once, in order; the rows after the last are padding."""
+    corpus: Corpus, batch_size: int, process_index: int = 0, process_count: int = 1,
+    limit: int | float = math.inf,
+) -> Iterator[Batch]:  # fmt: skip
+    """Every held-out window once, in order, up to `limit`; the rows after the last are padding."""
     total = sum(part.windows for part in corpus.held_out)
-    for step in range(-(-total // batch_size)):
+    count = min(total, limit)
+    for step in range(-(-count // batch_size)):
         rows = _rows(step, batch_size, process_index, process_count)
-        yield read(corpus, rows, held_out=True)
+        yield read(corpus, np.where(rows < count, rows, total), held_out=True)
 
 
 def _rows(step: int, batch_size: int, index: int, count: int) -> Rows:

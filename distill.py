@@ -29,7 +29,6 @@ from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, wit
 from losses import features
 from models.base import LanguageModel
 from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results
-from runtime.errors import UserError
 from runtime.prepare import Placement, Run
 
 __all__ = ["Config", "Data", "Mesh", "Optim", "State", "init_state", "main", "step", "train"]
@@ -283,22 +282,15 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
         # What lies there already stays: `sharding.shard` would hold all of it twice for a moment.
         return run, jax.device_put(state, plan.state_shardings(state, mesh, layout))
     _, like = abstract_arguments(config, placement, run.layers)
-    state, extra, _ = checkpoint.restore(out / "checkpoints", like)
-    if extra["data"] != run.corpus.digest:
-        other = f"{out} was trained on other text than {' '.join(config.data.source)} holds now"
-        if not config.resume_anyway:
-            raise UserError(
-                f"{other}: put the old text back, begin anew with --no-resume, or add"
-                " --resume-anyway"
-            )
-        report.say(f"continued anyway: {other}")
+    state, extra, step = checkpoint.restore(out / "checkpoints", like)
+    run = prepare.continued(run, step, extra)
     prepare.write_config(run_folder(config))  # only now: what is refused leaves the run as it was
     return run, eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
 
 
 def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) -> State:
     """From the step of `state` to the last. The device is never waited for, but one step behind."""
-    config, start, extra = run.config, int(state.step), {"data": run.corpus.digest}
+    config, start = run.config, int(state.step)
     program, fixed = compile_step(run, state), (run.optimizer, run.objective)
     written = on_policy.on_policy_steps(config.on_policy, config.seed, start, config.steps)
     write = compile_writer(run, state) if written.any() else None
@@ -335,14 +327,15 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                 if evaluates:
                     results.evaluate(run, state.student, number, log)
                 if saves:
-                    saved.save(number, state, extra)
+                    saved.save(number, state, run.facts | {"rows": run.rows(number)})
                 log.lap(number)  # neither is time of the steps
                 if stops:
                     saved.wait()
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")
                     raise SystemExit(0)
         except results.NotFinite:
-            saved.save(int(state.step), state, extra)
+            number = int(state.step)
+            saved.save(number, state, run.facts | {"rows": run.rows(number)})
             saved.wait()
             raise
     return state

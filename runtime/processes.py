@@ -1,19 +1,23 @@
 """Several processes of one run: how they meet, wait for each other, and end together."""
 
 import contextlib
+import json
 import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
-from runtime import errors
+from runtime import errors, files
 from runtime.errors import UserError
 
+MAY_DIFFER = frozenset({"--process-id", "--coordinator", "--quiet", "--data.cache"})
 PATIENCE = 60  # seconds to wait for the other processes at the start, and for a sign of their life
 
 
@@ -88,6 +92,19 @@ def exit_with_peers() -> Iterator[None]:
             remedy = "start all of them again, and they go on from what was saved"
             error = UserError(f"another process has ended or is out of reach ({cause}): {remedy}")
         _leave(error)
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Refuses what is not the same in all processes; the first difference is named."""
+    content = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    sizes = process_allgather(np.int32(content.size))
+    rows = process_allgather(np.pad(content, (0, int(sizes.max()) - content.size)))
+    first, *others = (json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True))
+    for number, other in enumerate(others, 1):
+        words = f"{{}} is {{}} in process 0, but {{}} in process {number}"
+        for difference in files.changes(first, other, MAY_DIFFER, words=words):
+            remedy = "start all with the same command, program and files, and one --out"
+            raise UserError(f"{difference}: {remedy}")
 
 
 class Interruption(contextlib.ExitStack):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -38,13 +39,17 @@ def commands(config: distill.Config, count: int, port: int, *more: str) -> list[
         "data.source": config.data.source[0], "data.documents": "paragraph",
         "data.cache": config.data.cache, "optim.lr": 1e-2, "optim.eps": 1e-4, "out": config.out,
     }  # fmt: skip
-    words = [sys.executable, "distill.py", "--quiet", *more]
+    words = [sys.executable, str(ROOT / "distill.py"), "--quiet", *more]
     words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     together = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id"]
     return [[*words, *together, str(i)] for i in range(count)]
 
 
-def started(config: distill.Config, *more: str, devices: int = 4) -> list[subprocess.Popen]:
+def started(
+    config: distill.Config, *more: str, devices: int = 4, second: tuple[str, ...] = (),
+    folders: tuple[Path, Path] = (ROOT, ROOT),
+) -> list[subprocess.Popen]:  # fmt: skip
+    """Two processes, the second with flags of its own, each in a folder of its own."""
     count = 2
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -52,10 +57,12 @@ def started(config: distill.Config, *more: str, devices: int = 4) -> list[subpro
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices // count)}
     return [
         subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE,
+            [*command, *flags], cwd=folder, env=environment, text=True, stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
         )
-        for command in commands(config, count, port, *more)
+        for command, flags, folder in zip(
+            commands(config, count, port, *more), ((), second), folders, strict=True
+        )
     ]  # fmt: skip
 
 
@@ -143,6 +150,28 @@ def test_processes_that_hold_parts_of_one_model_read_the_same_rows(config):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-5)
         assert mine.get("eval/kl", 0) == pytest.approx(other.get("eval/kl", 0), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "second", "says"),
+    [
+        ({}, ("--seed", "1"), "--seed is 0 in process 0, but 1 in process 1"),
+        ({"teacher": "teacher"}, (), "the content of --teacher is "),
+        ({"out": "run"}, (), "the folder run is "),  # a path that is another place on each host
+    ],
+)
+def test_processes_that_are_no_one_run_are_told_why(config, tmp_path, changes, second, says):
+    folders = tmp_path / "0", tmp_path / "1"
+    for number, folder in enumerate(folders):
+        shutil.copytree(config.teacher, folder / "teacher")
+        weights = folder / "teacher" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + bytes([number]))
+    pair = started(dataclasses.replace(config, **changes), folders=folders, second=second)
+    for process in pair:
+        said = process.communicate(timeout=120)[1]
+        lines = [line for line in said.splitlines() if line.startswith("error:")]
+        assert process.returncode == 2 and len(lines) == 1 and says in lines[0], said
+    assert not list(tmp_path.glob("**/metrics.jsonl"))
 
 
 @pytest.mark.parametrize("number", [0, 1])
