@@ -15,7 +15,7 @@ import student as students
 import text
 from losses import features
 from runtime import files, on_policy, target_store
-from runtime.errors import SEED, UserError, above, at_least, check
+from runtime.errors import SEED, UserError, above, at_least, between, check
 
 # A field hides the module it is named after.
 Data, Optim, OnPolicy = data.Config, optim.Config, on_policy.Config
@@ -87,6 +87,8 @@ class Config:
     """Continue it although its mathematics has changed, and say what has."""
     time_limit: Annotated[float | None, above(0)] = None
     """Minutes of wall clock after which the run saves and stops."""
+    requeue_status: Annotated[int, between(0, 255)] = 0
+    """Exit status of a run that was stopped before its end, for a scheduler that requeues by it."""
     eval_every: Annotated[int, at_least(1)] = 100
     """Steps between held-out evaluations."""
     eval_windows: Annotated[int, at_least(1)] = 64
@@ -182,7 +184,7 @@ MAY_CHANGE = frozenset({
     "--log-norms", "--quiet", "--mesh", "--zero", "--teacher-devices", "--export-dtype", "--remat",
     "--microbatches", "--loss.chunk", "--data.cache", "--data.streaming", "--profile-steps",
     "--plan", "--devices", "--device-memory", "--force", "--distributed", "--coordinator",
-    "--processes", "--process-id",
+    "--processes", "--process-id", "--requeue-status",
 })  # fmt: skip
 
 

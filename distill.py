@@ -7,7 +7,6 @@ import contextlib
 import os
 import shlex
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Float, Float32, Int
 
 import data
@@ -306,17 +304,23 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
         if start == 0:
             results.evaluate(run, state.student, 0, log)
         log.lap(start)
+
+        def asked() -> bool:
+            return interruption.asked or time.monotonic() > deadline
+
         try:
             for number, batch in enumerate(batches, start + 1):
                 trace.before(number)
                 if written[number - 1 - start]:
                     batch = write(state, batch)
                 arguments = (run.step_teacher, batch), state
+                # Before the step, so that reading it waits for no more than the one before.
+                vote = processes.any_asks(asked(), run.placement.mesh)
                 state, metrics = processes.block_on_cpu(program(*arguments, *fixed))
                 if pending is not None:
                     log_step(*pending)
                 pending = number, metrics
-                stops = must_stop(config, number, interruption.asked or time.monotonic() > deadline)
+                stops = number < config.steps and bool(asked() if vote is None else vote)
                 trace.after(number, state, log, ends=stops or number == config.steps)
                 evaluates = number % config.eval_every == 0 or number == config.steps
                 saves = stops or number % config.save_every == 0 or number == config.steps
@@ -332,7 +336,7 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                 if stops:
                     saved.wait()
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")
-                    raise SystemExit(0)
+                    raise SystemExit(config.requeue_status)
         except results.NotFinite:
             number = int(state.step)
             saved.save(number, state, run.facts | {"rows": run.rows(number)})
@@ -379,13 +383,6 @@ def compile_writer(run: Run, state: State) -> Callable[[State, data.Batch], data
     return write
 
 
-def must_stop(config: Config, number: int, asked: bool) -> bool:
-    """Whether to end early; processes ask each other now and then, and all find the same."""
-    if number == config.steps or (jax.process_count() > 1 and number % config.log_every):
-        return False
-    return bool(process_allgather(asked).any())
-
-
 def command() -> str:
     """What continues this run."""
     words = [word for word in sys.argv if word not in ("--no-resume", "--no_resume")]
@@ -393,7 +390,7 @@ def command() -> str:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    processes.end_at_once()
     config = errors.cli(Config)
     processes.start(
         distributed=config.distributed, coordinator=config.coordinator,

@@ -42,16 +42,20 @@ def placement(config: Config) -> Placement:
         why = "the student needs one of them"
         raise UserError(f"--teacher-devices {apart} of {len(devices)}: {why}")
     mesh = sharding.make_mesh(**config.mesh.sizes, devices=devices[: len(devices) - apart])
-    rows, shards = config.batch_size // config.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+    layout, rows = sharding.Layout(config.zero, config.mesh.rules), config.batch_size
+    rows //= config.microbatches
+    with sharding.use_mesh(mesh, layout):
+        shards = sharding.num_shards("batch")
     if rows % shards:
         flags = f"--batch-size {config.batch_size} in {config.microbatches} --microbatches"
-        misfit = f"do not divide over {shards} devices of the mesh axes data, fsdp"
+        axes = ", ".join(layout.params["batch"])
+        misfit = f"do not divide over {shards} devices of the mesh axes {axes}"
         raise UserError(f"{flags} gives {rows} rows at a time, which {misfit}")
     if apart and config.batch_size % apart:
         flag = f"--batch-size {config.batch_size}"
         raise UserError(f"{flag} does not divide over the --teacher-devices {apart}")
     teacher_mesh = sharding.make_mesh(devices=devices[-apart:]) if apart else None
-    return Placement(mesh, sharding.Layout(config.zero, config.mesh.rules), teacher_mesh)
+    return Placement(mesh, layout, teacher_mesh)
 
 
 class Run(NamedTuple):

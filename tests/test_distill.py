@@ -24,7 +24,16 @@ import optim
 import sharding
 import student as students
 from models.llama import Config, Llama
-from runtime import checkpoint, errors, figures, plan, prepare, results
+from runtime import (
+    checkpoint,
+    errors,
+    figures,
+    plan,
+    prepare,
+    processes,
+    report,
+    results,
+)
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -567,6 +576,45 @@ def test_with_another_batch_size_a_run_reads_on(quick, monkeypatch):
     assert "1.3k tokens" in (Path(quick.out) / "student" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("kind", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_other_signals_save_too(kind):
+    with processes.Interruption() as interruption:
+        os.kill(os.getpid(), kind)
+        assert interruption.asked
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with processes.Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruption.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_out_of_memory_names_what_needs_less(error):
+    with pytest.raises(UserError, match="out of memory.*--plan.*--remat.*--microbatches"):
+        with processes.exit_with_peers():
+            raise error
+
+
+def test_the_best_is_what_the_first_process_finds(monkeypatch, tmp_path):
+    run = prepare.Run(**dict.fromkeys(prepare.Run._fields))
+    config = distill.Config(keep_best=True)
+    exported = []
+    monkeypatch.setattr(results, "score", lambda *_: {"eval/kl": 1.0})
+    monkeypatch.setattr(results, "export", lambda *_: exported.append(1))
+    for best in (False, True):
+        monkeypatch.setattr(results, "process_allgather", lambda own, best=best: [best, not best])
+        run = run._replace(config=config, out=tmp_path)
+        results.evaluate(run, pair()[1], 1, report.Log(None, steps=1))
+        assert bool(exported) == best
+
+
 def test_another_spelling_of_the_text_is_the_same_setting(quick, text, monkeypatch):
     distill.train(quick)
     monkeypatch.chdir(text.parent)
@@ -718,6 +766,10 @@ def test_flags_that_cannot_be(words, says):
         ({"seq_len": 64, "batch_size": 4096}, "too little text"),
         ({"batch_size": 12}, "do not divide over 8"),
         ({"teacher": "/nowhere"}, "/nowhere"),
+        (
+            {"mesh": distill.Mesh(fsdp=4, tensor=2, rules=("batch=fsdp,tensor",)), "batch_size": 4},
+            "do not divide over 8 devices of the mesh axes fsdp, tensor",
+        ),
         ({"student_embed": 32}, "--student-init random"),
         (
             {"student_embed": 32, "student": str(FIXTURES / "llama-2"), "student_layers": 3},

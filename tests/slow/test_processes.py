@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -35,9 +36,10 @@ def config(teacher, text, tmp_path) -> distill.Config:
 def commands(config: distill.Config, count: int, port: int, *more: str) -> list[list[str]]:
     flags = {
         "teacher": config.teacher, "student-layers": 2, "seq-len": 32, "batch-size": 8,
-        "steps": config.steps, "eval-every": 3, "eval-windows": 8, "save-every": 3, "log-every": 1,
-        "data.source": config.data.source[0], "data.documents": "paragraph",
-        "data.cache": config.data.cache, "optim.lr": 1e-2, "optim.eps": 1e-4, "out": config.out,
+        "steps": config.steps, "eval-every": 3, "eval-windows": 8, "save-every": 3,
+        "log-every": config.log_every, "data.source": config.data.source[0],
+        "data.documents": "paragraph", "data.cache": config.data.cache, "optim.lr": 1e-2,
+        "optim.eps": 1e-4, "out": config.out,
     }  # fmt: skip
     words = [sys.executable, str(ROOT / "distill.py"), "--quiet", *more]
     words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
@@ -103,6 +105,47 @@ def test_who_waits_for_a_dead_process_ends(victim):
     _, said = both[1 - victim].communicate(timeout=60)
     both[victim].communicate()
     assert both[1 - victim].returncode, said
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
+def test_before_the_first_step_a_signal_ends_a_process_at_once(kind):
+    """One that waits for another in native code, where no handler of Python runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    program = WAITING.replace("def main():", "def main():\n    processes.end_at_once()")
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, where, str(number), "0"], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    assert [process.stdout.readline() for process in both] == ["here 2\n"] * 2
+    time.sleep(1)
+    both[1].send_signal(kind)
+    try:
+        assert both[1].wait(timeout=6) == 130
+        assert "interrupted" in both[1].stderr.read()
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def test_a_signal_to_any_process_saves_after_the_step_at_hand(config):
+    config = dataclasses.replace(config, steps=4000, log_every=1000)
+    pair = started(config, "--requeue-status", "75")
+    metrics = Path(config.out) / "metrics.jsonl"
+    for _ in range(600):
+        if (metrics.exists() and metrics.read_text()) or pair[0].poll() is not None:
+            break
+        time.sleep(0.1)
+    time.sleep(1)
+    pair[1].send_signal(signal.SIGUSR1)
+    said = [process.communicate(timeout=20)[1] for process in pair]
+    assert [process.returncode for process in pair] == [75, 75], said
+    assert "all is saved" in said[0]
 
 
 def test_two_processes_are_one_and_survive_the_death_of_either(config):
