@@ -116,12 +116,6 @@ class Corpus:
         """What the sources' tokens are, wherever their stores lie."""
         return text.digest([part.store.digest for group in self.groups for part in group])
 
-    @property
-    def held_out_digest(self) -> str:
-        """What the windows to evaluate on are."""
-        parts = [[part.store.digest, part.start, part.stop] for part in self.held_out]
-        return text.digest([parts, self.seq_len])
-
 
 def open_corpus(
     config: Config, tokenizer_folder: Path | str, *, seq_len: int, seed: int, vocab: int

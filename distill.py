@@ -338,8 +338,7 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")
                     raise SystemExit(config.requeue_status)
         except results.NotFinite:
-            number = int(state.step)
-            saved.save(number, state, run.facts | {"rows": run.rows(number)})
+            saved.save(last := int(state.step), state, run.facts | {"rows": run.rows(last)})
             saved.wait()
             raise
     return state

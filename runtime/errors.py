@@ -27,14 +27,10 @@ def run(main: Callable[[], object]) -> None:
         tell(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        interrupted()
-
-
-def interrupted() -> typing.NoReturn:
-    words = "interrupted; the same command goes on from what was saved, if anything was"
-    print(words, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(130)  # under a program that still computes, a tidy end of Python crashes
+        words = "interrupted; the same command goes on from what was saved, if anything was"
+        print(words, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # under a program that still computes, a tidy end of Python crashes
 
 
 def tell(error: UserError) -> None:

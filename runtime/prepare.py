@@ -1,6 +1,7 @@
 """From a configuration to all that a run needs before its first step."""
 
 import dataclasses
+import math
 import secrets
 import time
 from collections.abc import Iterator
@@ -42,14 +43,14 @@ def placement(config: Config) -> Placement:
         why = "the student needs one of them"
         raise UserError(f"--teacher-devices {apart} of {len(devices)}: {why}")
     mesh = sharding.make_mesh(**config.mesh.sizes, devices=devices[: len(devices) - apart])
-    layout, rows = sharding.Layout(config.zero, config.mesh.rules), config.batch_size
-    rows //= config.microbatches
-    with sharding.use_mesh(mesh, layout):
-        shards = sharding.num_shards("batch")
-    if rows % shards:
+    layout = sharding.Layout(config.zero, config.mesh.rules)
+    rows, (axes,) = (
+        config.batch_size // config.microbatches,
+        sharding.claims(["batch"], mesh, layout.params),
+    )
+    if rows % (shards := math.prod(mesh.shape[axis] for axis in axes)):
         flags = f"--batch-size {config.batch_size} in {config.microbatches} --microbatches"
-        axes = ", ".join(layout.params["batch"])
-        misfit = f"do not divide over {shards} devices of the mesh axes {axes}"
+        misfit = f"do not divide over {shards} devices of the mesh axes {', '.join(axes)}"
         raise UserError(f"{flags} gives {rows} rows at a time, which {misfit}")
     if apart and config.batch_size % apart:
         flag = f"--batch-size {config.batch_size}"
@@ -155,7 +156,7 @@ def make_folder(config: Config) -> files.RunFolder:
     return folder
 
 
-def check_processes(config: Config, folder: files.RunFolder) -> None:
+def check_processes(folder: files.RunFolder) -> None:
     """Refuses processes of which one was started otherwise, or has another folder in mind."""
     if jax.process_count() == 1:
         return
@@ -179,7 +180,7 @@ def check_processes(config: Config, folder: files.RunFolder) -> None:
 
 def last_step(config: Config, folder: files.RunFolder) -> int | None:
     """The step of the last checkpoint of a run, which must have been made by the same settings."""
-    check_processes(config, folder)
+    check_processes(folder)
     last = checkpoint.latest(folder.path / "checkpoints")
     changed = folder.changed()
     if last is not None and folder.previous() is None:
@@ -224,17 +225,10 @@ def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, Langu
             rows=config.steps * config.batch_size,
             teacher=models.fetch(config.teacher) if named else None,
         )  # fmt: skip
-    facts = {"teacher": None, "data": corpus.digest, "held_out": corpus.held_out_digest}
-    if targets is not None:
-        facts["teacher"] = targets.digest
-    elif reads_teacher(config, out):
-        facts["teacher"] = models.fingerprint(models.fetch(config.teacher))
-    start = None
-    if config.student is not None and checkpoint.latest(out / "checkpoints") is None:
-        start = models.fingerprint(models.fetch(config.student))
-    fingerprints = facts | {"student": start}
-    processes.check_same({f"the content of --{x}": fingerprints[x] for x in fingerprints})
-    teacher, student, layers = teacher_and_student(config, out, placement, corpus)
+    facts = {"teacher": targets and targets.digest, "data": corpus.digest}
+    held_out = [[part.store.digest, part.start, part.stop] for part in corpus.held_out]
+    facts["held_out"] = files.digest(held_out)
+    teacher, student, layers = teacher_and_student(config, out, placement, corpus, facts)
     head = None
     if teacher is not None and placement.teacher_mesh is not None:
         places = sharding.specs(teacher, placement.mesh, placement.layout.params)
@@ -280,15 +274,12 @@ def continued(run: Run, step: int, extra: dict[str, Any]) -> Run:
     return run._replace(first_row=extra.get("rows", rows) - rows)
 
 
-def reads_teacher(config: Config, out: Path) -> bool:
-    """Whether a start reads the teacher's weights, be it for the cut alone."""
-    cuts = config.student is None and config.student_init != "random"
-    begun = checkpoint.latest(out / "checkpoints") is not None and (out / CHOICE).exists()
-    return needs_teacher(config) or (cuts and not begun)
-
-
 def teacher_and_student(
-    config: Config, out: Path, placement: Placement, corpus: data.Corpus
+    config: Config,
+    out: Path,
+    placement: Placement,
+    corpus: data.Corpus,
+    facts: dict[str, str | None],
 ) -> tuple[LanguageModel | None, LanguageModel | None, list[int] | None]:
     """The teacher, if the run looks at it; the student, if there is no checkpoint of it; and the
     teacher's blocks that it began as, if it was cut."""
@@ -297,7 +288,11 @@ def teacher_and_student(
     cuts = config.student is None and config.student_init != "random"
     teacher = student = layers = None
     with sharding.use_mesh(teacher_mesh or mesh, layout):
-        if reads_teacher(config, out):
+        reads = needs_teacher(config) or (cuts and not (begun and (out / CHOICE).exists()))
+        if reads and facts["teacher"] is None:
+            facts["teacher"] = models.fingerprint(models.fetch(config.teacher))
+        processes.check_same({f"the content of --{name}": facts[name] for name in facts})
+        if reads:
             teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
         if cuts:
             layers = choose_or_restore_layers(config, teacher, corpus, out)

@@ -126,8 +126,8 @@ def end_at_once() -> None:
     def wait() -> None:
         while os.read(reader, 1)[0] not in stop_signals():
             pass
-        time.sleep(1)  # a tidy end, where Python gets to it
-        errors.interrupted()
+        time.sleep(1)  # for a tidy end, where Python gets to it
+        errors.run(lambda: signal.default_int_handler(signal.SIGINT, None))
 
     for kind in stop_signals()[1:]:
         signal.signal(kind, signal.default_int_handler)
@@ -142,8 +142,7 @@ def any_asks(asked: bool, mesh: jax.sharding.Mesh) -> jax.Array | None:
     if jax.process_count() == 1:
         return None
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
-    own = np.full(jax.local_device_count(), asked)
-    flags = jax.make_array_from_process_local_data(place, own)
+    flags = jax.make_array_from_callback((mesh.size,), place, lambda _: np.array([asked]))
     return block_on_cpu(_any(flags))
 
 
@@ -151,7 +150,7 @@ _any = jax.jit(jnp.any)
 
 
 class Interruption(contextlib.ExitStack):
-    """`SIGNALS` as a wish to stop after the step; a second one is taken at its word."""
+    """`stop_signals` as a wish to stop after the step; a second one is taken at its word."""
 
     asked = False
 

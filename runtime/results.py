@@ -81,7 +81,8 @@ def score(run: Run, student: LanguageModel) -> dict[str, int | float | str]:
     )  # fmt: skip
     names = ("ce", "kl", "agreement", "teacher_ce")
     figures = {f"eval/{name}": scores[name] for name in names if name in scores}
-    of = run.facts["held_out"], run.facts["teacher"], run.config.eval_windows
+    teacher = None if run.teacher is None else run.facts["teacher"]
+    of = run.facts["held_out"], teacher, run.config.eval_windows, run.config.seq_len
     return figures | {"eval/of": text.digest(of)[:8]}
 
 
