@@ -185,6 +185,7 @@ MAY_CHANGE = frozenset({
     "--microbatches", "--loss.chunk", "--data.cache", "--data.streaming", "--profile-steps",
     "--plan", "--devices", "--device-memory", "--force", "--distributed", "--coordinator",
     "--processes", "--process-id", "--requeue-status",
+    "--data.text-field",  # what it says of the text is compared itself
 })  # fmt: skip
 
 

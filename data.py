@@ -27,7 +27,10 @@ from text.store import BLOCK, Store, hash_bytes, open_store
 
 T = TypeVar("T")
 Rows = Int[np.ndarray, " rows"]
-POSITIVE = Constraint("above 0", lambda weights: all(0 < weight < math.inf for weight in weights))
+SHARES = Constraint(  # less rounds to nothing
+    "above a millionth of their sum",
+    lambda x: all(1e-6 * sum(x) < weight < math.inf for weight in x),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Config:
     source: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .jsonl, .parquet (also .gz, .zst), or hub data sets as
     id[:config][:split]."""
-    weights: Annotated[tuple[float, ...], POSITIVE] = ()
+    weights: Annotated[tuple[float, ...], SHARES] = ()
     """How much of each source goes into the mixture; without them, all of every source."""
-    text_field: str = "text"
-    """The field of a record that holds its text."""
+    text_field: str | None = None
+    """The field of a record that holds its text; by default text, where it has no conversation."""
     documents: Literal["file", "paragraph", "line"] = "file"
     """What a document is in plain text; paragraphs end at a blank line."""
     mask: Literal["all", "assistant"] = "all"

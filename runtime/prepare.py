@@ -44,10 +44,8 @@ def placement(config: Config) -> Placement:
         raise UserError(f"--teacher-devices {apart} of {len(devices)}: {why}")
     mesh = sharding.make_mesh(**config.mesh.sizes, devices=devices[: len(devices) - apart])
     layout = sharding.Layout(config.zero, config.mesh.rules)
-    rows, (axes,) = (
-        config.batch_size // config.microbatches,
-        sharding.claims(["batch"], mesh, layout.params),
-    )
+    (axes,), rows = sharding.claims(["batch"], mesh, layout.params), config.batch_size
+    rows //= config.microbatches
     if rows % (shards := math.prod(mesh.shape[axis] for axis in axes)):
         flags = f"--batch-size {config.batch_size} in {config.microbatches} --microbatches"
         misfit = f"do not divide over {shards} devices of the mesh axes {', '.join(axes)}"
@@ -275,14 +273,11 @@ def continued(run: Run, step: int, extra: dict[str, Any]) -> Run:
 
 
 def teacher_and_student(
-    config: Config,
-    out: Path,
-    placement: Placement,
-    corpus: data.Corpus,
+    config: Config, out: Path, placement: Placement, corpus: data.Corpus,
     facts: dict[str, str | None],
-) -> tuple[LanguageModel | None, LanguageModel | None, list[int] | None]:
+) -> tuple[LanguageModel | None, LanguageModel | None, list[int] | None]:  # fmt: skip
     """The teacher, if the run looks at it; the student, if there is no checkpoint of it; and the
-    teacher's blocks that it began as, if it was cut."""
+    teacher's blocks that it began as, if it was cut. Adds the teacher's fingerprint to `facts`."""
     mesh, layout, teacher_mesh = placement
     begun = checkpoint.latest(out / "checkpoints") is not None
     cuts = config.student is None and config.student_init != "random"
@@ -318,9 +313,11 @@ def choose_or_restore_layers(
     path = out / CHOICE
     if path.exists():
         choice = files.read_json(path)
-        layers = choice.get("kept")
-        if not isinstance(layers, list) or len(layers) != config.student_layers:
-            misfit = f"expected the choice of {config.student_layers} blocks, found {layers}"
+        layers, depth = choice.get("kept"), models.config(config.teacher).layers
+        ascending = isinstance(layers, list) and [x for x in range(depth) if x in layers]
+        if not ascending or layers != ascending or len(layers) != config.student_layers:
+            what = f"{config.student_layers} blocks of 0 to {depth - 1}"
+            misfit = f"expected the choice of {what}, found {layers}"
             remedy = "give --student-layers as at the beginning, or begin anew with --no-resume"
             raise UserError(f"{path}: {misfit}: {remedy}")
     else:

@@ -576,6 +576,17 @@ def test_with_another_batch_size_a_run_reads_on(quick, monkeypatch):
     assert "1.3k tokens" in (Path(quick.out) / "student" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "blocks", [[0, 7], [-1, 0], [1, 0], [0, 0], ["0", "1"], "01", [0, 1.5], [0]]
+)
+def test_a_choice_of_blocks_that_cannot_be(quick, blocks):
+    Path(quick.out).mkdir()
+    (Path(quick.out) / "choice.json").write_text(json.dumps({"kept": blocks}))
+    corpus = data.open_corpus(quick.data, quick.teacher, seq_len=32, seed=0, vocab=2048)
+    with pytest.raises(UserError, match="expected the choice of 2 blocks of 0 to 2, found"):
+        prepare.choose_or_restore_layers(quick, None, corpus, Path(quick.out))
+
+
 @pytest.mark.parametrize("kind", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_other_signals_save_too(kind):
     with processes.Interruption() as interruption:
