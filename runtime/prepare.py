@@ -81,10 +81,6 @@ class Run(NamedTuple):
         apart = self.placement.teacher_mesh is not None or self.targets is not None
         return None if apart or not uses_teacher_loss(self.config.loss) else self.teacher
 
-    @property
-    def step_tokens(self) -> int:
-        return self.config.batch_size * self.config.seq_len
-
     def rows(self, step: int) -> int:
         """Rows that are read after so many steps."""
         return self.first_row + step * self.config.batch_size

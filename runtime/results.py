@@ -63,7 +63,7 @@ def step_logger(
             line["divergence"] = None
         if config.on_policy.fraction:
             line["on_policy"] = int(written[number - 1 - start])
-        rate = run.step_tokens * steps / seconds
+        rate = config.batch_size * config.seq_len * steps / seconds
         line |= {"tokens": run.rows(number) * config.seq_len, "tokens_per_second": round(rate, 1)}
         line |= {name: value for name, value in metrics.items() if "/" in name}
         log.step(line, mfu=flops * rate / peak)
@@ -90,10 +90,9 @@ def evaluate(run: Run, student: LanguageModel, number: int, log: Log) -> None:
     """Scores the student on held-out windows, and keeps the best one if that is asked for."""
     entry = {"step": number} | score(run, student)
     if run.config.keep_best:
-        first = jax.process_index() == 0  # others may not see its last lines yet
-        metrics = report.read_metrics(run.out / "metrics.jsonl") if first else []
+        metrics = report.read_metrics(run.out / "metrics.jsonl")
         best = is_best([line for line in metrics if line["step"] < number], entry)
-        if process_allgather(best)[0]:
+        if process_allgather(best)[0]:  # others may not see the file's last lines yet
             export(run, student, number, run.out / "student-best", [*metrics, entry])
     log.evaluation(entry)
 

@@ -1,8 +1,8 @@
 """Targets on disk: their bits, the folder they lie in, how it is made, and what is refused."""
 
 import dataclasses
-import json
 import errno
+import json
 import os
 import resource
 import shutil
