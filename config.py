@@ -92,7 +92,7 @@ class Config:
     eval_every: Annotated[int, at_least(1)] = 100
     """Steps between held-out evaluations."""
     eval_windows: Annotated[int, at_least(1)] = 64
-    """Held-out windows that an evaluation of the run reads at most, rounded up to whole batches."""
+    """Held-out windows that an evaluation of the run reads, or all where there are fewer."""
     save_every: Annotated[int, at_least(1)] = 100
     """Steps between checkpoints."""
     keep: Annotated[int, at_least(1)] = 2

@@ -205,7 +205,7 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def fingerprint(folder: Path) -> str:
     """Of all bytes of a model's config and weights, wherever and since whenever they lie there."""
     paths = sorted({folder / "config.json", *folder.glob("*.safetensors")})
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, report.progress(f"hashing {folder.name}"):
         sums = dict(zip([path.name for path in paths], pool.map(_sha256, paths), strict=True))
     return files.digest(sums)
 
