@@ -161,7 +161,7 @@ def check_processes(folder: files.RunFolder) -> None:
     sources = (file for room in (".", "*") for file in ROOT.glob(f"{room}/*.py"))
     facts = {
         "the version of jax": jax.__version__,
-        "the version of this program": files.digest([x.read_text() for x in sorted(sources)]),
+        "the version of this program": files.digest(list(map(files.file_digest, sorted(sources)))),
         **{f"--{name}": value for name, value in folder.settings.items()},
         f"the folder {path}": files.read_json(token)["token"] if token.exists() else "another one",
         "the last checkpoint": checkpoint.latest(path / "checkpoints"),
