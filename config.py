@@ -16,7 +16,7 @@ import text
 from losses import features
 from models import kernels
 from runtime import files, on_policy, target_store
-from runtime.errors import SEED, UserError, above, at_least, check
+from runtime.errors import SEED, UserError, above, at_least, between, check
 
 # A field hides the module it is named after.
 Data, Optim, OnPolicy = data.Config, optim.Config, on_policy.Config
@@ -91,10 +91,12 @@ class Config:
     """Continue it although its mathematics has changed, and say what has."""
     time_limit: Annotated[float | None, above(0)] = None
     """Minutes of wall clock after which the run saves and stops."""
+    requeue_status: Annotated[int, between(0, 255)] = 0
+    """Exit status of a run that was stopped before its end, for a scheduler that requeues by it."""
     eval_every: Annotated[int, at_least(1)] = 100
     """Steps between held-out evaluations."""
     eval_windows: Annotated[int, at_least(1)] = 64
-    """Held-out windows that an evaluation of the run reads at most, rounded up to whole batches."""
+    """Held-out windows that an evaluation of the run reads, or all where there are fewer."""
     save_every: Annotated[int, at_least(1)] = 100
     """Steps between checkpoints."""
     keep: Annotated[int, at_least(1)] = 2
@@ -186,7 +188,8 @@ MAY_CHANGE = frozenset({
     "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--teacher-devices",
     "--export-dtype", "--remat", "--microbatches", "--loss.chunk", "--data.cache",
     "--data.streaming", "--profile-steps", "--plan", "--devices", "--device-memory", "--force",
-    "--distributed", "--coordinator", "--processes", "--process-id",
+    "--distributed", "--coordinator", "--processes", "--process-id", "--requeue-status",
+    "--data.text-field",  # what it says of the text is compared itself
 })  # fmt: skip
 
 
@@ -273,8 +276,8 @@ def student_config(config: Config) -> Any:
 
 def run_folder(config: Config) -> files.RunFolder:
     """The folder of a run, which holds its configuration."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    return files.RunFolder(Path(config.out), settings, MAY_CHANGE)
+    settings, default = (json.loads(json.dumps(dataclasses.asdict(x))) for x in (config, Config()))
+    return files.RunFolder(Path(config.out), settings, MAY_CHANGE, default)
 
 
 def uses_teacher_loss(loss: losses.Config) -> bool:

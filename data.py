@@ -27,7 +27,10 @@ from text.store import BLOCK, Store, hash_bytes, open_store
 
 T = TypeVar("T")
 Rows = Int[np.ndarray, " rows"]
-POSITIVE = Constraint("above 0", lambda weights: all(0 < weight < math.inf for weight in weights))
+SHARES = Constraint(  # less rounds to nothing
+    "above a millionth of their sum",
+    lambda x: all(1e-6 * sum(x) < weight < math.inf for weight in x),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Config:
     source: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .jsonl, .parquet (also .gz, .zst), or hub data sets as
     id[:config][:split]."""
-    weights: Annotated[tuple[float, ...], POSITIVE] = ()
+    weights: Annotated[tuple[float, ...], SHARES] = ()
     """How much of each source goes into the mixture; without them, all of every source."""
-    text_field: str = "text"
-    """The field of a record that holds its text."""
+    text_field: str | None = None
+    """The field of a record that holds its text; by default text, where it has no conversation."""
     documents: Literal["file", "paragraph", "line"] = "file"
     """What a document is in plain text; paragraphs end at a blank line."""
     mask: Literal["all", "assistant"] = "all"
@@ -164,10 +167,11 @@ def batch(
 
 
 def windows(
-    corpus: Corpus, step: int, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Rows:
+    corpus: Corpus, step: int, batch_size: int, process_index: int = 0, process_count: int = 1,
+    first_row: int = 0,
+) -> Rows:  # fmt: skip
     """Which windows, numbered through all sources, are the rows of one process at a step."""
-    rows = _rows(step, batch_size, process_index, process_count)
+    rows = first_row + _rows(step, batch_size, process_index, process_count)
     groups, windows = assign_sources(rows, corpus.weights, corpus.seed)
     first = 0
     for group, size in enumerate(corpus.sizes):
@@ -210,13 +214,15 @@ def read(corpus: Corpus, windows: Rows, *, held_out: bool = False) -> Batch:
 
 
 def evaluation(
-    corpus: Corpus, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """Every held-out window once, in order; the rows after the last are padding."""
+    corpus: Corpus, batch_size: int, process_index: int = 0, process_count: int = 1,
+    limit: int | float = math.inf,
+) -> Iterator[Batch]:  # fmt: skip
+    """Every held-out window once, in order, up to `limit`; the rows after the last are padding."""
     total = sum(part.windows for part in corpus.held_out)
-    for step in range(-(-total // batch_size)):
+    count = min(total, limit)
+    for step in range(-(-count // batch_size)):
         rows = _rows(step, batch_size, process_index, process_count)
-        yield read(corpus, rows, held_out=True)
+        yield read(corpus, np.where(rows < count, rows, total), held_out=True)
 
 
 def _rows(step: int, batch_size: int, index: int, count: int) -> Rows:

@@ -7,7 +7,6 @@ import contextlib
 import os
 import shlex
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Float, Float32, Int
 
 import data
@@ -29,7 +27,6 @@ from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, wit
 from losses import features
 from models.base import LanguageModel
 from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results
-from runtime.errors import UserError
 from runtime.prepare import Placement, Run
 
 __all__ = ["Config", "Data", "Mesh", "Optim", "State", "init_state", "main", "step", "train"]
@@ -283,22 +280,15 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
         # What lies there already stays: `sharding.shard` would hold all of it twice for a moment.
         return run, jax.device_put(state, plan.state_shardings(state, mesh, layout))
     _, like = abstract_arguments(config, placement, run.layers)
-    state, extra, _ = checkpoint.restore(out / "checkpoints", like)
-    if extra["data"] != run.corpus.digest:
-        other = f"{out} was trained on other text than {' '.join(config.data.source)} holds now"
-        if not config.resume_anyway:
-            raise UserError(
-                f"{other}: put the old text back, begin anew with --no-resume, or add"
-                " --resume-anyway"
-            )
-        report.say(f"continued anyway: {other}")
+    state, extra, step = checkpoint.restore(out / "checkpoints", like)
+    run = prepare.continued(run, step, extra)
     prepare.write_config(run_folder(config))  # only now: what is refused leaves the run as it was
     return run, eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
 
 
 def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) -> State:
     """From the step of `state` to the last. The device is never waited for, but one step behind."""
-    config, start, extra = run.config, int(state.step), {"data": run.corpus.digest}
+    config, start = run.config, int(state.step)
     program, fixed = compile_step(run, state), (run.optimizer, run.objective)
     written = on_policy.on_policy_steps(config.on_policy, config.seed, start, config.steps)
     write = compile_writer(run, state) if written.any() else None
@@ -314,17 +304,23 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
         if start == 0:
             results.evaluate(run, state.student, 0, log)
         log.lap(start)
+
+        def asked() -> bool:
+            return interruption.asked or time.monotonic() > deadline
+
         try:
             for number, batch in enumerate(batches, start + 1):
                 trace.before(number)
                 if written[number - 1 - start]:
                     batch = write(state, batch)
                 arguments = (run.step_teacher, batch), state
+                # Before the step, so that reading it waits for no more than the one before.
+                vote = processes.any_asks(asked(), run.placement.mesh)
                 state, metrics = processes.block_on_cpu(program(*arguments, *fixed))
                 if pending is not None:
                     log_step(*pending)
                 pending = number, metrics
-                stops = must_stop(config, number, interruption.asked or time.monotonic() > deadline)
+                stops = number < config.steps and bool(asked() if vote is None else vote)
                 trace.after(number, state, log, ends=stops or number == config.steps)
                 evaluates = number % config.eval_every == 0 or number == config.steps
                 saves = stops or number % config.save_every == 0 or number == config.steps
@@ -335,14 +331,14 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                 if evaluates:
                     results.evaluate(run, state.student, number, log)
                 if saves:
-                    saved.save(number, state, extra)
+                    saved.save(number, state, run.facts | {"rows": run.rows(number)})
                 log.lap(number)  # neither is time of the steps
                 if stops:
                     saved.wait()
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")
-                    raise SystemExit(0)
+                    raise SystemExit(config.requeue_status)
         except results.NotFinite:
-            saved.save(int(state.step), state, extra)
+            saved.save(last := int(state.step), state, run.facts | {"rows": run.rows(last)})
             saved.wait()
             raise
     return state
@@ -386,13 +382,6 @@ def compile_writer(run: Run, state: State) -> Callable[[State, data.Batch], data
     return write
 
 
-def must_stop(config: Config, number: int, asked: bool) -> bool:
-    """Whether to end early; processes ask each other now and then, and all find the same."""
-    if number == config.steps or (jax.process_count() > 1 and number % config.log_every):
-        return False
-    return bool(process_allgather(asked).any())
-
-
 def command() -> str:
     """What continues this run."""
     words = [word for word in sys.argv if word not in ("--no-resume", "--no_resume")]
@@ -400,7 +389,7 @@ def command() -> str:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    processes.end_at_once()
     config = errors.cli(Config)
     processes.start(
         distributed=config.distributed, coordinator=config.coordinator,

@@ -3,6 +3,7 @@
 `fetch` asks the hub, `load` reads, `config` and `abstract` read all but the weights, `save` writes.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import os
 import re
 import reprlib
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -200,19 +202,31 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-SAMPLE = 1 << 16  # bytes, of which a fingerprint takes up to a thousand from a file
-
-
 def fingerprint(folder: Path) -> str:
-    """Of a model's config and weights, wherever and since whenever they lie there."""
-    hash = hashlib.blake2b(digest_size=16)
-    for path in sorted({folder / "config.json", *folder.glob("*.safetensors")}):
-        size = path.stat().st_size
-        hash.update(f"{path.name} {size}\n".encode())
-        count = min(1 << 10, -(-size // SAMPLE))
-        for start in np.linspace(0, max(0, size - SAMPLE), count).astype(int).tolist():
-            hash.update(np.fromfile(path, np.uint8, SAMPLE, offset=start))
-    return hash.hexdigest()
+    """Of all bytes of a model's config and weights, wherever and since whenever they lie there."""
+    paths = sorted({folder / "config.json", *folder.glob("*.safetensors")})
+    with ThreadPoolExecutor() as pool, report.progress(f"hashing {folder.name}"):
+        sums = dict(zip([path.name for path in paths], pool.map(_sha256, paths), strict=True))
+    return files.digest(sums)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file; the hub's cache names large ones by it, and of others it is remembered."""
+    path, stat = path.resolve(), path.stat()
+    if path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", path.name):
+        return path.name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
+    facts = [str(path), stat.st_ino, stat.st_size, stat.st_ctime_ns]
+    memory = cache / "fingerprints" / files.digest(facts)
+    with contextlib.suppress(UserError, KeyError):
+        return files.read_json(memory)["sha256"]
+    with open(path, "rb") as file:
+        value = hashlib.file_digest(file, "sha256").hexdigest()
+    if time.time() - stat.st_ctime > 2:  # else it may change again before the clock ticks
+        with contextlib.suppress(UserError, OSError):
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(memory, {"sha256": value})
+    return value
 
 
 def config(source: Source) -> Any:

@@ -145,7 +145,10 @@ def lock(path: Path, guarded: Path | None = None, *, wait: bool = False) -> Iter
         held.release()
 
 
-def changes(before: Settings, now: Settings, may_change: Set[str], prefix: str = "") -> list[str]:
+def changes(
+    before: Settings, now: Settings, may_change: Set[str], prefix: str = "", *,
+    default: Settings | None = None, words: str = "{} was {}, is {}",
+) -> list[str]:  # fmt: skip
     """How settings differ, a line each; `may_change` names single ones or groups (`a` of `a.b`)."""
 
     def flat(settings: Settings, group: str) -> Iterator[tuple[str, Any]]:
@@ -154,9 +157,9 @@ def changes(before: Settings, now: Settings, may_change: Set[str], prefix: str =
             name = group + name.replace("_", "-")
             yield from flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
 
-    old = dict(flat(before, prefix))
+    old = dict(flat(default or {}, prefix)) | dict(flat(before, prefix))
     return [
-        f"{name} was {old.get(name)}, is {value}"
+        words.format(name, old.get(name), value)
         for name, value in flat(now, prefix)
         if old.get(name) != value and not may_change & {name, name.partition(".")[0]}
     ]
@@ -170,6 +173,8 @@ class RunFolder:
     settings: Settings
     """As JSON returns them: lists, not tuples."""
     may_change: Set[str]
+    default: Settings = dataclasses.field(default_factory=dict)
+    """What counts for a setting that is younger than the folder."""
 
     def previous(self) -> dict[str, Any] | None:
         """The settings that made what is there; None where nothing is."""
@@ -180,7 +185,7 @@ class RunFolder:
         """The flags that may not change and did, a line each."""
         previous = self.previous()
         before = self.settings if previous is None else previous
-        return changes(before, self.settings, self.may_change, "--")
+        return changes(before, self.settings, self.may_change, "--", default=self.default)
 
     def write(self) -> None:
         write_json(self.path / "config.json", self.settings)

@@ -1,15 +1,16 @@
 """From a configuration to all that a run needs before its first step."""
 
 import dataclasses
+import math
+import secrets
 import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.multihost_utils import process_allgather, sync_global_devices
+from jax.experimental.multihost_utils import sync_global_devices
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import data
@@ -23,8 +24,10 @@ from config import Config, needs_teacher, run_folder, student_config, uses_teach
 from losses import features
 from models import kernels
 from models.base import LanguageModel
-from runtime import checkpoint, files, report, target_store
+from runtime import checkpoint, files, processes, report, target_store
 from runtime.errors import UserError
+
+ROOT = Path(__file__).parents[1]
 
 
 class Placement(NamedTuple):
@@ -41,16 +44,17 @@ def placement(config: Config) -> Placement:
         why = "the student needs one of them"
         raise UserError(f"--teacher-devices {apart} of {len(devices)}: {why}")
     mesh = sharding.make_mesh(**config.mesh.sizes, devices=devices[: len(devices) - apart])
-    rows, shards = config.batch_size // config.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % shards:
+    layout = sharding.Layout(config.zero, config.mesh.rules, config.attention)
+    (axes,), rows = sharding.claims(["batch"], mesh, layout.params), config.batch_size
+    rows //= config.microbatches
+    if rows % (shards := math.prod(mesh.shape[axis] for axis in axes)):
         flags = f"--batch-size {config.batch_size} in {config.microbatches} --microbatches"
-        misfit = f"do not divide over {shards} devices of the mesh axes data, fsdp"
+        misfit = f"do not divide over {shards} devices of the mesh axes {', '.join(axes)}"
         raise UserError(f"{flags} gives {rows} rows at a time, which {misfit}")
     if apart and config.batch_size % apart:
         flag = f"--batch-size {config.batch_size}"
         raise UserError(f"{flag} does not divide over the --teacher-devices {apart}")
     teacher_mesh = sharding.make_mesh(devices=devices[-apart:]) if apart else None
-    layout = sharding.Layout(config.zero, config.mesh.rules, config.attention)
     return Placement(mesh, layout, teacher_mesh)
 
 
@@ -69,6 +73,8 @@ class Run(NamedTuple):
     optimizer: optim.Optimizer
     objective: losses.Objective
     layers: list[int] | None  # blocks of the teacher that the student began as
+    facts: dict[str, str | None]  # fingerprints of what it learns from, which may not change
+    first_row: int = 0  # of step 0; not 0 where a checkpoint had other batches
 
     @property
     def step_teacher(self) -> LanguageModel | None:
@@ -76,13 +82,14 @@ class Run(NamedTuple):
         apart = self.placement.teacher_mesh is not None or self.targets is not None
         return None if apart or not uses_teacher_loss(self.config.loss) else self.teacher
 
-    @property
-    def step_tokens(self) -> int:
-        return self.config.batch_size * self.config.seq_len
+    def rows(self, step: int) -> int:
+        """Rows that are read after so many steps."""
+        return self.first_row + step * self.config.batch_size
 
     def batch(self, step: int) -> data.Batch:
         """What a step reads: a function of its number alone, so that nothing of it is saved."""
-        windows = data.windows(self.corpus, step, self.config.batch_size, *self.process_rows)
+        size, rows = self.config.batch_size, self.process_rows
+        windows = data.windows(self.corpus, step, size, *rows, first_row=self.first_row)
         batch = data.read(self.corpus, windows)
         if self.targets is not None:
             batch = batch._replace(signal=target_store.read(self.targets, windows))
@@ -101,12 +108,13 @@ class Run(NamedTuple):
         return local._replace(signal=losses.TeacherStates(hidden, self.head))
 
     def held_out(self) -> tuple[Iterator[data.Batch], int]:
-        """Batches of the windows that an evaluation reads, and at most how many."""
+        """Batches of the windows that an evaluation reads, and at most how many batches."""
         rows = self.config.batch_size
         if self.placement.teacher_mesh is None:  # else they are to divide over its devices too
             rows //= self.config.microbatches
-        count = -(-self.config.eval_windows // rows)
-        return islice(data.evaluation(self.corpus, rows, *self.process_rows), count), count
+        limit = self.config.eval_windows
+        batches = data.evaluation(self.corpus, rows, *self.process_rows, limit=limit)
+        return batches, -(-limit // rows)
 
 
 teacher_states = sharding.jit(losses.teacher_states)
@@ -135,19 +143,44 @@ def make_folder(config: Config) -> files.RunFolder:
     if jax.process_index() == 0:
         with files.disk_errors(folder.path, ": give another --out"):
             folder.path.mkdir(parents=True, exist_ok=True)
-            if not config.resume and (folder.path / "config.json").exists():
+            if not config.resume and any(folder.path.iterdir()):
                 with checkpoint.lock(folder.path):
                     aside = folder.set_aside()
                 folder.path.mkdir()
                 report.say(f"the run that was in {folder.path} is in {aside} now")
-    sync_global_devices("folder")
     return folder
+
+
+def check_processes(folder: files.RunFolder) -> None:
+    """Refuses processes of which one was started otherwise, or has another folder in mind."""
+    if jax.process_count() == 1:
+        return
+    path, token, choice = folder.path, folder.path / ".processes", folder.path / CHOICE
+    if jax.process_index() == 0:
+        files.write_json(token, {"token": secrets.token_hex()})
+    sync_global_devices("folder")
+    sources = (file for room in (".", "*") for file in ROOT.glob(f"{room}/*.py"))
+    facts = {
+        "the version of jax": jax.__version__,
+        "the version of this program": files.digest(list(map(files.file_digest, sorted(sources)))),
+        **{f"--{name}": value for name, value in folder.settings.items()},
+        f"the folder {path}": files.read_json(token)["token"] if token.exists() else "another one",
+        "the last checkpoint": checkpoint.latest(path / "checkpoints"),
+        "the choice of blocks": files.read_json(choice).get("kept") if choice.exists() else None,
+    }
+    processes.check_same(facts)
+    if jax.process_index() == 0:
+        token.unlink()
 
 
 def last_step(config: Config, folder: files.RunFolder) -> int | None:
     """The step of the last checkpoint of a run, which must have been made by the same settings."""
+    check_processes(folder)
     last = checkpoint.latest(folder.path / "checkpoints")
     changed = folder.changed()
+    if last is not None and folder.previous() is None:
+        remedy = "restore it, or begin anew with --no-resume"
+        raise UserError(f"{folder.path} has checkpoints, but no config.json: {remedy}")
     if last is None:
         if changed and jax.process_index() == 0:
             (folder.path / CHOICE).unlink(missing_ok=True)
@@ -187,29 +220,29 @@ def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, Langu
             rows=config.steps * config.batch_size,
             teacher=models.fetch(config.teacher) if named else None,
         )  # fmt: skip
-    teacher, student, layers = teacher_and_student(config, out, placement, corpus)
+    facts = {"teacher": targets and targets.digest, "data": corpus.digest}
+    held_out = [[part.store.digest, part.start, part.stop] for part in corpus.held_out]
+    facts["held_out"] = files.digest(held_out)
+    teacher, student, layers = teacher_and_student(config, out, placement, corpus, facts)
     head = None
     if teacher is not None and placement.teacher_mesh is not None:
         places = sharding.specs(teacher, placement.mesh, placement.layout.params)
         head = jax.device_put(teacher.unembedding, places.unembedding)
     run = Run(
         config, out, placement, process_rows, teacher, head, targets, tokenizer, corpus,
-        *optimizer_and_objective(config, layers), layers,
+        *optimizer_and_objective(config, layers), layers, facts,
     )  # fmt: skip
     sync_global_devices("prepared")
     return run, student
 
 
 def open_corpus(config: Config, tokenizer: Path, vocab: int) -> data.Corpus:
-    """The text of a run, the same in every process, and enough of it."""
+    """The text of a run, and enough of it."""
     if needs_teacher(config):
         vocab = min(vocab, models.config(config.teacher).vocab)
     corpus = data.open_corpus(
         config.data, tokenizer, seq_len=config.seq_len, seed=config.seed, vocab=vocab
     )
-    digests = process_allgather(int(corpus.digest[:15], 16))
-    if (digests != digests[0]).any():
-        raise UserError("the processes read different text: give all the same --data.source")
     data.batch(corpus, 0, config.batch_size)  # a text that is too short ends here
     if not any(part.windows for part in corpus.held_out):
         remedy = "raise --data.held-out, or give --data.eval-source"
@@ -217,17 +250,41 @@ def open_corpus(config: Config, tokenizer: Path, vocab: int) -> data.Corpus:
     return corpus
 
 
+def continued(run: Run, step: int, extra: dict[str, Any]) -> Run:
+    """The run behind a checkpoint, of the same text and teacher; it goes on from the next row."""
+    config, source = run.config, " ".join(run.config.data.source)
+    for name, what in (
+        ("data", f"trained on other text than {source} holds"),
+        ("teacher", f"trained with another teacher than {config.targets or config.teacher} is"),
+        ("held_out", f"evaluated on other text than {config.data.eval_source or source} holds"),
+    ):
+        if extra.get(name) in (None, run.facts[name]) or run.facts[name] is None:
+            continue
+        other = f"{run.out} was {what} now"
+        if not config.resume_anyway:
+            remedy = "put the old one back, begin anew with --no-resume, or add --resume-anyway"
+            raise UserError(f"{other}: {remedy}")
+        report.say(f"continued anyway: {other}")
+    rows = step * config.batch_size
+    return run._replace(first_row=extra.get("rows", rows) - rows)
+
+
 def teacher_and_student(
-    config: Config, out: Path, placement: Placement, corpus: data.Corpus
-) -> tuple[LanguageModel | None, LanguageModel | None, list[int] | None]:
+    config: Config, out: Path, placement: Placement, corpus: data.Corpus,
+    facts: dict[str, str | None],
+) -> tuple[LanguageModel | None, LanguageModel | None, list[int] | None]:  # fmt: skip
     """The teacher, if the run looks at it; the student, if there is no checkpoint of it; and the
-    teacher's blocks that it began as, if it was cut."""
+    teacher's blocks that it began as, if it was cut. Adds the teacher's fingerprint to `facts`."""
     mesh, layout, teacher_mesh = placement
     begun = checkpoint.latest(out / "checkpoints") is not None
     cuts = config.student is None and config.student_init != "random"
     teacher = student = layers = None
     with sharding.use_mesh(teacher_mesh or mesh, layout):
-        if needs_teacher(config) or (cuts and not (begun and (out / CHOICE).exists())):
+        reads = needs_teacher(config) or (cuts and not (begun and (out / CHOICE).exists()))
+        if reads and facts["teacher"] is None:
+            facts["teacher"] = models.fingerprint(models.fetch(config.teacher))
+        processes.check_same({f"the content of --{name}": facts[name] for name in facts})
+        if reads:
             teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
         if cuts:
             layers = choose_or_restore_layers(config, teacher, corpus, out)
@@ -253,9 +310,11 @@ def choose_or_restore_layers(
     path = out / CHOICE
     if path.exists():
         choice = files.read_json(path)
-        layers = choice.get("kept")
-        if not isinstance(layers, list) or len(layers) != config.student_layers:
-            misfit = f"expected the choice of {config.student_layers} blocks, found {layers}"
+        layers, depth = choice.get("kept"), models.config(config.teacher).layers
+        ascending = isinstance(layers, list) and [x for x in range(depth) if x in layers]
+        if not ascending or layers != ascending or len(layers) != config.student_layers:
+            what = f"{config.student_layers} blocks of 0 to {depth - 1}"
+            misfit = f"expected the choice of {what}, found {layers}"
             remedy = "give --student-layers as at the beginning, or begin anew with --no-resume"
             raise UserError(f"{path}: {misfit}: {remedy}")
     else:

@@ -1,19 +1,25 @@
 """Several processes of one run: how they meet, wait for each other, and end together."""
 
 import contextlib
+import json
 import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
-from runtime import errors
+from runtime import errors, files
 from runtime.errors import UserError
 
+MAY_DIFFER = frozenset({"--process-id", "--coordinator", "--quiet", "--data.cache"})
 PATIENCE = 60  # seconds to wait for the other processes at the start, and for a sign of their life
 
 
@@ -44,6 +50,7 @@ def start(
         os.environ.setdefault("NPROC", str(max(4 * emulated, os.cpu_count() or 1)))
     if not (distributed or coordinator):
         return
+    jax.config.update("jax_enable_preemption_service", False)  # it would replace our handlers
     where = coordinator or "the coordinator that the scheduler names"
 
     def unmet(reason: str) -> UserError:
@@ -82,9 +89,12 @@ def exit_with_peers() -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, jax.errors.JaxRuntimeError) as error:
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            remedy = "--plan tells what fits; --remat full and more --microbatches need less"
+            error = UserError(f"out of memory ({files.printable(error, 160)}): {remedy}")
         if jax.process_count() == 1:
-            raise
+            raise error from None
         if not isinstance(error, UserError):
             cause = str(error).splitlines()[0][:160]
             remedy = "start all of them again, and they go on from what was saved"
@@ -92,14 +102,64 @@ def exit_with_peers() -> Iterator[None]:
         _leave(error)
 
 
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Refuses what is not the same in all processes; the first difference is named."""
+    content = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    sizes = process_allgather(np.int32(content.size))
+    rows = process_allgather(np.pad(content, (0, int(sizes.max()) - content.size)))
+    first, *others = (json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True))
+    for number, other in enumerate(others, 1):
+        words = f"{{}} is {{}} in process 0, but {{}} in process {number}"
+        for difference in files.changes(first, other, MAY_DIFFER, words=words):
+            remedy = "start all with the same command, program and files, and one --out"
+            raise UserError(f"{difference}: {remedy}")
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Those that ask a run to stop: Slurm and clouds send one of the latter before they kill."""
+    kinds = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
+    return kinds[: -1 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else None]  # nohup
+
+
+def end_at_once() -> None:
+    """Before it trains, a process that is asked to stop ends with status 130, even while it waits
+    in native code, for another process say, where no handler of Python runs."""
+
+    def wait() -> None:
+        while os.read(reader, 1)[0] not in stop_signals():
+            pass
+        time.sleep(1)  # for a tidy end, where Python gets to it
+        errors.run(lambda: signal.default_int_handler(signal.SIGINT, None))
+
+    for kind in stop_signals()[1:]:
+        signal.signal(kind, signal.default_int_handler)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def any_asks(asked: bool, mesh: jax.sharding.Mesh) -> jax.Array | None:
+    """Whether any of several processes asks to stop, in an array that nobody has waited for."""
+    if jax.process_count() == 1:
+        return None
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+    flags = jax.make_array_from_callback((mesh.size,), place, lambda _: np.array([asked]))
+    return block_on_cpu(_any(flags))
+
+
+_any = jax.jit(jnp.any)
+
+
 class Interruption(contextlib.ExitStack):
-    """Ctrl-C and SIGTERM as a wish to stop after the step; a second one is taken at its word."""
+    """`stop_signals` as a wish to stop after the step; a second one is taken at its word."""
 
     asked = False
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # others may not
-            for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.set_wakeup_fd(-1)  # of `end_at_once`
+            for kind in stop_signals():
                 self.callback(signal.signal, kind, signal.signal(kind, self.ask))
         return self
 

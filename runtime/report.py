@@ -85,6 +85,7 @@ class Log(ExitStack):
         """Records an evaluation and shows it."""
         number, *figures = self._record(metrics).items()
         if not self.quiet:
+            figures = [pair for pair in figures if pair[0] != "eval/of"]
             words = [f"{name.removeprefix('eval/')} {figure(value)}" for name, value in figures]
             self.say("  ".join([f"held out at step {number[1]}", *words]))
 

@@ -63,16 +63,16 @@ def step_logger(
             line["divergence"] = None
         if config.on_policy.fraction:
             line["on_policy"] = int(written[number - 1 - start])
-        rate = run.step_tokens * steps / seconds
-        line |= {"tokens": number * run.step_tokens, "tokens_per_second": round(rate, 1)}
+        rate = config.batch_size * config.seq_len * steps / seconds
+        line |= {"tokens": run.rows(number) * config.seq_len, "tokens_per_second": round(rate, 1)}
         line |= {name: value for name, value in metrics.items() if "/" in name}
         log.step(line, mfu=flops * rate / peak)
 
     return log_step
 
 
-def score(run: Run, student: LanguageModel) -> dict[str, int | float]:
-    """Figures on held-out windows, as metrics."""
+def score(run: Run, student: LanguageModel) -> dict[str, int | float | str]:
+    """Figures on held-out windows, as metrics, and what they are comparable to."""
     teacher = None if run.placement.teacher_mesh is not None else run.teacher
     batches, total = run.held_out()
     scores = evaluation.evaluate(
@@ -80,7 +80,10 @@ def score(run: Run, student: LanguageModel) -> dict[str, int | float]:
         to_device=run.to_device, dtype=run.objective.dtype, chunk=run.config.loss.chunk,
     )  # fmt: skip
     names = ("ce", "kl", "agreement", "teacher_ce")
-    return {f"eval/{name}": scores[name] for name in names if name in scores}
+    figures = {f"eval/{name}": scores[name] for name in names if name in scores}
+    teacher = None if run.teacher is None else run.facts["teacher"]
+    of = run.facts["held_out"], teacher, run.config.eval_windows, run.config.seq_len
+    return figures | {"eval/of": text.digest(of)[:8]}
 
 
 def evaluate(run: Run, student: LanguageModel, number: int, log: Log) -> None:
@@ -88,15 +91,17 @@ def evaluate(run: Run, student: LanguageModel, number: int, log: Log) -> None:
     entry = {"step": number} | score(run, student)
     if run.config.keep_best:
         metrics = report.read_metrics(run.out / "metrics.jsonl")
-        if is_best([line for line in metrics if line["step"] < number], entry):
+        best = is_best([line for line in metrics if line["step"] < number], entry)
+        if process_allgather(best)[0]:  # others may not see the file's last lines yet
             export(run, student, number, run.out / "student-best", [*metrics, entry])
     log.evaluation(entry)
 
 
 def is_best(metrics: list[dict[str, Any]], entry: dict[str, Any]) -> bool:
-    """Whether no other evaluation has a lower KL (cross entropy without a teacher)."""
-    name = "eval/kl" if "eval/kl" in entry else "eval/ce"
-    others = [line[name] for line in metrics if line.get(name) is not None]
+    """Whether no other evaluation of the same has a lower KL (cross entropy without a teacher)."""
+    name, of = "eval/kl" if "eval/kl" in entry else "eval/ce", entry.get("eval/of")
+    same = [line for line in metrics if line.get("eval/of", of) == of]
+    others = [line[name] for line in same if line.get(name) is not None]
     return entry[name] is not None and all(entry[name] <= x for x in [*others, float("inf")])
 
 
@@ -140,7 +145,7 @@ tags:
 {taught}- **Student began as**: {start}
 - **Data**: {source}
 - **Loss**: {describe_loss(config.loss, config.on_policy)}
-- **Training**: {report.count(step * run.step_tokens)} tokens in {step:,} optimizer steps
+- **Training**: {report.count(run.rows(step) * config.seq_len)} tokens in {step:,} optimizer steps
 
 Held-out figures: cross entropy in nats per token, KL(teacher ‖ student) at temperature 1, and the
 share of the cross-entropy gap between teacher and untrained student that training closed.

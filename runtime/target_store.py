@@ -24,7 +24,7 @@ import text
 from runtime import files
 from runtime.errors import UserError
 
-VERSION = 1
+VERSION = 2
 MANIFEST, INDEX = "targets.json", "windows"
 MAY_CHANGE = frozenset({"teacher-name", "data-flags", "shard"})
 SHARD = 1 << 28  # bytes
@@ -111,7 +111,7 @@ class Targets:
     @property
     def data_config(self) -> data.Config:
         lists = {name: tuple(x) for name, x in self.data_flags.items() if isinstance(x, list)}
-        return data.Config(**self.data_flags | lists)
+        return data.Config(**self.data_flags | lists | {"cache": None})
 
     @property
     def width(self) -> int:
@@ -169,6 +169,9 @@ def load(folder: Path | str, *, unfinished: bool = False) -> Targets:
         digest, listed = manifest.pop("digest"), index.read_bytes()
         targets = Targets(folder, np.frombuffer(listed, "<i8"), **manifest)
         intact = (zlib.crc32(listed), digest) == (targets.index, targets.digest)
+        sizes = targets.seq_len, targets.vocab, targets.entries, targets.shard
+        intact &= all(type(size) is int and size > 0 for size in sizes)
+        intact &= isinstance(targets.data_config, data.Config)  # its flags are known ones
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:

@@ -279,7 +279,8 @@ def test_a_last_window_of_a_few_tokens_is_not_all_that_is_held_out(tokenizer, tm
 
 
 @pytest.mark.parametrize(
-    "weights", [(1.0, float("nan")), (float("inf"), 1.0), (1.0,), (0.0, 1.0), (-1.0, 1.0)]
+    "weights",
+    [(1.0, float("nan")), (float("inf"), 1.0), (1.0,), (0.0, 1.0), (-1.0, 1.0), (1e-9, 1.0)],
 )
 def test_weights_that_make_no_mixture(weights):
     with pytest.raises(UserError, match="--data.weights"):

@@ -26,7 +26,16 @@ import optim
 import sharding
 import student as students
 from models.llama import Config, Llama
-from runtime import checkpoint, errors, figures, plan, results
+from runtime import (
+    checkpoint,
+    errors,
+    figures,
+    plan,
+    prepare,
+    processes,
+    report,
+    results,
+)
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -490,6 +499,136 @@ def test_what_is_accepted_by_resume_anyway_is_said_and_done(quick, text, tmp_pat
         distill.train(quick)
 
 
+def test_the_teacher_and_the_held_out_text_are_part_of_a_run(
+    quick, teacher, text, tmp_path, capsys
+):
+    own, source, out = tmp_path / "own", tmp_path / "own.txt", Path(quick.out)
+    shutil.copytree(teacher, own)
+    shutil.copy(text, source)
+    held_out = dataclasses.replace(quick.data, eval_source=str(source))
+    quick = dataclasses.replace(quick, teacher=str(own), data=held_out, quiet=False, steps=2)
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(quick, time_limit=1e-9))
+    content = (own / "model.safetensors").read_bytes()
+    (own / "model.safetensors").write_bytes(content[:-4] + bytes(4))
+    with pytest.raises(UserError, match=f"another teacher than {own} is now"):
+        distill.train(quick)
+    source.write_text(source.read_text().replace("Once", "Twice"))
+    capsys.readouterr()
+    distill.train(dataclasses.replace(quick, resume_anyway=True))
+    told = capsys.readouterr().err
+    assert f"continued anyway: {out} was trained with another teacher than {own} is now\n" in told
+    assert f"continued anyway: {out} was evaluated on other text than {source} holds" in told
+    kinds = [line["eval/of"] for line in metrics_of(out) if "eval/ce" in line]
+    assert len(set(kinds)) == 2  # of step 0 and of step 2
+    distill.train(dataclasses.replace(quick, steps=3))  # the run is another now
+
+
+def test_an_evaluation_reads_its_windows_however_the_batch_is_cut(config, teacher):
+    corpus = data.open_corpus(config.data, teacher, seq_len=32, seed=0, vocab=2048)
+    corpus = dataclasses.replace(corpus, held_out=corpus.groups[0])
+    counted = set()
+    for rows, parts in ((8, 1), (8, 4), (16, 1), (3, 1)):
+        cut = dataclasses.replace(config, batch_size=rows, microbatches=parts, eval_windows=5)
+        place = prepare.Placement(sharding.make_mesh(devices=jax.devices()[:1]), None, None)
+        facts = {"config": cut, "corpus": corpus, "process_rows": (0, 1), "placement": place}
+        run = prepare.Run(**dict.fromkeys(prepare.Run._fields) | facts)
+        batches, total = run.held_out()
+        batches = list(batches)
+        assert len(batches) == total == -(-5 // (rows // parts))
+        counted.add(sum(int(batch.mask.sum()) for batch in batches))
+    assert counted == {int(data.read(corpus, np.arange(5)).mask.sum())}
+
+
+def test_evaluations_of_other_text_are_not_compared():
+    one, other = ({"eval/kl": kl, "eval/of": text} for kl, text in ((1.0, "a"), (2.0, "b")))
+    assert results.is_best([one], other) and not results.is_best([one], other | {"eval/of": "a"})
+
+
+def test_no_resume_moves_aside_whatever_is_there(config):
+    out = Path(config.out)
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("{}")
+    prepare.make_folder(dataclasses.replace(config, resume=False))
+    assert (Path(config.out + ".1") / "metrics.jsonl").exists() and not list(out.iterdir())
+
+
+def test_checkpoints_without_their_settings_are_refused(config, monkeypatch):
+    monkeypatch.setattr(checkpoint, "latest", lambda folder: 3)
+    with pytest.raises(UserError, match="checkpoints, but no config.json"):
+        prepare.last_step(config, prepare.make_folder(config))
+
+
+def test_with_another_batch_size_a_run_reads_on(quick, monkeypatch):
+    read, windows = [], data.windows
+
+    def noted(*args, **options):
+        read.append(windows(*args, **options).tolist())
+        return windows(*args, **options)
+
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(quick, time_limit=1e-9))
+    monkeypatch.setattr(data, "windows", noted)
+    again = {"batch_size": 16, "steps": 3, "resume_anyway": True}
+    distill.train(dataclasses.replace(quick, **again))
+    first = windows(prepare.open_corpus(quick, Path(quick.teacher), 2048), 0, 40).tolist()
+    assert set(map(tuple, read)) >= {tuple(first[8:24]), tuple(first[24:40])}
+    assert [line["tokens"] for line in metrics_of(quick.out) if "loss" in line] == [
+        8 * 32, 24 * 32, 40 * 32,
+    ]  # fmt: skip
+    assert "1.3k tokens" in (Path(quick.out) / "student" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "blocks", [[0, 7], [-1, 0], [1, 0], [0, 0], ["0", "1"], "01", [0, 1.5], [0]]
+)
+def test_a_choice_of_blocks_that_cannot_be(quick, blocks):
+    Path(quick.out).mkdir()
+    (Path(quick.out) / "choice.json").write_text(json.dumps({"kept": blocks}))
+    corpus = data.open_corpus(quick.data, quick.teacher, seq_len=32, seed=0, vocab=2048)
+    with pytest.raises(UserError, match="expected the choice of 2 blocks of 0 to 2, found"):
+        prepare.choose_or_restore_layers(quick, None, corpus, Path(quick.out))
+
+
+@pytest.mark.parametrize("kind", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_other_signals_save_too(kind):
+    with processes.Interruption() as interruption:
+        os.kill(os.getpid(), kind)
+        assert interruption.asked
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with processes.Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruption.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_out_of_memory_names_what_needs_less(error):
+    with pytest.raises(UserError, match="out of memory.*--plan.*--remat.*--microbatches"):
+        with processes.exit_with_peers():
+            raise error
+
+
+def test_the_best_is_what_the_first_process_finds(monkeypatch, tmp_path):
+    run = prepare.Run(**dict.fromkeys(prepare.Run._fields))
+    config = distill.Config(keep_best=True)
+    exported = []
+    monkeypatch.setattr(results, "score", lambda *_: {"eval/kl": 1.0})
+    monkeypatch.setattr(results, "export", lambda *_: exported.append(1))
+    for best in (False, True):
+        monkeypatch.setattr(results, "process_allgather", lambda own, best=best: [best, not best])
+        run = run._replace(config=config, out=tmp_path)
+        results.evaluate(run, pair()[1], 1, report.Log(None, steps=1))
+        assert bool(exported) == best
+
+
 def test_another_spelling_of_the_text_is_the_same_setting(ended, text, monkeypatch):
     monkeypatch.chdir(text.parent)
     (text.parent / "below").mkdir(exist_ok=True)
@@ -624,6 +763,10 @@ def test_flags_that_cannot_be(words, says):
         ({"seq_len": 64, "batch_size": 4096}, "too little text"),
         ({"batch_size": 12}, "do not divide over 8"),
         ({"teacher": "/nowhere"}, "/nowhere"),
+        (
+            {"mesh": distill.Mesh(fsdp=4, tensor=2, rules=("batch=fsdp,tensor",)), "batch_size": 4},
+            "do not divide over 8 devices of the mesh axes fsdp, tensor",
+        ),
         ({"student_embed": 32}, "--student-init random"),
         (
             {"student_embed": 32, "student": str(FIXTURES / "llama-2"), "student_layers": 3},

@@ -91,7 +91,10 @@ def test_what_others_say_is_printed_on_one_short_line():
 
 def test_a_folder_knows_the_settings_that_made_it(tmp_path):
     def folder(**settings):
-        return files.RunFolder(tmp_path / "run", settings, frozenset({"--steps", "--mesh"}))
+        default = {"remat": "none", "optim": {"b_1": 2}}
+        return files.RunFolder(
+            tmp_path / "run", settings, frozenset({"--steps", "--mesh"}), default
+        )
 
     original = folder(steps=3, optim={"lr": 0.1, "b_1": 2}, mesh={"data": 1})
     assert original.previous() is None and original.changed() == []
@@ -100,6 +103,10 @@ def test_a_folder_knows_the_settings_that_made_it(tmp_path):
     assert not folder(steps=4, optim={"lr": 0.1, "b_1": 2}, mesh={"data": 8}).changed()
     other = folder(steps=3, optim={"lr": 0.2, "b_1": 2}, mesh={"data": 1})
     assert other.changed() == ["--optim.lr was 0.1, is 0.2"]
+    newer = folder(steps=3, optim={"lr": 0.1, "b_1": 2}, mesh={"data": 1}, remat="none")
+    assert not newer.changed()  # a flag that there was not yet counts as its default
+    newer = folder(steps=3, optim={"lr": 0.1, "b_1": 2}, mesh={"data": 1}, remat="full")
+    assert newer.changed() == ["--remat was none, is full"]
     assert original.set_aside() == tmp_path / "run.1" and not original.path.exists()
     original.path.mkdir()
     assert original.set_aside() == tmp_path / "run.2"

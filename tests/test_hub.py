@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -423,6 +425,35 @@ def test_a_fingerprint_is_of_what_is_there(tmp_path):
     models.save(checkpoint(SMALL, seed=1), tmp_path / "z")
     prints = [models.fingerprint(tmp_path / name) for name in "xyz"]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_fingerprint_is_of_every_byte_and_reads_them_once(tmp_path, monkeypatch):
+    folder, cached = tmp_path / "folder", tmp_path / "snapshots" / "x"
+    folder.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (folder / "config.json").write_text("{}")
+    weights = folder / "model.safetensors"
+    with open(weights, "wb") as file:
+        file.truncate(100_000_000)
+    before = models.fingerprint(folder)
+    with open(weights, "r+b") as file:
+        file.seek((1 << 16) + (1 << 13))
+        file.write(b"x" * (1 << 13))
+    now = models.fingerprint(folder)
+    assert now != before
+    shutil.copytree(folder, cached)
+    with open(weights, "rb") as file:  # as the hub's client keeps it
+        blob = tmp_path / "blobs" / hashlib.file_digest(file, "sha256").hexdigest()
+    blob.parent.mkdir()
+    (cached / weights.name).rename(blob)
+    (cached / weights.name).symlink_to(blob)
+    clock = time.time() + 10  # what changed just now may change again before the clock ticks
+    monkeypatch.setattr(time, "time", lambda: clock)
+    assert models.fingerprint(folder) == now
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("it was read again"))
+    assert models.fingerprint(folder) == now
+    monkeypatch.undo()
+    assert models.fingerprint(cached) == now
 
 
 def test_tokenizer_and_generation_settings_are_kept(tmp_path):

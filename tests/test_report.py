@@ -432,7 +432,11 @@ def card(monkeypatch, teacher: str) -> str:
     monkeypatch.setattr(models, "config", lambda source: SimpleNamespace(layers=24))
     text = distill.Data(source=("my/stories.txt",))
     config = distill.Config(teacher=teacher, data=text, batch_size=4, seq_len=1024)
-    facts = dict.fromkeys(prepare.Run._fields) | {"config": config, "layers": [0, 2, 23]}
+    facts = dict.fromkeys(prepare.Run._fields) | {
+        "config": config,
+        "layers": [0, 2, 23],
+        "first_row": 0,
+    }
     metrics = [evaluation(0, 6.0), evaluation(300, 3.0)]
     return results.model_card(prepare.Run(**facts), 300, metrics)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import resource
 import shutil
@@ -434,6 +435,22 @@ def test_records_of_another_place_or_of_other_targets_are_refused(tmp_path):
     (folder.folder / target_store.MANIFEST).unlink()
     assert "no targets.json in it" in refusal(target_store.load, folder.folder)
     assert "no targets.json in it" in refusal(target_store.load, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "change", [{"shard": 0}, {"seq_len": -8}, {"entries": 0}, {"data_flags": {"sauce": []}}]
+)
+def test_a_manifest_that_makes_no_sense_is_refused(kept, tmp_path, change):
+    shutil.copytree(kept.folder, tmp_path / "kept")
+    other = dataclasses.replace(kept, **change)
+    manifest = other.manifest | {"digest": other.digest}
+    (tmp_path / "kept" / "targets.json").write_text(json.dumps(manifest))
+    assert "targets.json: it or windows beside it" in refusal(target_store.load, tmp_path / "kept")
+
+
+def test_the_cache_of_another_machine_is_not_ours(kept):
+    flags = kept.data_flags | {"cache": "/home/somebody/cache"}
+    assert dataclasses.replace(kept, data_flags=flags).data_config.cache is None
 
 
 def test_a_mismatch_names_both_sides(config, kept, teacher, text, tmp_path):

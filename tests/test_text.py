@@ -381,7 +381,7 @@ def test_records_become_conversations(encoder, tmp_path):
     for record in records:
         path = tmp_path / "x.jsonl"
         path.write_text(json.dumps(record))
-        field = "talk" if "talk" in record else "text"
+        field = "talk" if "talk" in record else None
         assert texts(path, chatml, mask="assistant", text_field=field) == [asked]
     path = tmp_path / "x.parquet"  # where every message has every key
     tools = [turns[0] | {"tool_calls": None}, turns[1] | {"tool_calls": ["x"]}]
@@ -390,6 +390,7 @@ def test_records_become_conversations(encoder, tmp_path):
     assert texts(path, tokenizer(encoder, tmp_path, chat_template=strict)) == ["False" + asked]
     path.with_suffix(".jsonl").write_text('{"text": "a", "body": "b", "messages": []}')
     assert texts(path.with_suffix(".jsonl"), chatml, text_field="body") == ["b"]
+    assert texts(path.with_suffix(".jsonl"), chatml, text_field="text") == ["a"]
 
 
 def test_masks_reach_the_batch(encoder, tmp_path):

@@ -37,12 +37,13 @@ class Prompt(NamedTuple):
 
 
 def pieces(
-    source: Source, tokenizer: "Tokenizer", *, text_field: str = "text", documents: str = "file",
-    mask: str = "all", progress: files.Progress = lambda amount: None,
+    source: Source, tokenizer: "Tokenizer", *, text_field: str | None = None,
+    documents: str = "file", mask: str = "all", progress: files.Progress = lambda amount: None,
 ) -> Iterator[Piece]:  # fmt: skip
     """The documents of a source in order, blank ones left out; in memory a few at a time."""
-    choices = [GENERATED_COLUMNS, ["messages"], ["prompt", "completion"], [text_field]]
-    if text_field != "text":
+    choices = [GENERATED_COLUMNS, ["messages"], ["prompt", "completion"]]
+    choices += [[text_field or "text"]]
+    if text_field is not None:
         choices.reverse()  # one that is asked for comes first
     choose = partial(_columns, choices, "--data.text-field")
     for part in source.files or [source]:

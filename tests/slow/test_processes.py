@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,17 +25,22 @@ ROOT = Path(__file__).parents[2]
 def commands(config: distill.Config, count: int, port: int, *more: str) -> list[list[str]]:
     flags = {
         "teacher": config.teacher, "student-layers": 2, "seq-len": 32, "batch-size": 8,
-        "steps": config.steps, "eval-every": 4, "eval-windows": 8, "save-every": 3, "log-every": 1,
-        "data.source": config.data.source[0], "data.documents": "paragraph",
-        "data.cache": config.data.cache, "optim.lr": 1e-2, "optim.eps": 1e-4, "out": config.out,
+        "steps": config.steps, "eval-every": 4, "eval-windows": 8, "save-every": 3,
+        "log-every": config.log_every, "data.source": config.data.source[0],
+        "data.documents": "paragraph", "data.cache": config.data.cache, "optim.lr": 1e-2,
+        "optim.eps": 1e-4, "out": config.out,
     }  # fmt: skip
-    words = [sys.executable, "distill.py", "--quiet", *more]
+    words = [sys.executable, str(ROOT / "distill.py"), "--quiet", *more]
     words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     together = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id"]
     return [[*words, *together, str(i)] for i in range(count)]
 
 
-def started(config: distill.Config, *more: str, devices: int = 4) -> list[subprocess.Popen]:
+def started(
+    config: distill.Config, *more: str, devices: int = 4, second: tuple[str, ...] = (),
+    folders: tuple[Path, Path] = (ROOT, ROOT),
+) -> list[subprocess.Popen]:  # fmt: skip
+    """Two processes, the second with flags of its own, each in a folder of its own."""
     count = 2
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -41,10 +48,12 @@ def started(config: distill.Config, *more: str, devices: int = 4) -> list[subpro
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices // count)}
     return [
         subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE,
+            [*command, *flags], cwd=folder, env=environment, text=True, stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
         )
-        for command in commands(config, count, port, *more)
+        for command, flags, folder in zip(
+            commands(config, count, port, *more), ((), second), folders, strict=True
+        )
     ]  # fmt: skip
 
 
@@ -85,6 +94,47 @@ def test_who_waits_for_a_dead_process_ends(victim):
     _, said = both[1 - victim].communicate(timeout=60)
     both[victim].communicate()
     assert both[1 - victim].returncode, said
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
+def test_before_the_first_step_a_signal_ends_a_process_at_once(kind):
+    """One that waits for another in native code, where no handler of Python runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    program = WAITING.replace("def main():", "def main():\n    processes.end_at_once()")
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, where, str(number), "0"], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    assert [process.stdout.readline() for process in both] == ["here 2\n"] * 2
+    time.sleep(1)
+    both[1].send_signal(kind)
+    try:
+        assert both[1].wait(timeout=6) == 130
+        assert "interrupted" in both[1].stderr.read()
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def test_a_signal_to_any_process_saves_after_the_step_at_hand(config):
+    config = dataclasses.replace(config, steps=4000, log_every=1000)
+    pair = started(config, "--requeue-status", "75")
+    metrics = Path(config.out) / "metrics.jsonl"
+    for _ in range(600):
+        if (metrics.exists() and metrics.read_text()) or pair[0].poll() is not None:
+            break
+        time.sleep(0.1)
+    time.sleep(1)
+    pair[1].send_signal(signal.SIGUSR1)
+    said = [process.communicate(timeout=20)[1] for process in pair]
+    assert [process.returncode for process in pair] == [75, 75], said
+    assert "all is saved" in said[0]
 
 
 def test_two_processes_are_one_and_survive_the_death_of_either(config):
@@ -132,6 +182,28 @@ def test_processes_that_hold_parts_of_one_model_read_the_same_rows(config):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-5)
         assert mine.get("eval/kl", 0) == pytest.approx(other.get("eval/kl", 0), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "second", "says"),
+    [
+        ({}, ("--seed", "1"), "--seed is 0 in process 0, but 1 in process 1"),
+        ({"teacher": "teacher"}, (), "the content of --teacher is "),
+        ({"out": "run"}, (), "the folder run is "),  # a path that is another place on each host
+    ],
+)
+def test_processes_that_are_no_one_run_are_told_why(config, tmp_path, changes, second, says):
+    folders = tmp_path / "0", tmp_path / "1"
+    for number, folder in enumerate(folders):
+        shutil.copytree(config.teacher, folder / "teacher")
+        weights = folder / "teacher" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + bytes([number]))
+    pair = started(dataclasses.replace(config, **changes), folders=folders, second=second)
+    for process in pair:
+        said = process.communicate(timeout=120)[1]
+        lines = [line for line in said.splitlines() if line.startswith("error:")]
+        assert process.returncode == 2 and len(lines) == 1 and says in lines[0], said
+    assert not list(tmp_path.glob("**/metrics.jsonl"))
 
 
 @pytest.mark.parametrize("number", [0, 1])
