@@ -59,14 +59,15 @@ def open_store(name: str, tokenizer: Tokenizer, config: Any) -> Store:
     with disk_errors(folder.parent, REMEDY):
         if store := load(folder):
             return store
-        with lock(folder.parent / ".lock", wait=True):  # each builder takes all cores
+        # Each builder takes all cores.
+        with lock(folder.parent / ".lock", wait=True, remedy=REMEDY):
             if store := load(folder):  # another process has built it meanwhile
                 return store
-            for stale in folder.parent.glob("*.partial"):
-                shutil.rmtree(stale, ignore_errors=True)
             with atomic_write(folder, REMEDY) as partial:
                 partial.mkdir()
                 build(partial, source, tokenizer, config)
+                if load(folder):  # by another host, where it does not see this lock
+                    shutil.rmtree(partial)
     return load(folder)
 
 
