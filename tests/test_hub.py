@@ -538,3 +538,9 @@ def test_a_save_that_is_killed_leaves_the_old_checkpoint(tmp_path, home, hub):
         models.save(models.load(source), place)
         assert files_of(place) == files_of(source)
     assert {path.name for path in tmp_path.iterdir()} == {"source", "old", "new"}
+
+
+def test_notes_are_saved_whatever_is_in_the_names_of_files(tmp_path):
+    models.save(checkpoint(SMALL), tmp_path / "x", notes={"README.md": "KL(a ‖ b) of \udcff.txt"})
+    note = (tmp_path / "x" / "README.md").read_bytes()
+    assert note == "KL(a ‖ b) of \\udcff.txt".encode()

@@ -173,10 +173,14 @@ def _json_records(file: Path, choose: Choose, progress: Progress) -> Iterator[di
 def _parquet_records(file: Path, choose: Choose, progress: Progress) -> Iterator[dict]:
     import pyarrow.parquet
 
-    with library_errors(f"{file}: not a whole parquet file"), tempfile.TemporaryFile() as temporary:
+    with (
+        library_errors(f"{file}: not a whole parquet file"),
+        open(file, "rb") as raw,  # not by its name, which pyarrow wants to be UTF-8
+        tempfile.TemporaryFile() as temporary,
+    ):
         if compression := COMPRESSION.get(file.suffix):  # parquet is read from its end
-            shutil.copyfileobj(pyarrow.input_stream(file, compression), temporary)
-        table = pyarrow.parquet.ParquetFile(temporary if compression else file)
+            shutil.copyfileobj(pyarrow.input_stream(raw, compression), temporary)
+        table = pyarrow.parquet.ParquetFile(temporary if compression else raw)
         columns = choose(table.schema_arrow.names, file)
         rows, size = max(table.metadata.num_rows, 1), file.stat().st_size
         for batch in table.iter_batches(batch_size=256, columns=columns):

@@ -139,7 +139,9 @@ def build(folder: Path, source: files.Source, tokenizer: Tokenizer, config: Any)
     manifest = {"version": VERSION} | dataclasses.asdict(Store(folder, dtype, *facts, digest=""))
     del manifest["folder"], manifest["digest"]
     manifest["files"] = {name: file_digest(folder / name) for name in (*FILES, "sums")}
-    (folder / "store.json").write_text(json.dumps(manifest | {"digest": digest(manifest)}))
+    (folder / "store.json").write_text(
+        json.dumps(manifest | {"digest": digest(manifest)}), encoding="utf-8"
+    )
 
 
 def write_sums(folder: Path) -> None:
