@@ -21,17 +21,17 @@ class UserError(Exception):
 
 def run(main: Callable[[], object]) -> None:
     """Calls `main`; a `UserError` ends the program with one line and status 2, Ctrl-C with 130."""
-    for number in range(
-        3
-    ):  # closed, it would go to a file that something opens and others print to
+    for number in range(3):  # a closed one would be the next file opened, and libraries print there
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     screens = _Screen(sys.stdout, BrokenPipeError), _Screen(sys.stderr, OSError)
     with contextlib.redirect_stdout(screens[0]), contextlib.redirect_stderr(screens[1]):
-        _run(main)
-        screens[0].flush()
+        try:
+            _run(main)
+        finally:
+            screens[0].flush()
 
 
 class _Screen:
