@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ import student as students
 import text
 from losses import features
 from runtime import files, on_policy, target_store
-from runtime.errors import SEED, UserError, above, at_least, check
+from runtime.errors import LOCAL, SEED, UserError, above, at_least, check
 
 # A field hides the module it is named after.
 Data, Optim, OnPolicy = data.Config, optim.Config, on_policy.Config
@@ -79,7 +80,7 @@ class Config:
     teacher_devices: Annotated[int | None, at_least(1)] = None
     """Give the teacher the last so many devices: it reads a batch while the student trains on the
     one before."""
-    out: str | None = None
+    out: Annotated[str | None, LOCAL] = None
     """Folder of the run; by default runs/<teacher>-<layers>L."""
     resume: bool = True
     """Continue the run in that folder; --no-resume moves it aside and starts anew."""
@@ -275,7 +276,7 @@ def student_config(config: Config) -> Any:
 def run_folder(config: Config) -> files.RunFolder:
     """The folder of a run, which holds its configuration."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    return files.RunFolder(Path(config.out), settings, MAY_CHANGE)
+    return files.RunFolder(Path(os.path.expanduser(config.out)), settings, MAY_CHANGE)
 
 
 def uses_teacher_loss(loss: losses.Config) -> bool:

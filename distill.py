@@ -243,7 +243,7 @@ def train(config: Config) -> Path:
     """Runs, or continues, what `config` describes; returns the folder of the exported student."""
     begun = time.monotonic()
     config = with_defaults(config)
-    placement, out = prepare.placement(config), Path(config.out)
+    placement, out = prepare.placement(config), run_folder(config).path
     with (
         sharding.use_mesh(placement.mesh, placement.layout),
         report.quietly(config.quiet or jax.process_index() > 0),

@@ -99,6 +99,10 @@ def below(low: float | int, high: float | int) -> Constraint:
     return Constraint(f"from {low:g} to below {high:g}", lambda x: low <= x < high)
 
 
+LOCAL = Constraint(  # Orbax cannot write under other names
+    "a path on this machine, in UTF-8",
+    lambda path: not re.match(r"\w[\w+.-]+:/|.*[\ud800-\udfff]", path, re.DOTALL),
+)
 SEED = Constraint("from 0 to 2^63 - 1", lambda seed: 0 <= seed < 2**63)
 
 

@@ -1,6 +1,7 @@
 """The store, the windows over it and the order they come in."""
 
 import collections
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -8,6 +9,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
+from runtime import files, report
 from runtime.errors import UserError
 from text import records, store
 
@@ -494,3 +497,43 @@ def test_nothing_heavy_at_import():
     home = Path(data.__file__).parent
     run = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True)
     assert run.stdout == "[]\n", run.stderr
+
+
+def test_text_in_the_users_own_cache_is_private(tokenizer, tmp_path, stories, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store = opened(tokenizer, tmp_path, stories, cache=None).held_out[0].store
+    assert store.folder.parent.parent == tmp_path and not store.folder.stat().st_mode & 0o077
+
+
+def test_a_store_that_others_finished_meanwhile_is_used(tokenizer, tmp_path, stories, monkeypatch):
+    build, inodes = store.build, []
+
+    def late(folder, *args):
+        build(folder, *args)
+        with monkeypatch.context() as patch:  # another host, that does not see the lock
+            patch.setattr(store, "build", build)
+            patch.setattr(store, "lock", lambda *_, **__: contextlib.nullcontext())
+            inodes.append(
+                opened(tokenizer, tmp_path, stories).held_out[0].store.folder.stat().st_ino
+            )
+
+    monkeypatch.setattr(store, "build", late)
+    assert [opened(tokenizer, tmp_path, stories).held_out[0].store.folder.stat().st_ino] == inodes
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_store_that_disappears_is_one_line(tokenizer, tmp_path, stories):
+    corpus = opened(tokenizer, tmp_path, stories)
+    shutil.rmtree(corpus.held_out[0].store.folder)
+    with pytest.raises(UserError, match="cannot be read .No such file.*run this again"):
+        data.batch(corpus, 0, 2)
+
+
+def test_who_waits_for_another_builder_says_so(tokenizer, tmp_path, stories, monkeypatch, capfd):
+    monkeypatch.setattr(report, "ELSEWHERE", (0.05, 10.0))
+    with files.lock(tmp_path / "cache" / ".lock"):
+        waiting = threading.Thread(target=opened, args=(tokenizer, tmp_path, stories))
+        waiting.start()
+        time.sleep(0.5)
+        assert "waiting for another process that tokenizes" in capfd.readouterr().err
+    waiting.join()

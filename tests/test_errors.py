@@ -409,3 +409,26 @@ def test_what_a_locale_cannot_spell_is_escaped(tmp_path):
         | {"PYTHONPATH": str(Path(errors.__file__).parents[1]), "PYTHONIOENCODING": "latin-1"},
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "out \\u2016 \\udcff\n")
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/run", "gs:/bucket", "hf://a/b", "r\udcff"])
+def test_what_is_written_is_a_path_on_this_machine(out):
+    import targets
+    from config import Config as Run
+
+    source = Data(source=("x",)) if False else {"source": ("x",)}
+    for make in (lambda: Run(out=out), lambda: targets.Config(teacher="t", out=out)):
+        with pytest.raises(UserError, match="--out is .*: it must be a path on this machine"):
+            make()
+    import data
+
+    with pytest.raises(UserError, match="--data.cache is .*: it must be a path on this machine"):
+        Run(data=data.Config(cache=out, **source))
+
+
+def test_a_home_folder_is_expanded(monkeypatch, tmp_path):
+    from config import Config as Run
+    from config import run_folder
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_folder(Run(out="~/run")).path == tmp_path / "run"

@@ -60,11 +60,14 @@ def open_store(name: str, tokenizer: Tokenizer, config: Any) -> Store:
         if store := load(folder):
             return store
         # Each builder takes all cores.
-        with lock(folder.parent / ".lock", wait=True, remedy=REMEDY):
+        with contextlib.ExitStack() as stack:
+            with report.progress("waiting for another process that tokenizes"):
+                locked = lock(folder.parent / ".lock", wait=True, remedy=REMEDY)
+                stack.enter_context(locked)
             if store := load(folder):  # another process has built it meanwhile
                 return store
             with atomic_write(folder, REMEDY) as partial:
-                partial.mkdir()
+                partial.mkdir(0o777 if config.cache else 0o700)  # text may be private
                 build(partial, source, tokenizer, config)
                 if load(folder):  # by another host, where it does not see this lock
                     shutil.rmtree(partial)
