@@ -133,7 +133,8 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
     eval_source = config.data.eval_source and text.canonical(config.data.eval_source)
     flags = dataclasses.replace(config.data, source=names, eval_source=eval_source, cache=None)
     targets = Targets(
-        Path(config.out).expanduser(), windows, models.fingerprint(folder), text.canonical(config.teacher),
+        Path(config.out).expanduser(), windows, models.fingerprint(folder),
+        text.canonical(config.teacher),
         tokenizer=text.load_tokenizer(folder).fingerprint,
         data=target_store.windows_digest(corpus),
         data_flags=json.loads(json.dumps(dataclasses.asdict(flags))),
