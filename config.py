@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ import text
 from losses import features
 from models import kernels
 from runtime import files, on_policy, target_store
-from runtime.errors import SEED, UserError, above, at_least, between, check
+from runtime.errors import LOCAL, SEED, UserError, above, at_least, between, check
 
 # A field hides the module it is named after.
 Data, Optim, OnPolicy = data.Config, optim.Config, on_policy.Config
@@ -83,7 +84,7 @@ class Config:
     teacher_devices: Annotated[int | None, at_least(1)] = None
     """Give the teacher the last so many devices: it reads a batch while the student trains on the
     one before."""
-    out: str | None = None
+    out: Annotated[str | None, LOCAL] = None
     """Folder of the run; by default runs/<teacher>-<layers>L."""
     resume: bool = True
     """Continue the run in that folder; --no-resume moves it aside and starts anew."""
@@ -277,7 +278,8 @@ def student_config(config: Config) -> Any:
 def run_folder(config: Config) -> files.RunFolder:
     """The folder of a run, which holds its configuration."""
     settings, default = (json.loads(json.dumps(dataclasses.asdict(x))) for x in (config, Config()))
-    return files.RunFolder(Path(config.out), settings, MAY_CHANGE, default)
+    folder = Path(os.path.expanduser(config.out))
+    return files.RunFolder(folder, settings, MAY_CHANGE, default)
 
 
 def uses_teacher_loss(loss: losses.Config) -> bool:

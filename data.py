@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32
 
 import text
-from runtime.errors import Constraint, UserError, between, check
+from runtime.errors import LOCAL, Constraint, UserError, between, check
 from text.store import BLOCK, Store, hash_bytes, open_store
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Config:
     """What a document is in plain text; paragraphs end at a blank line."""
     mask: Literal["all", "assistant"] = "all"
     """Which tokens to learn: all, or those of the assistant's turns."""
-    cache: str | None = None
+    cache: Annotated[str | None, LOCAL] = None
     """Folder for tokenized text; by default compact-distill in the user's cache folder."""
     held_out: Annotated[float, between(0, 1)] = 0.01
     """Share of the documents kept for evaluation, chosen by their content; 1 keeps all."""
@@ -198,7 +198,12 @@ def read(corpus: Corpus, windows: Rows, *, held_out: bool = False) -> Batch:
         starts = part.start + (windows[rows] - (ends[i] - part.windows)) * corpus.seq_len
         places = starts[:, None] + np.arange(corpus.seq_len + 1)
         real = places < part.stop
-        with open(folder / "tokens", "rb", 0) as file, open(folder / "sums", "rb", 0) as sums:
+        try:
+            file, sums = (open(folder / name, "rb", 0) for name in ("tokens", "sums"))
+        except OSError as error:
+            remedy = "run this again, and what is gone is tokenized anew"
+            raise UserError(f"{folder}: cannot be read ({error.strerror}): {remedy}") from None
+        with file, sums:
             for row, start, count in zip(rows, starts.tolist(), real.sum(1).tolist(), strict=True):
                 content = _checked(file, sums, start * dtype.itemsize, count * dtype.itemsize)
                 tokens[row, :count] = np.frombuffer(content, dtype)

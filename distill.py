@@ -4,9 +4,7 @@ python distill.py --teacher bigscience/bloom-1b7 --student-layers 12
 """
 
 import contextlib
-import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -20,13 +18,14 @@ from jaxtyping import Array, Float, Float32, Int
 
 import data
 import losses
+import models
 import optim
 import sharding
 import text
 from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, with_defaults
 from losses import features
 from models.base import LanguageModel
-from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results
+from runtime import checkpoint, errors, files, on_policy, plan, prepare, processes, report, results
 from runtime.prepare import Placement, Run
 
 __all__ = ["Config", "Data", "Mesh", "Optim", "State", "init_state", "main", "step", "train"]
@@ -241,7 +240,7 @@ def train(config: Config) -> Path:
     """Runs, or continues, what `config` describes; returns the folder of the exported student."""
     begun = time.monotonic()
     config = with_defaults(config)
-    placement, out = prepare.placement(config), Path(config.out)
+    placement, out = prepare.placement(config), run_folder(config).path
     with (
         sharding.use_mesh(placement.mesh, placement.layout),
         report.quietly(config.quiet or jax.process_index() > 0),
@@ -255,6 +254,9 @@ def train(config: Config) -> Path:
             if last is not None and last >= config.steps and (out / "student").exists():
                 report.say(f"this run is finished: the student is in {out / 'student'}")
                 return out / "student"
+            student_folder = models.hub.check_replaceable(out / "student")  # now, not in the end
+            if config.keep_best:
+                models.hub.check_replaceable(out / "student-best")
             if not config.force:
                 optimizer, _ = prepare.optimizer_and_objective(config)
                 arguments = abstract_arguments(config, placement)
@@ -262,9 +264,8 @@ def train(config: Config) -> Path:
             run, state = prepare_state(config, out, placement)
             prepare.print_summary(run, state.student)
             if int(state.step) < config.steps:
-                if jax.process_index() == 0 and (out / "student").exists():  # that of fewer steps
-                    (out / "student").rename(out / f".student-{os.getpid()}")  # whole, or gone
-                    shutil.rmtree(out / f".student-{os.getpid()}")
+                if jax.process_index() == 0 and student_folder.exists():  # that of fewer steps
+                    files.remove(student_folder)
                 with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:
                     state = loop(run, state, saved, begun)
             return results.finish(run, state.student, int(state.step))

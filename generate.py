@@ -420,8 +420,9 @@ def run(config: Config) -> None:
         row = {"prompt": prompt.piece.text, "completion": completion, "messages": messages}
         return row | {name: record[name] for name in ("finish_reason", "n_tokens")}
 
-    if out.exists() and config.resume and not answers.journal_path(out).exists():
-        answers.check_settings(out, answers.settings_of(out), settings)
+    begun, before = answers.journal_path(out).exists(), answers.settings_of(out)
+    if out.exists() and config.resume and not (begun and before):
+        answers.check_settings(out, before, settings)
         print(f"{out} is finished", file=sys.stderr)
     else:
         with answers.Journal(out, settings, resume=config.resume) as journal:

@@ -24,7 +24,7 @@ import sharding
 import text
 from models.base import LanguageModel
 from runtime import checkpoint, errors, files, processes, report, target_store
-from runtime.errors import SEED, UserError, above, at_least
+from runtime.errors import LOCAL, SEED, UserError, above, at_least
 from runtime.target_store import Targets, append, unwritten
 
 Data = data.Config  # a field of a config hides the module it is named after
@@ -36,7 +36,7 @@ class Config:
 
     teacher: str
     """Hub id or folder of the teacher."""
-    out: str
+    out: Annotated[str, LOCAL]
     """Folder of the targets; those that an interrupted run left there are continued."""
     data: Data = dataclasses.field(default_factory=Data)
     seq_len: Annotated[int | None, at_least(1)] = None
@@ -133,7 +133,8 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
     eval_source = config.data.eval_source and text.canonical(config.data.eval_source)
     flags = dataclasses.replace(config.data, source=names, eval_source=eval_source, cache=None)
     targets = Targets(
-        Path(config.out), windows, models.fingerprint(folder), text.canonical(config.teacher),
+        Path(config.out).expanduser(), windows, models.fingerprint(folder),
+        text.canonical(config.teacher),
         tokenizer=text.load_tokenizer(folder).fingerprint,
         data=target_store.windows_digest(corpus),
         data_flags=json.loads(json.dumps(dataclasses.asdict(flags))),

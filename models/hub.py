@@ -358,11 +358,7 @@ def save(
     """A checkpoint that Hugging Face tools load, with the tokenizer of another folder or hub id and
     `notes` as further files. It appears when it is whole, in place of an older checkpoint."""
     notes = notes or {}
-    with files.disk_errors(Path(folder), ""):
-        folder = Path(folder).expanduser().resolve()
-        if not replaceable(folder, notes):
-            what = "more than a checkpoint, so not replaced"
-            raise UserError(f"{folder}: {what}: choose another name")
+    folder = check_replaceable(folder, notes)
     texts = None if tokenizer is None else fetch(tokenizer, weights=False)
     if jax.process_index() != 0:  # the first one writes; the others lend what they hold
         for part in separate(model):
@@ -381,12 +377,22 @@ def save(
         contents[GENERATION] = {key: value for key, value in ids.items() if value is not None}
         for name, content in contents.items():
             text = json.dumps(content, indent=2, sort_keys=True)
-            (partial / name).write_text(f"{text}\n")
+            (partial / name).write_text(f"{text}\n", encoding="utf-8")
         for name in (GENERATION, *TOKENIZER):
             if texts is not None and (texts / name).exists():
                 shutil.copyfile(texts / name, partial / name)
         for name, text in notes.items():
-            (partial / name).write_text(text)
+            (partial / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def check_replaceable(folder: Source, notes: Iterable[str] = ()) -> Path:
+    """Where `save` would write a checkpoint: a link is followed; what is not ours is refused."""
+    with files.disk_errors(Path(folder), ""):
+        folder = Path(folder).expanduser().resolve()
+        if not replaceable(folder, notes):
+            what = "more than a checkpoint, so not replaced"
+            raise UserError(f"{folder}: {what}: move it away, or choose another name")
+    return folder
 
 
 def replaceable(folder: Path, notes: Iterable[str] = ()) -> bool:

@@ -21,7 +21,8 @@ REMEDY = "; finished answers are kept: make room or give permission, and repeat 
 def check_settings(out: Path, before: Settings | None, now: Settings) -> None:
     """Refuses to go on with, or to take for finished, what was written by other settings."""
     if before is None:
-        raise UserError(f"{out} is there, and not from here: give another --out, or --no-resume")
+        remedy = "move it away, give another --out, or --no-resume"
+        raise UserError(f"{out} is there, and not from here: {remedy}")
     if changed := "; ".join(files.changes(before, now, MAY_CHANGE)):
         remedy = "give the same, another --out, or --no-resume"
         raise UserError(f"{out} was begun with other settings ({changed}): {remedy}")
@@ -38,8 +39,12 @@ class Journal(contextlib.ExitStack):
         with contextlib.ExitStack() as opened, files.disk_errors(self.path, REMEDY):
             opened.enter_context(files.lock(self.lock, out))
             # Without a buffer, which closing would write again.
-            self.file = opened.enter_context(self.path.open("ab", buffering=0))
+            self.file = opened.enter_context(open(self.path, "ab", 0, opener=files.no_follow))
             with self.path.open("rb") as lines:
+                if not is_journal(lines.readline(), settings):
+                    remedy = "move it away, or give another --out"
+                    raise UserError(f"{self.path} is there, and not from here: {remedy}")
+                lines.seek(0)
                 for line in lines if resume else ():
                     try:
                         record = json.loads(line if line.endswith(b"\n") else b"")
@@ -72,6 +77,16 @@ class Journal(contextlib.ExitStack):
         """Once its answers are in the data set."""
         self.path.unlink()
         self.lock.unlink()
+
+
+def is_journal(line: bytes, settings: Settings) -> bool:
+    """Whether a file that begins with this line, perhaps cut off, is a journal and no other's."""
+    if f"{json.dumps(settings)}\n".encode().startswith(line):
+        return True
+    try:
+        return json.loads(line).keys() == settings.keys()
+    except (ValueError, AttributeError):
+        return False
 
 
 def journal_path(out: Path) -> Path:

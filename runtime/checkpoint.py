@@ -7,10 +7,12 @@ under its final name, and it skips a step that is there already without a word.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -46,9 +48,10 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder, self.keep = Path(folder).absolute(), max(keep, 1)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with files.disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         _clean(self.folder)
-        self._writer, self._writing = _writer(), None
+        self._writer, self._writing, self._refused = _writer(), None, None
 
     def __exit__(self, kind, *_) -> None:
         try:
@@ -71,6 +74,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         kinds = {key: [list(x.shape), x.dtype.name, checksum(x)] for key, x in arrays.items()}
         manifest = json.dumps({"step": step, "extra": extra, "arrays": kinds})
         self._writing = self.folder / str(step)
+        if self._cannot_begin():
+            return
         if jax.process_index() == 0 and self._writing.exists():
             old = self._writing.with_name(f"{step}.old")
             shutil.rmtree(old, ignore_errors=True)
@@ -79,11 +84,31 @@ class Checkpoints(contextlib.AbstractContextManager):
         parts = args.Composite(arrays=args.PyTreeSave(arrays), manifest=sealed)
         self._writer.save(self._writing, args=parts)
 
+    def _cannot_begin(self) -> bool:
+        """Whether no folder can be made here: Orbax would wait for it five minutes, in a thread
+        that outlives the program."""
+        probe, self._refused = self._writing.with_suffix(".removed"), None
+        try:
+            if jax.process_index() == 0:
+                probe.mkdir(parents=True, exist_ok=True)
+                probe.rmdir()
+        except OSError as error:
+            self._refused = error
+        refused = process_allgather(self._refused is not None).any()
+        if refused and self._refused is None:
+            self._refused = OSError("the first process cannot make it")
+        return bool(refused)
+
     def wait(self) -> None:
         """Returns once the last save is on disk; a `UserError` if it could not be written."""
         path, self._writing = self._writing, None
         try:
+            if refused := self._refused:
+                self._refused = None
+                raise refused
             self._writer.wait_until_finished()
+            if path is not None and jax.process_index() == 0:  # before older ones are removed
+                files.sync(path)
         except Exception as error:  # a full disk is an OSError, a ValueError or a RuntimeError
             # The old writer would report its other troubles next time; it may still be writing.
             failed, self._writer = self._writer, _writer()
@@ -150,6 +175,8 @@ def restore(folder: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any], i
         except (UserError, MemoryError, jax.errors.JaxRuntimeError):
             raise  # no fault of the file's
         except Exception as error:  # a broken file may raise anything
+            if number := re.search(r"\[os_error_code='(\d+)'\]", str(error)):
+                _check_damaged(path, int(number[1]))
             reason = _reason(error)
         if not process_allgather(reason is None).all():
             reason = reason or "another process cannot read it"
@@ -166,7 +193,15 @@ def restore(folder: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any], i
 
 def _finished(folder: str | Path) -> list[Path]:
     """The checkpoints that were written to their end, newest first."""
-    paths = [path for path in Path(folder).absolute().glob("*") if FINISHED.fullmatch(path.name)]
+    folder, names = Path(folder).absolute(), []
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _check_damaged(folder, error.errno)
+        raise
+    paths = [folder / name for name in names if FINISHED.fullmatch(name)]
     return sorted(paths, key=lambda path: (int(path.stem), not path.suffix), reverse=True)
 
 
@@ -179,17 +214,29 @@ def _newest_first(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"{folder}: expected a checkpoint, {damaged}: {remedy}")
 
 
+def _check_damaged(path: Path, number: int | None) -> None:
+    """Refuses what may be whole, but cannot be read now, by the number of an `OSError`."""
+    if number in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTDIR):
+        remedy = "give permission or mount its disk anew; to do without it, move it away"
+        raise UserError(f"{path}: cannot be read ({os.strerror(number)}): {remedy}")
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself; a `ValueError` where that cannot be trusted."""
-    for entry in (path, *path.rglob("*")):
-        if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-            raise ValueError(f"{entry.name} is neither a file nor a folder")
     try:
-        stored = json.loads((path / "manifest" / "metadata").read_text())
+        for entry in (path, *path.rglob("*")):
+            if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+                raise ValueError(f"{entry.name} is neither a file nor a folder")
+            if entry.is_file():
+                open(entry, "rb").close()
+            else:
+                os.listdir(entry)  # rglob passes over a folder that it may not read
+        stored = json.loads((path / "manifest" / "metadata").read_text(encoding="utf-8"))
         manifest = json.loads(stored["text"])
         if _digest(stored["text"]) != stored["digest"] or manifest["step"] != int(path.stem):
             raise ValueError("it is not the one that was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        _check_damaged(path, getattr(error, "errno", None))
         raise ValueError(f"no manifest can be read ({_reason(error)})") from error
     return manifest
 

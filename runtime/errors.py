@@ -21,6 +21,45 @@ class UserError(Exception):
 
 def run(main: Callable[[], object]) -> None:
     """Calls `main`; a `UserError` ends the program with one line and status 2, Ctrl-C with 130."""
+    for number in range(3):  # a closed one would be the next file opened, and libraries print there
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    screens = _Screen(sys.stdout, BrokenPipeError), _Screen(sys.stderr, OSError)
+    with contextlib.redirect_stdout(screens[0]), contextlib.redirect_stderr(screens[1]):
+        try:
+            _run(main)
+        finally:
+            screens[0].flush()
+
+
+class _Screen:
+    """Standard output or error: it escapes what it cannot spell, and goes on without a reader."""
+
+    def __init__(self, stream: Any, ignored: type[OSError]):
+        self._stream, self._ignored = stream or open(os.devnull, "w"), ignored
+        self._stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        self._send(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._send(self._stream.flush)
+
+    def _send(self, call: Callable[..., object], *args: str) -> None:
+        try:
+            call(*args)
+        except self._ignored:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())  # libraries print there too
+            os.close(null)
+
+
+def _run(main: Callable[[], object]) -> None:
     try:
         main()
     except UserError as error:
@@ -60,6 +99,10 @@ def below(low: float | int, high: float | int) -> Constraint:
     return Constraint(f"from {low:g} to below {high:g}", lambda x: low <= x < high)
 
 
+LOCAL = Constraint(  # Orbax cannot write under other names
+    "a path on this machine, in UTF-8",
+    lambda path: not re.match(r"\w[\w+.-]+:/|.*[\ud800-\udfff]", path, re.DOTALL),
+)
 SEED = Constraint("from 0 to 2^63 - 1", lambda seed: 0 <= seed < 2**63)
 
 

@@ -6,11 +6,16 @@ In this order: writing, reading what may come from a stranger, digests, a lock, 
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
 import os
+import platform
+import re
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +23,8 @@ from typing import IO, Any
 from runtime.errors import UserError
 
 Settings = Mapping[str, Any]
+PROCESS = f"{os.getpid()}-{secrets.token_hex(4)}"
+NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 RESTORE = ": restore it, or begin anew with --no-resume"
 RESUME = ": make room or give permission; the same command goes on from what was saved"
 
@@ -34,29 +41,84 @@ def disk_errors(path: Path, remedy: str = RESUME) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, remedy: str = RESUME) -> Iterator[Path]:
-    """Yields the path of a partial file or folder, which replaces `path` when the body ends well.
+    """Yields the path of a partial file or folder, which replaces `path` when the body ends well;
+    where the body leaves none, nothing is replaced.
 
-    The caller makes it, decides whether what is there may be replaced, and writes it alone.
+    The caller makes it, and decides whether what is there may be replaced. It lies in a folder of
+    this process alone, so that no link and no other writer's file is in its place.
     """
-    partial, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     with disk_errors(path, remedy):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = _scratch(path)
+        partial, old = scratch / "new", scratch / f"old-{path.name}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
             yield partial
-            for written in (partial, *partial.rglob("*")):
-                if written.is_file():  # a crash of the system could leave it empty otherwise
-                    with open(written, "rb") as file:
-                        os.fsync(file)
-            if partial.is_dir() and path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                path.replace(old)
-            partial.replace(path)
+            if partial.exists():
+                sync(partial)
+                if partial.is_dir() and path.exists():
+                    path.replace(old)
+                partial.replace(path)
+                _sync_entry(path.parent)
         finally:
             if old.exists() and not path.exists():
                 old.replace(path)
-            for leftover in (old, partial):
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.unlink(missing_ok=True)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder, which its readers see whole until it is gone."""
+    with disk_errors(folder):
+        scratch = _scratch(folder)
+        folder.replace(scratch / "removed")
+        shutil.rmtree(scratch)
+
+
+def _scratch(path: Path) -> Path:
+    """A new folder beside `path`, named after this process; those of dead ones of this host go."""
+    host = platform.node()
+    names = re.compile(rf"\..*\.{re.escape(host)}-(\d{{1,9}}-[0-9a-f]{{8}})-\w+\.partial")
+    for name in os.listdir(path.parent):
+        if (match := names.fullmatch(name)) and not _is_alive(match[1]):
+            for old in (path.parent / name).glob("old-*"):  # killed between two renames
+                if not (before := path.parent / old.name.removeprefix("old-")).exists():
+                    old.replace(before)
+            shutil.rmtree(path.parent / name, ignore_errors=True)
+    return Path(tempfile.mkdtemp(".partial", f".{path.name[:24]}.{host}-{PROCESS}-", path.parent))
+
+
+def _is_alive(process: str) -> bool:
+    pid = int(process.partition("-")[0])
+    if pid == os.getpid():
+        return process == PROCESS  # in a container, the first process has the same each time
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is another user's
+    return True
+
+
+def sync(path: Path) -> None:
+    """Returns once a file, or a folder and all in it, would survive a crash of the system."""
+    for entry in (path, *path.rglob("*")):
+        _sync_entry(entry)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # not every file system can sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def no_follow(path: str | Path, flags: int) -> int:
+    """An `opener` that refuses a link: somebody could have put it there to a file of the user's."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def append_json(file: IO[bytes], record: Settings) -> None:
@@ -122,27 +184,30 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path, guarded: Path | None = None, *, wait: bool = False) -> Iterator[None]:
+def lock(
+    path: Path, guarded: Path | None = None, *, wait: bool = False, remedy: str = RESUME
+) -> Iterator[None]:
     """Holds the lock file `path`, which the system releases however the process ends.
 
     Where another process holds it, this waits, or refuses what is `guarded`: the folder, if None.
     """
-    import filelock
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(path, blocking=wait)
+    with disk_errors(path, remedy):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = no_follow(path, os.O_RDWR | os.O_CREAT)
     try:
-        held.acquire()
-    except filelock.Timeout:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
         what, remedy = guarded or path.parent, "wait for its end, or choose another name"
         raise UserError(f"{what} is in use by another run: {remedy}") from None
-    except OSError as error:  # filelock itself knows file systems without flock
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            os.close(descriptor)
             raise
     try:
         yield
     finally:
-        held.release()
+        os.close(descriptor)
 
 
 def changes(

@@ -169,7 +169,7 @@ def host_memory() -> float:
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     groups = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")]
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, kinds, where = line.split(":", 2)
             own = groups[1] if kinds == "memory" else groups[0]
             inner = own / where.lstrip("/")
@@ -177,7 +177,7 @@ def host_memory() -> float:
     for group in groups:
         for name in ("memory.max", "memory.limit_in_bytes"):
             with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-                limits.append(int((group / name).read_text()))
+                limits.append(int((group / name).read_text(encoding="utf-8")))
     return float(min(limits))
 
 

@@ -195,7 +195,11 @@ def open_or_create(targets: Targets) -> Targets:
             raise UserError(f"{folder} has other settings ({changed}): {remedy}")
         return previous
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX).write_bytes(targets.windows.astype("<i8").tobytes())
+    for path in (*folder.glob(INDEX), *folder.glob("*.targets")):
+        remedy = "move it away, or give another --out"
+        raise UserError(f"{folder}: {path.name} is in it, but no {MANIFEST}: {remedy}")
+    with files.atomic_write(folder / INDEX) as partial:
+        partial.write_bytes(targets.windows.astype("<i8").tobytes())
     files.write_json(folder / MANIFEST, targets.manifest | {"digest": targets.digest})
     return targets
 

@@ -1,6 +1,7 @@
 """Saved is restored bit by bit, on any mesh; what is not whole is never taken for a state."""
 
 import contextlib
+import errno
 import gc
 import logging
 import math
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -430,3 +432,71 @@ def test_a_lock_keeps_others_out_until_its_process_dies(tmp_path):
     for _ in range(2):  # what a crash leaves, and what a run that ended well leaves
         with checkpoint.lock(tmp_path):
             assert latest(tmp_path) is None
+
+
+def test_a_folder_that_cannot_be_made_ends_promptly(tmp_path, monkeypatch, recwarn):
+    """Orbax would wait for it five minutes, in a thread that outlives the program."""
+    with Checkpoints(tmp_path) as saved:
+        saved.save(1, state_of(1), {})
+        saved.wait()
+        threads, mkdir = set(threading.enumerate()), os.mkdir
+
+        def refuse(path, *args, **options):
+            if str(path).startswith(str(tmp_path)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return mkdir(path, *args, **options)
+
+        with monkeypatch.context() as patch:  # root may write anywhere
+            patch.setattr(os, "mkdir", refuse)
+            saved.save(2, state_of(2), {})
+            with pytest.raises(UserError, match="2 could not be written .Permission denied"):
+                saved.wait()
+        assert set(threading.enumerate()) <= threads and not recwarn.list
+        saved.save(3, state_of(3), {})
+    assert steps(tmp_path) == ["1", "3"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("where", ["files", "folder", "arrays"])
+def test_what_cannot_be_read_is_not_taken_for_damaged(copy, monkeypatch, number, where):
+    """Nor for no checkpoint: a run would go on from an older one, or begin anew."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    def load(*_):
+        raise ValueError(f"DATA_LOSS: Error reading x: no [os_error_code='{number}'] [spec={{}}]")
+
+    if where == "files":
+        monkeypatch.setattr(checkpoint, "open", refuse, raising=False)
+    elif where == "folder":
+        monkeypatch.setattr(os, "listdir", refuse)
+    else:
+        monkeypatch.setattr(checkpoint, "_load", load)
+    with pytest.raises(UserError, match=f"cannot be read .{os.strerror(number)}.: give permission"):
+        restore(copy, state_of(0))
+    if where != "arrays":
+        with pytest.raises(UserError, match="cannot be read"):
+            latest(copy)
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(UserError, match="checkpoints: cannot be read .Not a directory"):
+        latest(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="checkpoints: cannot be written .File exists"):
+        Checkpoints(tmp_path / "checkpoints")
+
+
+def test_a_checkpoint_is_on_the_disk_before_older_ones_go(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    order = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: order.append(os.readlink(f"/proc/self/fd/{file}"))
+    )
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda a, b: order.append(str(b)) or rename(a, b))
+    write(tmp_path, 2, keep=1)
+    written = [str(path) for path in (tmp_path / "2", *(tmp_path / "2").rglob("*"))]
+    assert set(written) <= set(order[: order.index(str(tmp_path / "1.removed"))])
+    assert steps(tmp_path) == ["2"]

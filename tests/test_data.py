@@ -1,12 +1,15 @@
 """The store, the windows over it and the order they come in."""
 
 import collections
+import contextlib
 import dataclasses
 import errno
 import itertools
 import json
 import os
+import platform
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +24,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
+from runtime import files, report
 from runtime.errors import UserError
 from text import records, store
 
@@ -382,14 +386,16 @@ print(data.open_corpus(config, sys.argv[3], seq_len=16, seed=0, vocab=1000).dige
 def test_builds_at_once_agree_and_leave_one_store(tokenizer, tmp_path):
     path, cache = tmp_path / "many.txt", tmp_path / "cache"
     path.write_text("\n".join(story(i % 500) for i in range(6000)))
-    stale = cache / ".0.partial"
-    stale.mkdir(parents=True)
+    (dead := subprocess.Popen([sys.executable, "-c", ""])).wait()
+    mine, stale = cache / "0.partial", cache / f".0.{platform.node()}-{dead.pid}-01234567-x.partial"
+    for folder in (mine, stale):
+        folder.mkdir(parents=True)
     command = [sys.executable, "-c", OPEN, str(path), str(cache), str(tokenizer)]
     home = Path(data.__file__).parent
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=home) for _ in range(3)]
     digests = {run.communicate(timeout=60)[0] for run in runs}
     assert len(digests) == 1 and [run.returncode for run in runs] == [0, 0, 0]
-    assert len([path for path in cache.iterdir() if path.name != ".lock"]) == 1
+    assert len(list(cache.iterdir())) == 3 and {mine, cache / ".lock"} < set(cache.iterdir())
 
 
 def test_a_full_disk_leaves_a_message_alone(tokenizer, tmp_path, stories):
@@ -492,3 +498,43 @@ def test_nothing_heavy_at_import():
     home = Path(data.__file__).parent
     run = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True)
     assert run.stdout == "[]\n", run.stderr
+
+
+def test_text_in_the_users_own_cache_is_private(tokenizer, tmp_path, stories, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store = opened(tokenizer, tmp_path, stories, cache=None).held_out[0].store
+    assert store.folder.parent.parent == tmp_path and not store.folder.stat().st_mode & 0o077
+
+
+def test_a_store_that_others_finished_meanwhile_is_used(tokenizer, tmp_path, stories, monkeypatch):
+    build, inodes = store.build, []
+
+    def late(folder, *args):
+        build(folder, *args)
+        with monkeypatch.context() as patch:  # another host, that does not see the lock
+            patch.setattr(store, "build", build)
+            patch.setattr(store, "lock", lambda *_, **__: contextlib.nullcontext())
+            inodes.append(
+                opened(tokenizer, tmp_path, stories).held_out[0].store.folder.stat().st_ino
+            )
+
+    monkeypatch.setattr(store, "build", late)
+    assert [opened(tokenizer, tmp_path, stories).held_out[0].store.folder.stat().st_ino] == inodes
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_store_that_disappears_is_one_line(tokenizer, tmp_path, stories):
+    corpus = opened(tokenizer, tmp_path, stories)
+    shutil.rmtree(corpus.held_out[0].store.folder)
+    with pytest.raises(UserError, match="cannot be read .No such file.*run this again"):
+        data.batch(corpus, 0, 2)
+
+
+def test_who_waits_for_another_builder_says_so(tokenizer, tmp_path, stories, monkeypatch, capfd):
+    monkeypatch.setattr(report, "ELSEWHERE", (0.05, 10.0))
+    with files.lock(tmp_path / "cache" / ".lock"):
+        waiting = threading.Thread(target=opened, args=(tokenizer, tmp_path, stories))
+        waiting.start()
+        time.sleep(0.5)
+        assert "waiting for another process that tokenizes" in capfd.readouterr().err
+    waiting.join()

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -421,8 +422,9 @@ def test_the_student_of_the_best_evaluation_is_kept(quick, tmp_path, monkeypatch
     """Figures are made up, with the best at step 2; after it the run is stopped and continued."""
     figures, seen, moments = {0: 3.0, 2: 1.0, 4: 2.0, 6: 1.5}, [], set()
     best = Path(quick.out) / "student-best"
-    for leftover in (".student-best.partial", ".student-best.old"):  # of a run that was killed
-        best.with_name(leftover).mkdir(parents=True)
+    host = platform.node()
+    leftover = best.with_name(f".student-best.{host}-{os.getpid()}-0123abcd-x.partial")
+    leftover.mkdir(parents=True)  # of a run that was killed
 
     def evaluate(run, student):
         seen.append(jax.tree.map(np.array, student))
@@ -836,3 +838,29 @@ def test_eval_prints_one_object(teacher, text, tmp_path, capsys, monkeypatch):
     assert found["ce"] == found["teacher_ce"] == pytest.approx(np.log(found["perplexity"]))
     size = len(text.read_bytes())  # one document: by file
     assert found["bits_per_byte"] == pytest.approx(found["ce"] * found["tokens"] / np.log(2) / size)
+
+
+def test_a_students_folder_with_files_of_the_users_is_refused_before_the_run(
+    quick, tmp_path, monkeypatch
+):
+    out, steps = Path(quick.out), quick.steps
+    distill.train(dataclasses.replace(quick, steps=2))
+    (out / "student-best").mkdir()
+    more = dataclasses.replace(quick, steps=steps, keep_best=True)
+    monkeypatch.setattr(distill, "prepare_state", None)  # what comes next
+    for name in ("student", "student-best"):
+        mine = out / name / "mine.gguf"
+        mine.write_text("mine")
+        with pytest.raises(UserError, match=f"{name}: more than a checkpoint, so not replaced"):
+            distill.train(more)
+        assert mine.read_text() == "mine"
+        mine.unlink()
+    monkeypatch.undo()
+    for name in ("student", "student-best", "checkpoints"):  # moved to a larger disk
+        shutil.move(out / name, tmp_path / name)
+        (out / name).symlink_to(tmp_path / name)
+    distill.train(more)
+    assert checkpoint.latest(tmp_path / "checkpoints") == steps
+    for name in ("student", "student-best"):
+        assert (out / name).is_symlink() and models.load(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()

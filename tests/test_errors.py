@@ -364,3 +364,71 @@ def test_an_interruption_ends_with_a_line_while_threads_go_on():
     assert (done.returncode, done.stdout) == (130, "said\n")
     words = "interrupted; the same command goes on from what was saved, if anything was\n"
     assert done.stderr == words
+
+
+TALKS = r"""
+import sys
+from runtime import errors
+def main():
+    for _ in range(3):
+        print("to people", "\u2016 \udcff", file=sys.stderr, flush=True)
+    sys.stderr.isatty()
+    print("out \u2016 \udcff", flush=True)
+    open(sys.argv[1], "w").write("ended")
+errors.run(main)
+"""
+
+
+@pytest.mark.parametrize("without", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_a_program_goes_on_without_a_screen(tmp_path, without):
+    """What it opens itself never takes the number that libraries print to."""
+    program = TALKS.replace("errors.run", "sys.modules['x'] = open(__file__); errors.run")
+    (tmp_path / "x.py").write_text(program)
+    command = f"{sys.executable} {tmp_path / 'x.py'} {tmp_path / 'end'} {without}"
+    home = str(Path(errors.__file__).parents[1])
+    assert (
+        subprocess.run(command, shell=True, env=os.environ | {"PYTHONPATH": home}).returncode == 0
+    )
+    assert (tmp_path / "end").read_text() == "ended"
+
+
+def test_a_reader_that_goes_away_ends_no_program(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", TALKS, str(tmp_path / "end")], stdout=write, stderr=write,
+        env=os.environ | {"PYTHONPATH": str(Path(errors.__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "end").read_text() == "ended"
+
+
+def test_what_a_locale_cannot_spell_is_escaped(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", TALKS, str(tmp_path / "end")], capture_output=True, text=True,
+        env=os.environ
+        | {"PYTHONPATH": str(Path(errors.__file__).parents[1]), "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "out \\u2016 \\udcff\n")
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/run", "gs:/bucket", "hf://a/b", "r\udcff"])
+def test_what_is_written_is_a_path_on_this_machine(out):
+    import targets
+    from config import Config as Run
+
+    source = Data(source=("x",)) if False else {"source": ("x",)}
+    for make in (lambda: Run(out=out), lambda: targets.Config(teacher="t", out=out)):
+        with pytest.raises(UserError, match="--out is .*: it must be a path on this machine"):
+            make()
+    import data
+
+    with pytest.raises(UserError, match="--data.cache is .*: it must be a path on this machine"):
+        Run(data=data.Config(cache=out, **source))
+
+
+def test_a_home_folder_is_expanded(monkeypatch, tmp_path):
+    from config import Config as Run
+    from config import run_folder
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_folder(Run(out="~/run")).path == tmp_path / "run"

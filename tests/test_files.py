@@ -2,6 +2,9 @@
 
 import errno
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -36,7 +39,7 @@ def test_a_folder_is_replaced_when_it_is_whole(tmp_path, monkeypatch):
         raise ZeroDivisionError
     replace = type(folder).replace
     monkeypatch.setattr(
-        type(folder), "replace", lambda a, b: 1 / (".partial" not in a.name) and replace(a, b)
+        type(folder), "replace", lambda a, b: 1 / (a.name != "new") and replace(a, b)
     )
     with pytest.raises(ZeroDivisionError), files.atomic_write(folder) as partial:
         partial.mkdir()  # the last step fails, after the older folder was put aside
@@ -123,12 +126,60 @@ def test_a_folder_is_locked_once(tmp_path):
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     import fcntl
 
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    for number in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with files.lock(tmp_path / ".lock"):
-        pass
+        def refuse(*_, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        with files.lock(tmp_path / ".lock"):
+            assert os.listdir(tmp_path) == [".lock"]
     monkeypatch.undo()
     with files.lock(tmp_path / ".lock", wait=True):
         pass
+
+
+def test_no_link_in_a_folder_is_written_through(tmp_path):
+    """Nor is what is called like something of ours removed."""
+    (mine := tmp_path / "mine").write_text("mine")
+    (folder := tmp_path / "run").mkdir()
+    for name in (".a.json.partial", ".a.json.old", "a.json", ".lock"):
+        (folder / name).symlink_to(mine)
+    for name in (".b.partial", ".b.old", ".b.elsewhere-1-0123abcd-x.partial"):
+        (folder / name).mkdir()
+        (folder / name / "mine").write_text("mine")
+    files.write_json(folder / "a.json", {"a": 1})
+    with files.atomic_write(folder / "b") as partial:
+        partial.mkdir()
+    with pytest.raises(UserError, match="cannot be written .Too many levels of symbolic"):
+        with files.lock(folder / ".lock"):
+            pass
+    assert files.read_json(folder / "a.json") == {"a": 1} and mine.read_text() == "mine"
+    assert len(list(folder.rglob("mine"))) == 3
+
+
+def test_what_dead_processes_of_this_host_left_is_removed_alone(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host, left = platform.node(), {}
+    for process in (dead.pid, os.getppid(), os.getpid()):
+        left[process] = tmp_path / f".a.{host}-{process}-0123abcd-x.partial"
+        left[process].mkdir()
+    (left[dead.pid] / "old-a").mkdir()
+    with pytest.raises(ZeroDivisionError), files.atomic_write(tmp_path / "a"):
+        raise ZeroDivisionError
+    # What was there came back, as it would have had the process not been killed.
+    assert set(tmp_path.iterdir()) == {left[os.getppid()], tmp_path / "a"}
+
+
+def test_files_and_folders_are_synced_before_and_after_they_are_renamed(tmp_path, monkeypatch):
+    calls = []
+    sync, replace = os.fsync, type(tmp_path).replace
+    monkeypatch.setattr(os, "fsync", lambda x: calls.append(os.stat(x).st_ino) or sync(x))
+    spy = lambda a, b: calls.append("renamed") or replace(a, b)  # noqa: E731
+    monkeypatch.setattr(type(tmp_path), "replace", spy)
+    with files.atomic_write(tmp_path / "a") as partial:
+        (partial / "b").mkdir(parents=True)
+        (partial / "b" / "c").write_text("c")
+    inodes = [(tmp_path / name).stat().st_ino for name in ("a", "a/b", "a/b/c", ".")]
+    assert set(calls[:3]) == set(inodes[:3]) and calls[3:] == ["renamed", inodes[3]]

@@ -646,10 +646,28 @@ def test_a_disk_that_is_full_from_the_start(base, tmp_path):
 
 def test_a_journal_of_something_else_is_refused(base):
     journal = answers.journal_path(Path(base["out"]))
-    journal.write_text("[1]\n")
-    with pytest.raises(UserError, match="not from here"):
+    for content in ("[1]\n", "Dear diary,\n", '{"a": 1}\n', '{"modem"'):
+        journal.write_text(content)
+        for flags in ((), ("--no-resume",)):
+            with pytest.raises(UserError, match="not from here"):
+                ran(*flags, **base)
+        assert journal.read_text() == content
+    mine = journal.with_name("mine")
+    journal.rename(mine)
+    journal.symlink_to(mine)
+    mine.write_text("")
+    with pytest.raises(UserError, match="cannot be written .Too many levels of symbolic"):
         ran(**base)
-    assert journal.read_text() == "[1]\n"
+    assert mine.read_text() == ""
+
+
+def test_a_file_of_the_users_is_not_replaced_where_a_journal_is(base):
+    journal, out = answers.journal_path(Path(base["out"])), Path(base["out"])
+    journal.write_text("")
+    out.write_text("mine")
+    with pytest.raises(UserError, match="is there, and not from here: move it away"):
+        ran(**base)
+    assert out.read_text() == "mine"
 
 
 def test_the_same_weights_of_another_day_go_on(base, plain, monkeypatch):

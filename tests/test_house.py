@@ -119,3 +119,12 @@ def test_importing_does_nothing():
             assert found["config"] == plain, module
         if module in ("answers", "data", "text", "errors", "report"):
             assert not found["jax"], f"{module} imports jax"
+
+
+def test_text_is_written_and_read_in_utf_8_whatever_the_locale():
+    rooms = ("", "losses", "models", "runtime", "text")
+    for file in (file for room in rooms for file in (ROOT / room).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if getattr(getattr(node, "func", None), "attr", "") in ("read_text", "write_text"):
+                options = {option.arg for option in node.keywords}
+                assert "encoding" in options, (file, node.lineno)

@@ -551,3 +551,10 @@ def test_a_full_disk_loses_nothing(config, kept, tmp_path):
 def test_a_folder_in_use_is_refused(config, tmp_path):
     with targets.checkpoint.lock(tmp_path):
         assert "in use by another run" in refusal(made, config, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["windows", "00000.targets"])
+def test_a_file_of_the_users_in_the_folder_is_not_overwritten(config, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    assert f"{name} is in it, but no targets.json: move it away" in refusal(made, config, tmp_path)
+    assert (tmp_path / name).read_text() == "mine"

@@ -123,7 +123,8 @@ def test_every_kind_of_file_gives_its_documents(plain, tmp_path, kind, packing):
     elif packing == ".zst":
         zstd(path.with_name(path.name + packing), content)
     read = []
-    path = path.with_name(path.name + packing)
+    odd = os.fsdecode(b"caf\xe9")  # as no locale of today spells it
+    path = path.with_name(path.name + packing).rename(tmp_path / f"{odd}{kind}{packing}")
     assert texts(path, plain, documents="paragraph", progress=read.append) == expected
     assert sum(read) == path.stat().st_size == text.find(str(path)).size
 
@@ -537,3 +538,42 @@ def test_bad_tokenizers(encoder, tmp_path):
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         text.load_tokenizer(folder)
+
+
+def test_hidden_files_and_lfs_pointers_are_left_out_with_a_word(tmp_path, capsys):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345\n"
+    names = ["a.txt", "._a.txt", ".git/a.txt", ".ipynb_checkpoints/a.jsonl", "b.txt", "C.TXT.GZ"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(pointer if name == "b.txt" else "text")
+    source = text.find(str(tmp_path))
+    assert [file.name for file in source.files] == ["C.TXT.GZ", "a.txt"]
+    assert "3 hidden files and 1 Git LFS pointers left out" in capsys.readouterr().err
+    assert text.find(str(tmp_path / ".git")).files  # it was asked for by its name
+    with pytest.raises(UserError, match="no file to read in it.*git lfs pull"):
+        text.find(str(tmp_path / "b.txt"))
+
+
+@pytest.mark.parametrize("kind", [".TXT", ".Txt.GZ"])
+def test_suffixes_in_any_case(plain, tmp_path, kind):
+    content = b"some text"
+    path = tmp_path / f"x{kind}"
+    path.write_bytes(gzip.compress(content) if kind.endswith("GZ") else content)
+    assert texts(path, plain) == ["some text"]
+
+
+def test_a_file_that_was_replaced_is_another(tmp_path):
+    """Though its size and its date are those of the one before."""
+    path, other = tmp_path / "a.txt", tmp_path / "other"
+    path.write_text("one")
+    before = text.find(str(path)).fingerprint
+    other.write_text("two")
+    os.utime(other, ns=(path.stat().st_mtime_ns,) * 2)
+    other.replace(path)
+    assert text.find(str(path)).fingerprint != before == before
+
+
+def test_templates_have_one_date(encoder, tmp_path):
+    """Else a store of tokens would be another one every day; Llama 3's own is this one."""
+    made = tokenizer(encoder, tmp_path, chat_template="{{ strftime_now('%d %b %Y %H') }}")
+    assert made.render_chat(TALK, "all", "here").text == "26 Jul 2024 00"

@@ -44,5 +44,6 @@ def environment() -> Any:
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    # One date, that of Llama 3's own template: else the tokens of a text would be others every day.
+    environment.globals["strftime_now"] = datetime.datetime(2024, 7, 26).strftime
     return environment

@@ -66,9 +66,12 @@ def library_errors(problem: str) -> Iterator[None]:
 def find(name: str, *, streaming: bool = False) -> Source:
     """The source that `name`, a file, folder, glob or `id[:config][:split]`, stands for."""
     with library_errors(f"{name}: cannot be read"):  # a path may be too long, or forbidden
-        path, folder = Path(name).expanduser(), None
+        path, folder, hidden = Path(name).expanduser(), None, 0
         if path.is_dir():
-            folder, paths = path, path.rglob("*")
+            folder, paths = path, list(path.rglob("*"))
+            shown = [x for x in paths if not re.search(r"(^|/)\.", str(x.relative_to(path)))]
+            hidden = sum(kind(x) is not None for x in set(paths) - set(shown))
+            paths = shown
         elif path.is_file():
             paths = [path]
         elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:.*)?", name) and not kind(path):
@@ -90,19 +93,36 @@ def find(name: str, *, streaming: bool = False) -> Source:
             paths = [x for x in paths if (x.is_symlink() if x.is_dir() else kind(x))]
             check_links(folder, paths)
         files = sorted(x.absolute() for x in paths if x.is_file())  # a blob has no suffix
+        count, files = len(files), [file for file in files if not is_pointer(file)]
+        left_out = f"{hidden} hidden files and {count - len(files)} Git LFS pointers left out"
         if not files or not all(map(kind, files)):
             kinds = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSION)}"
-            raise UserError(f"{name}: no file to read in it; expected {kinds}")
-        facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return Source(name, digest(facts), sum(size for _, size, _ in facts), tuple(files))
+            pull = f" ({left_out}; git lfs pull fetches them)" if count > len(files) else ""
+            raise UserError(f"{name}: no file to read in it; expected {kinds}{pull}")
+        if hidden or count > len(files):
+            report.say(f"{name}: {left_out}")
+        stats = [file.stat() for file in files]
+        facts = [  # a file that another replaced may have its size and its date
+            (str(file), os.path.realpath(file), x.st_size, x.st_mtime_ns, x.st_ctime_ns, x.st_ino)
+            for file, x in zip(files, stats, strict=True)
+        ]
+    return Source(name, digest(facts), sum(x.st_size for x in stats), tuple(files))
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether Git LFS left a note in the place of a file's content."""
+    if file.stat().st_size > 200:
+        return False
+    with open(file, "rb") as content:
+        return content.read(24) == b"version https://git-lfs."
 
 
 def kind(part: Path | Source) -> str | None:
     """The suffix of a file, without its compression's; None for one that is not read here."""
     if isinstance(part, Source):
         return "hub"
-    suffix = Path(part.stem).suffix if part.suffix in COMPRESSION else part.suffix
-    return suffix if suffix in KINDS else None
+    suffix = Path(part.stem).suffix if part.suffix.lower() in COMPRESSION else part.suffix
+    return suffix.lower() if suffix.lower() in KINDS else None
 
 
 def text_blocks(file: Path, progress: Progress) -> Iterator[str]:
@@ -114,7 +134,7 @@ def text_blocks(file: Path, progress: Progress) -> Iterator[str]:
     with (
         library_errors(f"{file}: cannot be read to its end"),
         open(file, "rb") as raw,
-        pyarrow.input_stream(raw, compression=COMPRESSION.get(file.suffix)) as stream,
+        pyarrow.input_stream(raw, compression=COMPRESSION.get(file.suffix.lower())) as stream,
     ):
         block, before, at = None, 0, 0
         while block != b"":
@@ -173,10 +193,14 @@ def _json_records(file: Path, choose: Choose, progress: Progress) -> Iterator[di
 def _parquet_records(file: Path, choose: Choose, progress: Progress) -> Iterator[dict]:
     import pyarrow.parquet
 
-    with library_errors(f"{file}: not a whole parquet file"), tempfile.TemporaryFile() as temporary:
-        if compression := COMPRESSION.get(file.suffix):  # parquet is read from its end
-            shutil.copyfileobj(pyarrow.input_stream(file, compression), temporary)
-        table = pyarrow.parquet.ParquetFile(temporary if compression else file)
+    with (
+        library_errors(f"{file}: not a whole parquet file"),
+        open(file, "rb") as raw,  # not by its name, which pyarrow wants to be UTF-8
+        tempfile.TemporaryFile() as temporary,
+    ):
+        if compression := COMPRESSION.get(file.suffix.lower()):  # parquet is read from its end
+            shutil.copyfileobj(pyarrow.input_stream(raw, compression), temporary)
+        table = pyarrow.parquet.ParquetFile(temporary if compression else raw)
         columns = choose(table.schema_arrow.names, file)
         rows, size = max(table.metadata.num_rows, 1), file.stat().st_size
         for batch in table.iter_batches(batch_size=256, columns=columns):

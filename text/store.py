@@ -59,14 +59,18 @@ def open_store(name: str, tokenizer: Tokenizer, config: Any) -> Store:
     with disk_errors(folder.parent, REMEDY):
         if store := load(folder):
             return store
-        with lock(folder.parent / ".lock", wait=True):  # each builder takes all cores
+        # Each builder takes all cores.
+        with contextlib.ExitStack() as stack:
+            with report.progress("waiting for another process that tokenizes"):
+                locked = lock(folder.parent / ".lock", wait=True, remedy=REMEDY)
+                stack.enter_context(locked)
             if store := load(folder):  # another process has built it meanwhile
                 return store
-            for stale in folder.parent.glob("*.partial"):
-                shutil.rmtree(stale, ignore_errors=True)
             with atomic_write(folder, REMEDY) as partial:
-                partial.mkdir()
+                partial.mkdir(0o777 if config.cache else 0o700)  # text may be private
                 build(partial, source, tokenizer, config)
+                if load(folder):  # by another host, where it does not see this lock
+                    shutil.rmtree(partial)
     return load(folder)
 
 
@@ -138,7 +142,9 @@ def build(folder: Path, source: files.Source, tokenizer: Tokenizer, config: Any)
     manifest = {"version": VERSION} | dataclasses.asdict(Store(folder, dtype, *facts, digest=""))
     del manifest["folder"], manifest["digest"]
     manifest["files"] = {name: file_digest(folder / name) for name in (*FILES, "sums")}
-    (folder / "store.json").write_text(json.dumps(manifest | {"digest": digest(manifest)}))
+    (folder / "store.json").write_text(
+        json.dumps(manifest | {"digest": digest(manifest)}), encoding="utf-8"
+    )
 
 
 def write_sums(folder: Path) -> None:
