@@ -592,21 +592,23 @@ def test_a_choice_of_blocks_that_cannot_be(quick, blocks):
         prepare.choose_or_restore_layers(quick, None, corpus, Path(quick.out))
 
 
-@pytest.mark.parametrize("kind", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
-def test_other_signals_save_too(kind):
-    with processes.Interruption() as interruption:
-        os.kill(os.getpid(), kind)
-        assert interruption.asked
-
-
-def test_a_hang_up_that_is_ignored_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+@pytest.mark.parametrize(
+    "kind, before, saves",
+    [
+        (signal.SIGHUP, signal.SIG_DFL, True),
+        (signal.SIGHUP, signal.SIG_IGN, False),  # as nohup starts a program
+        (signal.SIGUSR1, signal.SIG_DFL, True),
+        (signal.SIGUSR2, signal.SIG_DFL, True),
+    ],
+)
+def test_other_signals_save_too(kind, before, saves):
+    previous = signal.signal(kind, before)
     try:
         with processes.Interruption() as interruption:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not interruption.asked
+            os.kill(os.getpid(), kind)
+            assert interruption.asked == saves
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(kind, previous)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,9 @@ def test_before_the_first_step_a_signal_ends_a_process_at_once(kind):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
-    program = WAITING.replace("def main():", "def main():\n    processes.end_at_once()")
+    # Whoever runs the tests may ignore SIGHUP.
+    begin = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); processes.end_at_once()"
+    program = WAITING.replace("def main():", f"def main():\n    {begin}")
     both = [
         subprocess.Popen(
             [sys.executable, "-c", program, where, str(number), "0"], cwd=ROOT, text=True,
