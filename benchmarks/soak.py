@@ -142,7 +142,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 Moment = Touch | Callable[[Run], bool]
-TOKENS, CHECKPOINT, EXPORT = ".partial/", "-tmp", ".student.partial"
+TOKENS, CHECKPOINT, EXPORT = ".partial/new/", "-tmp", ".student."
 BEST = ".student-best."
 
 
