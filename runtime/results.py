@@ -190,11 +190,13 @@ def samples(run: Run, student: LanguageModel) -> Iterator[str]:
     prompts = windows.tokens[rows[last[rows] > 0], :length]
     decode, stop = text.load_tokenizer(run.tokenizer).encoder.decode, text.stop_ids(run.tokenizer)
     greedy = Decoding(32, Sampling(temperature=0.0), stop, run.objective.dtype)
-    lengths, key, written = np.full(len(prompts), length), jax.random.key(0), {}
+    lengths, written = np.full(len(prompts), length), {}
     writers = [("teacher", run.teacher, teacher_mesh or mesh), ("student", student, mesh)]
     for name, model, where in writers:
         if model is not None and len(prompts):
             with sharding.use_mesh(where, layout):
+                key = jax.random.key(0)  # on these devices
+                key = jax.random.key(0)  # on these devices
                 tokens_and_counts = sample(model, prompts, lengths, key, greedy)
                 written[name] = tuple(map(sharding.to_host, tokens_and_counts))
     for row, prompt in enumerate(prompts):

@@ -175,8 +175,8 @@ def test_eight_devices_hold_an_eighth_each():
 
 
 def test_a_teacher_on_devices_of_its_own_teaches_the_same(config, monkeypatch):
-    monkeypatch.setattr(results, "samples", lambda *_: iter(()))
     with monkeypatch.context() as patch:
+        patch.setattr(results, "samples", lambda *_: iter(()))
         devices = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda *_: devices)
         together = models.load(distill.train(config))
