@@ -24,7 +24,7 @@ import sharding
 import text
 from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, with_defaults
 from losses import features
-from models.base import LanguageModel
+from models.base import LanguageModel, add_rows
 from runtime import checkpoint, errors, files, on_policy, plan, prepare, processes, report, results
 from runtime.prepare import Placement, Run
 
@@ -88,12 +88,12 @@ def step(
 
     def gradient(batch):
         read = batch.tokens[:, :-1]
-        embedded = jax.lax.stop_gradient(state.student.embedding)[read]
+        embedded = jax.lax.stop_gradient(state.student).look_up(read, objective.dtype)
         value_and_grads = jax.value_and_grad(loss, (0, 1), has_aux=True)
         (_, parts), (grads, d_embedded) = value_and_grads(trainable, embedded, batch)
         if (d_head := grads.student.embedding) is not None:
             # Added to what the head has found where they are tied: autodiff would add two arrays.
-            d_embedding = d_head.at[read].add(d_embedded.astype(d_head.dtype))
+            d_embedding = add_rows(d_head, read, d_embedded)
             grads = eqx.tree_at(lambda learner: learner.student.embedding, grads, d_embedding)
         return sharding.constrain_tree(grads), parts
 

@@ -34,6 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "embed": ("fsdp",),
+    "columns": ("fsdp", "tensor"),  # of the embedding, where its rows are looked up
 }
 
 Rules = Mapping[str, tuple[str, ...]]
@@ -58,7 +59,9 @@ class Layout:
     @property
     def params(self) -> Rules:
         """For parameters, gradients and activations."""
-        return self._rules({"rows": ("data", "fsdp"), "vocab": ("tensor",), "embed": ()})
+        return self._rules(
+            {"rows": ("data", "fsdp"), "vocab": ("tensor",), "embed": (), "columns": ("tensor",)}
+        )
 
     @property
     def moments(self) -> Rules:

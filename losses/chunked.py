@@ -128,7 +128,7 @@ def _prepare_head(head, signal, dtype):
 def _cross_entropy(z, labels):
     """Per row, and its gradient on the logits `z`, [vocab, rows]."""
     hit = jnp.arange(len(z), dtype=labels.dtype)[:, None] == labels
-    lse = jax.nn.logsumexp(z, 0)
+    lse = signals.logsumexp(z)
     value = lse - jnp.where(hit, z, 0).sum(0)
     value, z = signals.apart_on_cpu((value, z))
     q = jnp.exp(z - lse)

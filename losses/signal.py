@@ -88,8 +88,8 @@ class TopK(Targets):
         z *= inv_temperature
         z_entries, z = z[entries], z.at[entries].set(-jnp.inf)
         # Of the rest itself: one less the sum of the entries would be lost in rounding.
-        lse_rest = jnp.maximum(jax.nn.logsumexp(z, 0), LOWEST)
-        lse = jnp.logaddexp(lse_rest, jax.nn.logsumexp(z_entries, 0))
+        lse_rest = jnp.maximum(logsumexp(z), LOWEST)
+        lse = jnp.logaddexp(lse_rest, logsumexp(z_entries))
         log_q = jnp.vstack([z_entries, lse_rest]) - lse
         f, g = terms(config, jnp.vstack([self.log_probs.T, self.rest]), log_q)
         g -= jnp.exp(log_q) * g.sum(0)
@@ -105,7 +105,7 @@ class SampledTargets(Targets):
         """The forward KL, the one divergence that a sample of p estimates without bias."""
         inv_temperature, entries, log_p = 1.0 / temperature, self.entries, self.log_probs.T
         z *= inv_temperature
-        lse, weight = jax.nn.logsumexp(z, 0), jnp.exp(jnp.maximum(log_p, self.rest))
+        lse, weight = logsumexp(z), jnp.exp(jnp.maximum(log_p, self.rest))
         f = weight * (log_p - z[entries] + lse)
         d_z = (jnp.exp(z - lse) * weight.sum(0)).at[entries].add(-weight)
         return f.sum(0), inv_temperature * d_z
@@ -138,11 +138,27 @@ def apart_on_cpu(value_and_logits: tuple) -> tuple:
     return jax.lax.optimization_barrier(value_and_logits)
 
 
+def logsumexp(z: Logits) -> Float32[Array, " rows"]:
+    """Over the vocabulary. Logits lie in memory, and one pass over them is what it costs; but a
+    CPU is faster with the largest first, and then a sum without choices."""
+    if device()[0] == "cpu":
+        return jax.nn.logsumexp(z, 0)
+
+    def merge(a, b):
+        (top_a, sum_a), (top_b, sum_b) = a, b
+        shrink = jnp.where(top_a == top_b, 1.0, jnp.exp(-jnp.abs(top_a - top_b)))  # -inf too
+        sums = sum_a + sum_b * shrink, sum_a * shrink + sum_b
+        return jnp.maximum(top_a, top_b), jnp.where(top_a > top_b, *sums)
+
+    init = jnp.float32(-jnp.inf), jnp.float32(0)
+    top, total = jax.lax.reduce((z, jnp.ones_like(z)), init, merge, (0,))
+    return top + jnp.log(total)
+
+
 def full_divergence(z_teacher: Logits, config: Config, z: Logits, temperature: Any) -> Values:
     """Per row, and its gradient on the student's logits `z`."""
     inv_temperature = 1.0 / temperature
-    lse_p = jax.nn.logsumexp(z_teacher * inv_temperature, 0)
-    lse_q = jax.nn.logsumexp(z * inv_temperature, 0)
+    lse_p, lse_q = logsumexp(z_teacher * inv_temperature), logsumexp(z * inv_temperature)
 
     def value_and_slope(z_teacher, z):
         log_q = z * inv_temperature - lse_q

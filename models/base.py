@@ -191,8 +191,7 @@ class LanguageModel(Tensors):
                 states = constrain(states, "taps batch seq embed")
             return (x, cache, states), None
 
-        embedded = self.embedding[tokens] if embedded is None else embedded
-        x = self.embed_input(embedded.astype(self.dtype if dtype is None else dtype))
+        x = self.embed_input(self.look_up(tokens, dtype) if embedded is None else embedded)
         layers, states = jnp.arange(self.config.layers), None
         if taps:
             rest = taps[-1] + 1 < len(layers)  # blocks behind the last, which need a place too
@@ -204,6 +203,13 @@ class LanguageModel(Tensors):
         if cache is None:
             return x
         return x, eqx.tree_at(lambda cache: cache.length, cache, here.cache_length)
+
+    def look_up(self, tokens: Int[Array, "batch seq"], dtype: Any = None) -> Hidden:
+        """Rows of the embedding. A device looks up some columns for all rows of its `data`, and
+        exchanges them: in its part of the vocabulary it would look for all columns as long."""
+        table = self.embedding.astype(self.dtype if dtype is None else dtype)
+        rows = constrain(table, "words columns")[constrain(tokens, "rows seq")]
+        return constrain(constrain(rows, "rows seq columns"), "batch seq embed")
 
     def __call__(
         self, tokens: Int[Array, "batch seq"], segments: Array | None = None, *, dtype: Any = None
@@ -223,6 +229,14 @@ class LanguageModel(Tensors):
         return Cache(keys, values, jnp.zeros(batch, jnp.int32))
 
 
+def add_rows(
+    table: Float[Array, "vocab embed"], tokens: Int[Array, "batch seq"], rows: Hidden
+) -> Float[Array, "vocab embed"]:
+    """The backward pass of `look_up`, into what the head has already."""
+    table, rows = constrain(table, "words columns"), constrain(rows, "rows seq columns")
+    return table.at[constrain(tokens, "rows seq")].add(rows.astype(table.dtype))
+
+
 def linear(pattern: str, x: Array, weight: Array, bias: Array | None = None) -> Array:
     """A contraction over the last axes of both, in the dtype of `x`: weights are cast where they
     are used, block by block. Nothing else multiplies by a weight of a block: one that is a module
@@ -234,15 +248,33 @@ def linear(pattern: str, x: Array, weight: Array, bias: Array | None = None) -> 
     operands, result = pattern.split("->")
     summed = sum(axis not in result for axis in operands.split(",")[1])
     batch, outer = x.shape[:-summed], weight.shape[:-summed]
-    matrix = weight.astype(x.dtype).reshape(math.prod(outer), -1)
     x = x.reshape(*batch, -1)
     if batch[-1] == 1:
+        matrix = weight.astype(x.dtype).reshape(math.prod(outer), -1)
         y = jax.lax.optimization_barrier(jnp.einsum("oi,...i->o...", matrix, x))  # or it is undone
         y = jnp.moveaxis(y, 0, -1)
     else:
-        y = jnp.einsum("...i,oi->...o", x, matrix)
+        y = product(x, weight, math.prod(outer))
     y = y.reshape(*batch, *outer)
     return y if bias is None else y + bias.astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Array, weight: Array, width: int) -> Float[Array, "*rest width"]:
+    """In the dtype of `x`, also backward; but what devices add up, the gradient of the weight, is
+    a sum in float32."""
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype).reshape(width, -1))
+
+
+def product_backward(width, operands, d_y):
+    x, weight = operands
+    matrix = weight.astype(x.dtype).reshape(width, -1)
+    d_matrix = jnp.einsum("...o,...i->oi", d_y, x, preferred_element_type=jnp.float32)
+    d_weight = d_matrix.reshape(weight.shape).astype(weight.dtype)
+    return jnp.einsum("...o,oi->...i", d_y, matrix), d_weight
+
+
+product.defvjp(lambda *args: (product(*args), args[:2]), product_backward)
 
 
 # Of what is cheap to compute again, only the inputs are kept for the backward pass. It may end in
