@@ -375,6 +375,8 @@ def compile_writer(run: Run, state: State) -> Callable[[State, data.Batch], data
         "vocab": min(state.student.config.vocab, teacher.config.vocab),
         "stop": text.stop_ids(run.tokenizer),
     }  # fmt: skip
+    arrays = run.step_teacher, state
+    settings["whole"] = plan.writer_fits(config, run.placement, writer(state), arrays)
     with report.progress("compiling the writer"):
         inputs = writer(state), run.batch(int(state.step)), state.step
         program = sharding.compiled(on_policy.continue_rows.lower(*inputs, **settings))

@@ -166,8 +166,8 @@ def read_prompts(
         hidden, cache = model.hidden(
             tokens, real, cache=cache, doc_length=lengths, dtype=decoding.dtype
         )
-        end = jnp.clip(lengths - 1 - start, 0, part - 1)
-        last = jnp.where(real[:, :1] > 0, hidden[row, end], last)
+        end = jnp.clip(lengths - 1 - start, 0, part - 1)[:, None, None]
+        last = jnp.where(real[:, :1] > 0, jnp.take_along_axis(hidden, end, 1)[:, 0], last)
         return start + part, cache, last
 
     state = idle_state(model, keys, prompts.shape[1] + room, decoding)

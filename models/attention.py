@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
 import models.kernels as kernels
+from sharding import device
 
 Hidden = Float[Array, "batch seq embed"]
 
@@ -45,10 +46,15 @@ class Cache(eqx.Module):
         self, layer: Int[Array, ""], index: Int[Array, "batch seq"], keys: Array, values: Array
     ) -> "Cache":
         """With the keys and values of one layer put at `index`; past the capacity they are lost."""
-        at = layer, jnp.arange(index.shape[0])[:, None]
-        keys, values = keys.astype(self.keys.dtype), values.astype(self.values.dtype)
-        keys = self.keys.at[*at, :, :, index].set(keys, mode="drop")
-        values = self.values.at[*at, :, index].set(values, mode="drop")
+
+        def write_row(old_keys, old_values, index, keys, values):
+            keys = old_keys.at[layer, :, :, index].set(keys, mode="drop")
+            return keys, old_values.at[layer, :, index].set(values, mode="drop")
+
+        # Row by row: with indices of rows, all rows would be gathered where they are split.
+        old = self.keys, self.values
+        new = keys.astype(self.keys.dtype), values.astype(self.values.dtype)
+        keys, values = jax.vmap(write_row, (1, 1, 0, 0, 0), 1)(*old, index, *new)
         return Cache(keys, values, self.length)
 
 
@@ -169,10 +175,10 @@ def cached_attention(
     mask_and_bias: PyTree,
 ) -> Float[Array, "batch kv_heads group seq head_dim"]:
     """`attention_values` of what a cache holds."""
-    if query.shape[3] > 1:
+    if query.shape[3] > 1 or device()[0] != "cpu":
         key, value = key.swapaxes(2, 3).astype(query.dtype), value.astype(query.dtype)
         return attention_values(query, key, value, mask_and_bias)
-    # For one token, sums read the cache in place; a product would have its part copied first.
+    # For one token of a CPU, sums read the cache in place; a product would have its part copied.
     one, key, value = (x.astype(jnp.float32) for x in (query[:, :, :, 0], key, value))
     scores = jnp.sum(one[..., None] * key[:, :, None], axis=3)
     weights = softmax(scores[:, :, :, None], query.shape[-1], mask_and_bias)[:, :, :, 0]

@@ -209,7 +209,9 @@ class LanguageModel(Tensors):
         exchanges them: in its part of the vocabulary it would look for all columns as long."""
         table = self.embedding.astype(self.dtype if dtype is None else dtype)
         rows = constrain(table, "words columns")[constrain(tokens, "rows seq")]
-        return constrain(constrain(rows, "rows seq columns"), "batch seq embed")
+        for axes in (*COLUMNS, "batch seq embed"):
+            rows = constrain(rows, axes)
+        return rows
 
     def __call__(
         self, tokens: Int[Array, "batch seq"], segments: Array | None = None, *, dtype: Any = None
@@ -229,11 +231,18 @@ class LanguageModel(Tensors):
         return Cache(keys, values, jnp.zeros(batch, jnp.int32))
 
 
+# Where rows of the embedding lie when they are looked up, and on their way: XLA by itself would
+# gather them whole.
+COLUMNS = ("rows seq columns", "rows seq embed")
+
+
 def add_rows(
     table: Float[Array, "vocab embed"], tokens: Int[Array, "batch seq"], rows: Hidden
 ) -> Float[Array, "vocab embed"]:
     """The backward pass of `look_up`, into what the head has already."""
-    table, rows = constrain(table, "words columns"), constrain(rows, "rows seq columns")
+    for axes in reversed(COLUMNS):
+        rows = constrain(rows, axes)
+    table = constrain(table, "words columns")
     return table.at[constrain(tokens, "rows seq")].add(rows.astype(table.dtype))
 
 
@@ -242,14 +251,14 @@ def linear(pattern: str, x: Array, weight: Array, bias: Array | None = None) -> 
     are used, block by block. Nothing else multiplies by a weight of a block: one that is a module
     needs `shape` and `astype`.
 
-    Axes are merged: XLA on CPU transposes a weight of more than two at every use. For one token a
-    row the weight comes first: as the second factor it would be packed anew each time.
+    Axes are merged: XLA on CPU transposes a weight of more than two at every use. There, for one
+    token a row, the weight comes first: as the second factor it would be packed anew each time.
     """
     operands, result = pattern.split("->")
     summed = sum(axis not in result for axis in operands.split(",")[1])
     batch, outer = x.shape[:-summed], weight.shape[:-summed]
     x = x.reshape(*batch, -1)
-    if batch[-1] == 1:
+    if batch[-1] == 1 and sharding.device()[0] == "cpu":
         matrix = weight.astype(x.dtype).reshape(math.prod(outer), -1)
         y = jax.lax.optimization_barrier(jnp.einsum("oi,...i->o...", matrix, x))  # or it is undone
         y = jnp.moveaxis(y, 0, -1)

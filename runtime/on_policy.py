@@ -3,6 +3,7 @@
 Which steps have one, and what is written there, is a function of the seed and the step alone.
 """
 
+import contextlib
 import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ import data
 import sharding
 from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
+from optim import is_matrix
 from runtime.errors import UserError, at_least, between
 
 
@@ -58,11 +60,12 @@ def on_policy_steps(config: Config, seed: int, start: int, stop: int) -> Bool[np
 def continue_rows(
     writer: LanguageModel, batch: data.Batch, step: Int[Array, ""], *,
     config: Config, seed: int, vocab: int, stop: tuple[int, ...], dtype: Any = None,
+    whole: bool = False,
 ) -> data.Batch:  # fmt: skip
     """The batch of a step, its rows continued by `writer` with the first `vocab` tokens.
 
     A row is the last document that its first tokens reach, and what was sampled, which alone
-    counts; nothing where the document has ended.
+    counts; nothing where the document has ended. `whole` gathers the writer once for all tokens.
     """
     at = jnp.arange(batch.tokens.shape[1])
     longest, new = config.lengths(len(at) - 1)
@@ -70,14 +73,31 @@ def continue_rows(
     if len(writer.unembedding) > vocab:  # tokens that only the writer has
         head = writer.unembedding[:vocab]
         writer = eqx.tree_at(lambda model: model.head, writer, head, is_leaf=lambda x: x is None)
-    decoding = Decoding(new, config.sampling, stop, dtype)
-    words, counts = sample(writer, prompts, lengths, step_keys(seed, step)[1], decoding)
+    decoding, key = Decoding(new, config.sampling, stop, dtype), step_keys(seed, step)[1]
+    with sharding.in_scope(generation_layout()) if whole else contextlib.nullcontext():
+        writer = sharding.constrain_tree(generation_copy(writer, dtype)) if whole else writer
+        words, counts = sample(writer, prompts, lengths, key, decoding)
     starts, ends = lengths[:, None], (lengths + counts)[:, None]
     words = jnp.take_along_axis(words, jnp.clip(at - starts, 0, new - 1), axis=1)
     tokens = jnp.where(at < starts, jnp.pad(prompts, ((0, 0), (0, len(at) - longest))), words)
     segments = (at < ends).astype(jnp.int32)
     continued = data.Batch(tokens * segments, segments, ((starts <= at) & (at < ends))[:, 1:])
     return jax.tree.map(lambda x: sharding.constrain(x, "batch seq"), continued)
+
+
+def generation_layout() -> sharding.Layout:
+    """That of the run, but for a writer that only `tensor` splits: no token gathers a weight."""
+    return dataclasses.replace(sharding.in_scope.value, zero=1)
+
+
+def generation_copy(writer: LanguageModel, dtype: Any = None) -> LanguageModel:
+    """A writer whose matrices are in the dtype that it computes in, cast once for all tokens."""
+    dtype = writer.dtype if dtype is None else dtype
+    cast = jax.tree.map(
+        lambda leaf, names: leaf.astype(dtype) if is_matrix(names) else leaf,
+        writer, sharding.axes(writer),
+    )  # fmt: skip
+    return jax.lax.optimization_barrier(cast)  # or XLA would cast in the loop
 
 
 def row_prompts(

@@ -21,7 +21,7 @@ import optim
 import sharding
 from config import Config, needs_teacher, profile_window, uses_teacher_loss
 from models.base import LanguageModel
-from runtime import report, target_store
+from runtime import on_policy, report, target_store
 from runtime.errors import UserError
 from runtime.prepare import Placement
 from runtime.report import size
@@ -128,6 +128,14 @@ def resident_bytes(
         gradients=bytes_of(trainable),
         own_teacher=own,
     )
+
+
+def writer_fits(config: Config, placement: Placement, writer: LanguageModel, arrays: Any) -> bool:
+    """Whether a device has room for a whole copy of the writer beside the arrays of a run."""
+    layout = dataclasses.replace(placement.layout, zero=1)
+    copy = eqx.filter_eval_shape(on_policy.generation_copy, writer, config.compute_dtype)
+    copy = with_shardings(copy, sharding.specs(copy, placement.mesh, layout.params))
+    return bytes_of((arrays, copy)) <= device_memory(config)[0]
 
 
 def loss_bytes(

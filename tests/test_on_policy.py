@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -29,7 +30,7 @@ import losses
 import models
 import optim
 import sharding
-from runtime import on_policy, results
+from runtime import on_policy, plan, results
 from runtime.errors import UserError
 
 STEP = jnp.array(7, jnp.int32)
@@ -157,6 +158,37 @@ def test_on_a_mesh_the_text_is_the_same(model):
         assert x.sharding.is_equivalent_to(batch_x.sharding, x.ndim)
         assert x.dtype == batch_x.dtype
         np.testing.assert_array_equal(x, expected)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (8, 1, 1)])
+def test_no_token_moves_weights_or_a_cache(model, sizes):
+    """The copy that writes is gathered once, in the dtype that it computes in."""
+    mesh, rows = sharding.make_mesh(*sizes), rows_of()
+    settings = dict(config=on_policy.Config(prompt=8), seed=SEED, vocab=96, stop=(STOP,))
+
+    def program(whole):
+        def write(frozen, step):
+            return on_policy.continue_rows.__wrapped__(
+                *frozen, step, **settings, dtype=jnp.bfloat16, whole=whole
+            )
+
+        with sharding.use_mesh(mesh):
+            split = sharding.row_sharding(mesh)
+            batch = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype, sharding=split), rows
+            )
+            writer = eqx.filter_eval_shape(lambda: model)
+            writer = plan.with_shardings(writer, sharding.specs(writer, mesh))
+            step = jax.ShapeDtypeStruct((), jnp.int32)
+            return plan.compile_abstract(jax.jit(write), ((writer, batch), step))
+
+    def moved(program):
+        pattern = r"= (.*?) (?:all-\w+|reduce-scatter|collective-permute)(?:-start)?\(.*while/"
+        shapes = " ".join(re.findall(pattern, program.as_text()))
+        return re.findall(r"\[[\d,]+\]", shapes)
+
+    assert not moved(program(True))  # numbers alone: how many rows are done
+    assert bool(moved(program(False))) == (sizes[1] > 1)
 
 
 def test_a_step_on_it_counts_what_was_written():
