@@ -117,6 +117,9 @@ class Config:
     """Print what each device will hold, and what to change where it does not fit; then stop."""
     devices: Annotated[int | None, at_least(1)] = None
     """With --plan: reckon for so many devices, which need not be there."""
+    topology: str | None = None
+    """With --plan: compile for these chips by their own compiler, such as h100:8 or v5p:4x4x4 (also
+    h200, a100, v5e, v6e), and print the least time that a step can take there."""
     device_memory: Annotated[float | None, above(0)] = None
     """GB that each device has, for --plan and what a start refuses; by default what is found."""
     force: bool = False
@@ -166,6 +169,10 @@ class Config:
              "the run has no teacher"),
             (self.devices is not None and not self.plan, "--devices without --plan",
              "a run takes the devices there are"),
+            (self.topology is not None and not self.plan, "--topology without --plan",
+             "a run takes the devices there are"),
+            (self.topology is not None and self.devices is not None, "--topology with --devices",
+             "it says how many"),
             (self.student is not None and self.student_init is not None,
              "--student-init with --student", "that student is whole already"),
         ):  # fmt: skip
@@ -188,7 +195,8 @@ MAY_CHANGE = frozenset({
     "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best", "--log-every",
     "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--teacher-devices",
     "--export-dtype", "--remat", "--microbatches", "--loss.chunk", "--data.cache",
-    "--data.streaming", "--profile-steps", "--plan", "--devices", "--device-memory", "--force",
+    "--data.streaming", "--profile-steps", "--plan", "--devices", "--topology", "--device-memory",
+    "--force",
     "--distributed", "--coordinator", "--processes", "--process-id", "--requeue-status",
     "--data.text-field",  # what it says of the text is compared itself
 })  # fmt: skip
@@ -215,7 +223,8 @@ def with_defaults(config: Config) -> Config:
     name = Path(named or "demo")
     name = (name.resolve() if name.exists() else Path(str(name).partition("@")[0])).name
     compute = sharding.compute_dtype(config.compute_dtype)
-    if config.compute_dtype == "auto" and config.plan and (config.devices or config.device_memory):
+    elsewhere = config.devices or config.device_memory or config.topology
+    if config.compute_dtype == "auto" and config.plan and elsewhere:
         compute = "bfloat16"  # for accelerators elsewhere
     return dataclasses.replace(
         config, teacher=teacher, student_layers=layers, seq_len=seq_len, compute_dtype=compute,

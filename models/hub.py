@@ -334,7 +334,7 @@ def abstract(source: Source) -> LanguageModel:
     folder = fetch(source, weights=False)
     settings = config(folder)
     family = FAMILIES[settings.model_type]
-    shapes = eqx.filter_eval_shape(family, settings, jax.random.key(0))
+    shapes = eqx.filter_eval_shape(lambda: family(settings, jax.random.key(0)))
     raw = files.read_json(folder / "config.json")
     usual = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     usual = {dtype.name: dtype for dtype in CODES}.get(usual, np.dtype(np.float32))

@@ -269,6 +269,24 @@ def cudnn(
     return jax.lax.cond(few, fused_packed, many, query, key, value, position, slopes)
 
 
+def at_default_precision(kernel: Callable) -> Callable:
+    """`kernel`, and its backward pass, where jax asks for no more than the operands have: Mosaic
+    refuses products of bfloat16 at float32's precision."""
+    default = partial(jax.default_matmul_precision, "default")
+
+    def forward(*args):
+        with default():
+            return jax.vjp(kernel, *args)
+
+    def backward(pull, gradient):
+        with default():
+            return pull(gradient)
+
+    call = jax.custom_vjp(lambda *args: forward(*args)[0])
+    call.defvjp(forward, backward)
+    return call
+
+
 def splash(
     query: Heads, key: KVHeads, value: KVHeads, position: Position, slopes=None, *,
     packed: bool, window: int | None = None, interpret: bool = False,
@@ -297,5 +315,8 @@ def splash(
     )  # fmt: skip
     document = jnp.pad(document, ((0, 0), (0, length - seq)))
     document = jnp.broadcast_to(document, (batch, length))
-    mixed = jax.vmap(kernel)(query, key, value, kernels.SegmentIds(document, document))
+    each = (
+        at_default_precision(jax.vmap(kernel)) if query.dtype == jnp.bfloat16 else jax.vmap(kernel)
+    )
+    mixed = each(query, key, value, kernels.SegmentIds(document, document))
     return mixed.swapaxes(1, 2)[:, :seq, :, :head_dim]

@@ -21,7 +21,7 @@ import optim
 import sharding
 from config import Config, needs_teacher, profile_window, uses_teacher_loss
 from models.base import LanguageModel
-from runtime import on_policy, report, target_store
+from runtime import on_policy, prepare, report, roofline, target_store, topology
 from runtime.errors import UserError
 from runtime.prepare import Placement
 from runtime.report import size
@@ -39,6 +39,7 @@ class DeviceBytes(NamedTuple):
     gradients: int  # among the temporaries
     own_teacher: int = 0  # on a device that is the teacher's alone
     temporaries: int = 0
+    cost: roofline.Cost | None = None
 
     @property
     def arrays(self) -> int:
@@ -165,6 +166,8 @@ def device_memory(config: Config) -> tuple[float, str]:
     device = jax.devices()[0]
     if config.device_memory is not None:
         return config.device_memory * 1e9, "--device-memory"
+    if config.topology is not None:
+        return topology.parse(config.topology)[0].memory, config.topology
     if config.devices is not None:
         return math.inf, "say how much with --device-memory"
     if device.platform != "cpu":
@@ -225,12 +228,14 @@ def table(config: Config, placement: Placement, need: DeviceBytes, loss: int) ->
     """What a device of the student holds, for people; `loss` of its temporaries are the head's."""
     mesh, layout, teacher_mesh = placement
     memory, source = device_memory(config)
-    guess = jax.default_backend() == "cpu" and (config.devices or config.device_memory)
+    elsewhere = config.topology is None and (config.devices or config.device_memory)
+    guess = jax.default_backend() == "cpu" and elsewhere
     lines = ["mesh       " + " x ".join(f"{name} {count}" for name, count in mesh.shape.items())]
     for name, rules in (("rules", layout.params), ("moments", layout.moments)):
         if name == "rules" or rules != layout.params:
             spelled = (f"{axis}={','.join(places)}" for axis, places in rules.items())
             lines.append(f"{name:11}{' '.join(spelled)}")
+    lines.append(f"attention  {prepare.attention(config, models.config(config.teacher))}")
     rest = max(need.temporaries - loss - need.gradients, 0)
     parts = ("teacher", "student", "moments", "batch", "gradients")
     rows = [(name, getattr(need, name), "") for name in parts]
@@ -247,6 +252,9 @@ def table(config: Config, placement: Placement, need: DeviceBytes, loss: int) ->
         f"  {name:14}{size(number) if math.isfinite(number) else 'unknown':>10}  {remark}".rstrip()
         for name, number, remark in rows
     ]
+    if config.topology is not None:
+        tokens = config.batch_size * config.seq_len
+        lines += ["", *topology.table(config.topology, need.cost, tokens, mesh.size)]
     return "\n".join([*lines, ""])
 
 
@@ -258,6 +266,12 @@ def forward_flops(model: LanguageModel, seq_len: int) -> float:
     matrices = sum(leaf.size for leaf, names in blocks if optim.is_matrix(names))
     attention = config.layers * config.heads * config.head_dim * seq_len
     return 2.0 * (matrices + model.unembedding.size + attention)
+
+
+def step_flops(student: LanguageModel, teacher: LanguageModel | None, seq_len: int) -> float:
+    """Of one token: the teacher's forward pass, the student's, and twice that backward."""
+    flops = 3 * forward_flops(student, seq_len)
+    return flops if teacher is None else flops + forward_flops(teacher, seq_len)
 
 
 def matrix_peak(dtype: str) -> float:

@@ -24,7 +24,7 @@ from config import Config, needs_teacher, run_folder, student_config, uses_teach
 from losses import features
 from models import kernels
 from models.base import LanguageModel
-from runtime import checkpoint, files, processes, report, target_store
+from runtime import checkpoint, files, processes, report, target_store, topology
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -40,11 +40,15 @@ class Placement(NamedTuple):
 
 def placement(config: Config) -> Placement:
     devices, apart = jax.devices(), config.teacher_devices or 0
+    if config.topology is not None:
+        devices = topology.devices(config.topology)
     if apart >= len(devices):
         why = "the student needs one of them"
         raise UserError(f"--teacher-devices {apart} of {len(devices)}: {why}")
     mesh = sharding.make_mesh(**config.mesh.sizes, devices=devices[: len(devices) - apart])
     layout = sharding.Layout(config.zero, config.mesh.rules, config.attention)
+    with sharding.use_mesh(mesh, layout):  # one that is asked for and not there is refused
+        attention(config, models.config(config.teacher))
     (axes,), rows = sharding.claims(["batch"], mesh, layout.params), config.batch_size
     rows //= config.microbatches
     if rows % (shards := math.prod(mesh.shape[axis] for axis in axes)):
@@ -372,6 +376,11 @@ def print_summary(run: Run, student: LanguageModel) -> None:
     mesh = " x ".join(f"{name} {size}" for name, size in run.placement.mesh.shape.items())
     devices = f"{jax.device_count()} x {device.device_kind}"
     report.say(f"device    {devices} ({mesh}), {config.compute_dtype}")
-    shape, dtype = student.config, jnp.dtype(config.compute_dtype)
+    report.say(f"attention {attention(config, student.config)}")
+
+
+def attention(config: Config, shape: Any) -> str:
+    """What attends on the mesh in scope, and why it is not the kernel of its devices."""
+    dtype = jnp.dtype(config.compute_dtype)
     name, reason = kernels.choose(dtype, shape.head_dim, config.seq_len, shape.ALIBI)
-    report.say(f"attention {name}" + (f" ({reason})" if reason else ""))
+    return name + (f" ({reason})" if reason else "")

@@ -43,6 +43,7 @@ def start(
     # Else accelerators round the operands of float32 products to fewer bits.
     jax.config.update("jax_default_matmul_precision", "highest")
     if devices is not None:
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # its compiler alone is asked for
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
     if (emulated := jax.config.jax_num_cpu_devices) > 1:

@@ -41,9 +41,8 @@ def step_logger(
 ) -> Callable[[int, dict[str, Any]], None]:
     """What records the metrics of a step, and shows them."""
     config = run.config
-    flops = 3 * plan.forward_flops(student, config.seq_len)  # forward, and twice that backward
-    if run.targets is None and uses_teacher_loss(config.loss):
-        flops += plan.forward_flops(run.teacher, config.seq_len)
+    teaches = run.targets is None and uses_teacher_loss(config.loss)
+    flops = plan.step_flops(student, run.teacher if teaches else None, config.seq_len)
     peak = plan.matrix_peak(config.compute_dtype)
 
     def log_step(number: int, metrics: dict[str, Any]) -> None:

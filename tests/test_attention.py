@@ -91,6 +91,10 @@ def test_splash_is_the_dense_attention(packed, window, alibi):
 
     expected = with_gradients(dense, "dense", *arrays)
     assert distance(with_gradients(splash, "splash", *arrays), expected) < 1e-5
+    half = [x.astype(jnp.bfloat16) for x in arrays]
+    with jax.default_matmul_precision("highest"):  # which Mosaic refuses for them
+        program = str(jax.make_jaxpr(partial(with_gradients, splash, "splash"))(*half))
+    assert "Precision.DEFAULT" in program and "Precision.HIGHEST" not in program
 
 
 @pytest.mark.parametrize("name", ["dense", "blockwise"])
