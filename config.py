@@ -72,6 +72,9 @@ class Config:
     """Of the data's order and of fresh weights."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the student's blocks compute again in the backward pass to save memory."""
+    deterministic: bool = False
+    """Let GPUs add in one order, so that a run that is repeated or continued has the same bits, as
+    on CPUs and TPUs; it costs speed."""
     attention: kernels.Name = "auto"
     """What attends: auto is cuDNN on NVIDIA's Hopper and later, splash on TPUs, else blockwise, or
     dense where rows are short."""
@@ -193,11 +196,10 @@ def profile_window(steps: str) -> tuple[int, int]:
 MAY_CHANGE = frozenset({
     "--out", "--resume", "--resume-anyway", "--steps", "--time-limit", "--eval-every",
     "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best", "--log-every",
-    "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--teacher-devices",
-    "--export-dtype", "--remat", "--microbatches", "--loss.chunk", "--data.cache",
-    "--data.streaming", "--profile-steps", "--plan", "--devices", "--topology", "--device-memory",
-    "--force",
-    "--distributed", "--coordinator", "--processes", "--process-id", "--requeue-status",
+    "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--deterministic",
+    "--teacher-devices", "--export-dtype", "--remat", "--microbatches", "--loss.chunk",
+    "--data.cache", "--data.streaming", "--profile-steps", "--plan", "--devices", "--topology",
+    "--device-memory", "--force", "--distributed", "--coordinator", "--processes", "--process-id", "--requeue-status",
     "--data.text-field",  # what it says of the text is compared itself
 })  # fmt: skip
 

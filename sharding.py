@@ -50,6 +50,8 @@ class Layout:
     """Rules such as `vocab=fsdp,tensor`, over both."""
     attention: str = "auto"
     """What attends there: a name of `models.kernels`."""
+    deterministic: bool = False
+    """Whether GPUs add in one order too."""
 
     def __post_init__(self):
         if len(dict(map(_rule, self.overrides))) < len(self.overrides):
@@ -276,9 +278,12 @@ def from_host(tree: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
 
 
-def compiler_options() -> dict[str, str]:
+def compiler_options() -> dict[str, str | bool]:
     """Of the compiler, as they are best for the devices of the mesh in scope."""
-    return _cpu_options() if device()[0] == "cpu" else {}
+    platform, _ = device()
+    if platform == "gpu" and in_scope.value.deterministic:
+        return {"xla_gpu_deterministic_ops": True}
+    return _cpu_options() if platform == "cpu" else {}
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def placement(config: Config) -> Placement:
         why = "the student needs one of them"
         raise UserError(f"--teacher-devices {apart} of {len(devices)}: {why}")
     mesh = sharding.make_mesh(**config.mesh.sizes, devices=devices[: len(devices) - apart])
-    layout = sharding.Layout(config.zero, config.mesh.rules, config.attention)
+    layout = sharding.Layout(config.zero, config.mesh.rules, config.attention, config.deterministic)
     with sharding.use_mesh(mesh, layout):  # one that is asked for and not there is refused
         attention(config, models.config(config.teacher))
     (axes,), rows = sharding.claims(["batch"], mesh, layout.params), config.batch_size
