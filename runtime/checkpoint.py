@@ -31,6 +31,7 @@ from runtime.errors import UserError
 
 # While a step is saved again, its older checkpoint is `<step>.old`: second choice, but it counts.
 FINISHED = re.compile(r"(\d+)(\.old)?")
+LARGEST = 1 << 28  # bytes of a file that holds no arrays: it is read at once
 LEFTOVER = re.compile(r"\d+(\.old)?\.(orbax-checkpoint-tmp.*|removed)")
 
 
@@ -228,6 +229,8 @@ def _manifest(path: Path) -> dict[str, Any]:
             if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
                 raise ValueError(f"{entry.name} is neither a file nor a folder")
             if entry.is_file():
+                if entry.parent.name != "d" and entry.stat().st_size > LARGEST:
+                    raise ValueError(f"{entry.name} is too large")
                 open(entry, "rb").close()
             else:
                 os.listdir(entry)  # rglob passes over a folder that it may not read
@@ -250,7 +253,12 @@ def _load(path: Path, name: str, like) -> Array:
 
     base = {"driver": "file", "path": f"{path}/arrays/"}
     store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-    stored = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
+    spec = {"driver": "zarr", "kvstore": store, "metadata": {"compressor": None}}
+    stored = tensorstore.open(spec, open=True).result()
+    chunk = stored.chunk_layout.read_chunk.shape or like.shape  # it is allocated whole
+    sizes = zip(chunk, like.shape, strict=True)
+    if stored.shape != like.shape or any(size > max(whole, 1) for size, whole in sizes):
+        raise ValueError(f"{name} is stored in another shape than it has")
     place = getattr(like, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.make_array_from_callback(
         like.shape, place, lambda part: stored[part].read().result(), dtype=like.dtype

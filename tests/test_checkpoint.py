@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gc
+import json
 import logging
 import math
 import os
@@ -303,6 +304,32 @@ def test_an_incomplete_checkpoint_is_skipped(copy, capfd, harm):
     assert found >= (1 if harm == "lengthened" else 4)
     shutil.rmtree(copy / "2")
     (copy / "2").mkdir()
+    assert latest(copy) == taken(copy, capfd) == 1
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"shape": [10**7, 10**6]},
+        {"chunks": [10**7, 10**6]},
+        {"shape": [10**7, 10**6], "chunks": [10**7, 10**6]},
+        {"dtype": "<f8"},
+        {"compressor": {"id": "zlib", "level": 1}},  # a little may become anything
+    ],
+)
+def test_an_array_that_claims_to_be_larger_is_not_allocated(copy, capfd, claim):
+    import tensorstore
+
+    store = {"driver": "ocdbt", "base": f"file://{copy}/2/arrays/"}
+    store, name = tensorstore.KvStore.open(store).result(), "student.matrix/.zarray"
+    metadata = json.loads(store.read(name).result().value)
+    store.write(name, json.dumps(metadata | claim).encode()).result()
+    assert taken(copy, capfd) == 1
+
+
+@pytest.mark.parametrize("name", ["manifest/metadata", "arrays/manifest.ocdbt"])
+def test_a_file_that_claims_to_be_larger_is_not_read(copy, capfd, name):
+    os.truncate(copy / "2" / name, 1 << 43)
     assert latest(copy) == taken(copy, capfd) == 1
 
 
