@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
@@ -149,21 +151,43 @@ def read_json(path: Path, remedy: str = RESTORE) -> dict[str, Any]:
     raise UserError(f"{path} is damaged ({printable(why)}){remedy}")
 
 
-def check_links(folder: Path, paths: Iterable[Path]) -> None:
+def resolve(paths: Iterable[str | Path]) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Where paths lead, and what the system says of that; None where nothing is there.
+
+    It is asked once for each file: a folder may have many, and be on another machine.
+    """
+    real = functools.cache(os.path.realpath)
+    for path in map(os.fspath, paths):
+        folder, name = os.path.split(path)
+        target, facts = os.path.join(real(folder), name), None
+        try:
+            facts = os.lstat(path)
+            if stat.S_ISLNK(facts.st_mode):
+                target, facts = os.path.realpath(path), None
+                facts = os.stat(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+        yield target, facts
+
+
+def check_links(
+    folder: Path, paths: Iterable[str | Path]
+) -> list[tuple[str, os.stat_result | None]]:
     """Refuses links that lead out of a folder, and pipes; the folder may come from a stranger.
 
     The cache of the hub is made of links from `snapshots` to `blobs`, which are followed.
     """
-    root = folder.resolve()
+    root, targets = folder.resolve(), list(resolve(paths := list(paths)))
     blobs = (place.parent / "blobs" for place in (root, *root.parents) if place.name == "snapshots")
-    allowed = [root, *blobs]
-    for path in paths:
-        target = Path(os.path.realpath(path))
-        if not any(target.is_relative_to(place) for place in allowed):
+    allowed = tuple(os.path.join(place, "") for place in (root, *blobs))
+    for path, (target, facts) in zip(paths, targets, strict=True):
+        if not f"{target}/".startswith(allowed):
             why = f"it is a link that leads out of {folder}"
             raise UserError(f"{printable(path)}: {why}: put what it leads to there")
-        if path.exists() and not (path.is_file() or path.is_dir()):
+        if facts and not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
             raise UserError(f"{printable(path)}: it is no file that can be read")
+    return targets
 
 
 def printable(text: object, limit: int = 300) -> str:
