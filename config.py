@@ -188,8 +188,9 @@ MAY_CHANGE = frozenset({
     "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best", "--log-every",
     "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--teacher-devices",
     "--export-dtype", "--remat", "--microbatches", "--loss.chunk", "--data.cache",
-    "--data.streaming", "--profile-steps", "--plan", "--devices", "--device-memory", "--force",
-    "--distributed", "--coordinator", "--processes", "--process-id", "--requeue-status",
+    "--data.cache-limit", "--data.streaming", "--profile-steps", "--plan", "--devices",
+    "--device-memory", "--force", "--distributed", "--coordinator", "--processes",
+    "--process-id", "--requeue-status",
     "--data.text-field",  # what it says of the text is compared itself
 })  # fmt: skip
 

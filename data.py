@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32
 
 import text
-from runtime.errors import LOCAL, Constraint, UserError, between, check
+from runtime.errors import LOCAL, Constraint, UserError, above, between, check
 from text.store import BLOCK, Store, hash_bytes, open_store
 
 T = TypeVar("T")
@@ -50,6 +50,8 @@ class Config:
     """Which tokens to learn: all, or those of the assistant's turns."""
     cache: Annotated[str | None, LOCAL] = None
     """Folder for tokenized text; by default compact-distill in the user's cache folder."""
+    cache_limit: Annotated[float | None, above(0)] = None
+    """GB of tokenized text there; where there is more, what was used longest ago is removed."""
     held_out: Annotated[float, between(0, 1)] = 0.01
     """Share of the documents kept for evaluation, chosen by their content; 1 keeps all."""
     eval_source: str | None = None

@@ -131,7 +131,8 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
         windows = np.unique(data.windows(corpus, 0, config.steps * config.batch_size))
     names = tuple(map(text.canonical, config.data.source))
     eval_source = config.data.eval_source and text.canonical(config.data.eval_source)
-    flags = dataclasses.replace(config.data, source=names, eval_source=eval_source, cache=None)
+    flags = {"source": names, "eval_source": eval_source, "cache": None, "cache_limit": None}
+    flags = dataclasses.replace(config.data, **flags)
     targets = Targets(
         Path(config.out).expanduser(), windows, models.fingerprint(folder),
         text.canonical(config.teacher),

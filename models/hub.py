@@ -215,9 +215,8 @@ def _sha256(path: Path) -> str:
     path, stat = path.resolve(), path.stat()
     if path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", path.name):
         return path.name
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
     facts = [str(path), stat.st_ino, stat.st_size, stat.st_ctime_ns]
-    memory = cache / "fingerprints" / files.digest(facts)
+    memory = files.cache_folder() / "fingerprints" / files.digest(facts)
     with contextlib.suppress(UserError, KeyError):
         return files.read_json(memory)["sha256"]
     with open(path, "rb") as file:

@@ -197,6 +197,11 @@ def printable(text: object, limit: int = 300) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
+def cache_folder() -> Path:
+    """Where programs of this user keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
+
+
 def digest(facts: Any) -> str:
     """A fingerprint of anything that JSON can hold."""
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
@@ -219,19 +224,23 @@ def lock(
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = no_follow(path, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        what, remedy = guarded or path.parent, "wait for its end, or choose another name"
-        raise UserError(f"{what} is in use by another run: {remedy}") from None
-    except OSError as error:
-        if error.errno not in NO_FLOCK:
-            os.close(descriptor)
-            raise
-    try:
+        try:
+            flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            what, remedy = guarded or path.parent, "wait for its end, or choose another name"
+            raise UserError(f"{what} is in use by another run: {remedy}") from None
         yield
     finally:
         os.close(descriptor)
+
+
+def flock(descriptor: int, kind: int) -> None:
+    """Locks an open file, where its file system has locks."""
+    try:
+        fcntl.flock(descriptor, kind)
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
 
 
 def changes(
