@@ -22,7 +22,7 @@ import sharding
 import text
 from models.attention import Cache, einsum_f32
 from models.base import LanguageModel
-from runtime import answers, errors, processes, report
+from runtime import answers, errors, files, processes, report
 from runtime.errors import SEED, Constraint, UserError, above, at_least, between
 
 Logits = Float32[Array, "batch vocab"]
@@ -401,7 +401,7 @@ def write(config: Config, jobs: list[Job], decoding: Decoding, folder: Path, add
 
 
 def run(config: Config) -> None:
-    out, folder = Path(config.out).expanduser(), models.fetch(config.model)
+    out, folder = files.local_path(config.out), models.fetch(config.model)
     tokenizer = text.load_tokenizer(folder, models.config(folder).vocab)
     prompts, jobs, decoding, settings = prepare(config, folder, tokenizer)
     columns, decode = None, tokenizer.encoder.decode

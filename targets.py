@@ -8,7 +8,6 @@ import dataclasses
 import json
 import time
 import zlib
-from pathlib import Path
 from typing import Annotated, Literal
 
 import equinox as eqx
@@ -134,7 +133,7 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
     flags = {"source": names, "eval_source": eval_source, "cache": None, "cache_limit": None}
     flags = dataclasses.replace(config.data, **flags)
     targets = Targets(
-        Path(config.out).expanduser(), windows, models.fingerprint(folder),
+        files.local_path(config.out), windows, models.fingerprint(folder),
         text.canonical(config.teacher),
         tokenizer=text.load_tokenizer(folder).fingerprint,
         data=target_store.windows_digest(corpus),

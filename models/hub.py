@@ -61,13 +61,13 @@ def fetch(source: Source, *, weights: bool = True) -> Path:
     where the cache lacks it; without `weights` only config and tokenizer."""
     wanted = ["config.json", GENERATION, *TOKENIZER, *(WEIGHTS if weights else ())]
     try:
-        path = Path(source).expanduser()
+        path = files.local_path(source)
         if path.is_dir():
             # A folder may come from a stranger, and what it holds is copied into a student's.
             names = (*wanted, *WEIGHTS, "*.safetensors")
             files.check_links(path, (file for name in names for file in path.glob(name)))
             return path
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, ValueError):
         pass  # a path as no file can have it
     name, _, revision = str(source).partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
@@ -387,7 +387,7 @@ def save(
 def check_replaceable(folder: Source, notes: Iterable[str] = ()) -> Path:
     """Where `save` would write a checkpoint: a link is followed; what is not ours is refused."""
     with files.disk_errors(Path(folder), ""):
-        folder = Path(folder).expanduser().resolve()
+        folder = files.local_path(folder).resolve()
         if not replaceable(folder, notes):
             what = "more than a checkpoint, so not replaced"
             raise UserError(f"{folder}: {what}: move it away, or choose another name")

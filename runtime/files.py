@@ -197,9 +197,14 @@ def printable(text: object, limit: int = 300) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
+def local_path(path: str | os.PathLike) -> Path:
+    """A path that a user gave; of a home folder that there is not, `~` is a name like any."""
+    return Path(os.path.expanduser(path))
+
+
 def cache_folder() -> Path:
     """Where programs of this user keep what they can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
+    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "compact-distill"
 
 
 def digest(facts: Any) -> str:

@@ -18,7 +18,7 @@ import text
 from config import describe_loss, uses_teacher_loss
 from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
-from runtime import figures, plan, report
+from runtime import figures, files, plan, report
 from runtime.errors import UserError
 from runtime.prepare import Run
 from runtime.report import Log
@@ -128,8 +128,8 @@ def model_card(run: Run, step: int, metrics: list[dict[str, Any]]) -> str:
     title = f"A model trained on {source}"
     teacher = config.teacher if run.targets is None else run.targets.teacher_name
     if run.targets is not None or teacher != config.student:
-        if Path(teacher).exists():  # only an id of the hub can be `base_model`
-            teacher = Path(teacher).resolve().name
+        if (folder := files.local_path(teacher)).exists():  # `base_model` is an id of the hub
+            teacher = folder.resolve().name
         else:
             base = f"base_model: {json.dumps(teacher.partition('@')[0])}\n"
         title, taught = f"A student of {teacher}", f"- **Teacher**: {teacher}\n"

@@ -158,7 +158,7 @@ def windows_digest(corpus: data.Corpus) -> str:
 
 def load(folder: Path | str, *, unfinished: bool = False) -> Targets:
     """Targets that are whole, unless `unfinished`, as far as the sizes of their files tell."""
-    folder = Path(folder)
+    folder = files.local_path(folder)
     path, index = folder / MANIFEST, folder / INDEX
     if not path.is_file():
         raise UserError(f"{folder}: no {MANIFEST} in it, so these are no targets of targets.py")

@@ -547,11 +547,17 @@ def test_mistakes_are_told_in_a_line(base, tmp_path, name):
         assert set(tmp_path.iterdir()) == before
 
 
-def test_a_file_from_elsewhere_is_not_replaced(base):
-    base["out"].write_text("mine\n")
+@pytest.mark.parametrize("home", ["~", "~nobody-of-this-name"])
+def test_a_file_from_elsewhere_is_not_replaced(base, tmp_path, monkeypatch, home):
+    """Wherever it is: `~` is expanded as in a shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    path = Path(os.path.expanduser(home)).absolute() / "mine.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine\n")
     with pytest.raises(UserError, match="is there, and not from here"):
-        ran(**base)
-    assert base["out"].read_text() == "mine\n"
+        ran(**base | {"out": f"{home}/mine.jsonl"})
+    assert path.read_text() == "mine\n"
 
 
 # ---- the hub -------------------------------------------------------------------------------------

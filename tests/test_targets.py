@@ -554,7 +554,15 @@ def test_a_folder_in_use_is_refused(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["windows", "00000.targets"])
-def test_a_file_of_the_users_in_the_folder_is_not_overwritten(config, tmp_path, name):
-    (tmp_path / name).write_text("mine")
-    assert f"{name} is in it, but no targets.json: move it away" in refusal(made, config, tmp_path)
-    assert (tmp_path / name).read_text() == "mine"
+@pytest.mark.parametrize("home", ["~", "~nobody-of-this-name"])
+def test_a_file_of_the_users_in_the_folder_is_not_overwritten(
+    config, tmp_path, monkeypatch, name, home
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    path = Path(os.path.expanduser(home)) / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    remedy = f"{name} is in it, but no targets.json: move it away"
+    assert remedy in refusal(made, config, Path(home, "out"))
+    assert path.read_text() == "mine"

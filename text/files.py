@@ -18,7 +18,7 @@ from typing import Any
 
 from runtime import report
 from runtime.errors import UserError
-from runtime.files import check_links, digest, printable, resolve
+from runtime.files import check_links, digest, local_path, printable, resolve
 
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -47,7 +47,7 @@ class Source:
 
 def canonical(name: str) -> str:
     """One spelling for a path, the same from any folder; an id of the hub is as it is."""
-    path = Path(os.path.expanduser(name))
+    path = local_path(name)
     if os.path.exists(path):  # a link is not followed: where it leads may lack the suffix
         return str(path.parent.resolve() / path.name)
     return str(path.absolute()) if glob.has_magic(name) else name
@@ -67,7 +67,7 @@ def library_errors(problem: str) -> Iterator[None]:
 def find(name: str, *, streaming: bool = False) -> Source:
     """The source that `name`, a file, folder, glob or `id[:config][:split]`, stands for."""
     with library_errors(f"{name}: cannot be read"):  # a path may be too long, or forbidden
-        path, folder, hidden = Path(name).expanduser(), None, 0
+        path, folder, hidden = local_path(name), None, 0
         if path.is_dir():
             folder, paths, root = path, [], str(path.absolute()).rstrip("/")
             for place, folders, names in os.walk(root or "/"):

@@ -31,6 +31,7 @@ from runtime.files import (
     disk_errors,
     file_digest,
     flock,
+    local_path,
     lock,
     read_json,
     remove,
@@ -70,7 +71,7 @@ def open_store(name: str, tokenizer: Tokenizer, config: Any) -> Store:
     source = files.find(name, streaming=config.streaming)
     options = [config.text_field, config.documents, config.mask, config.held_out]
     facts = [VERSION, source.fingerprint, tokenizer.fingerprint, options]
-    cache = Path(config.cache or cache_folder()).expanduser()
+    cache = local_path(config.cache or cache_folder())
     folder = cache / digest(facts)
     with disk_errors(cache, REMEDY):
         if (store := load(folder)) is None:
@@ -288,7 +289,7 @@ class Config:
 
 def main() -> None:
     config = errors.cli(Config)
-    cache = Path(config.cache or cache_folder()).expanduser()
+    cache = local_path(config.cache or cache_folder())
     if config.cache_limit is not None:
         prune(cache, config.cache_limit)
     for used, size, folder in stores(cache):
