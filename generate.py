@@ -420,7 +420,7 @@ def run(config: Config) -> None:
         row = {"prompt": prompt.piece.text, "completion": completion, "messages": messages}
         return row | {name: record[name] for name in ("finish_reason", "n_tokens")}
 
-    begun, before = answers.journal_path(out).exists(), answers.settings_of(out)
+    begun, before = answers.journal_path(out).exists(), answers.settings_of(out, settings)
     if out.exists() and config.resume and not (begun and before):
         answers.check_settings(out, before, settings)
         print(f"{out} is finished", file=sys.stderr)

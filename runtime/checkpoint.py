@@ -31,6 +31,7 @@ from runtime.errors import UserError
 
 # While a step is saved again, its older checkpoint is `<step>.old`: second choice, but it counts.
 FINISHED = re.compile(r"(\d+)(\.old)?")
+PART = re.compile(r"(arrays|manifest|_CHECKPOINT_METADATA|commit_success.txt)(\..*tmp.*)?")
 LARGEST = 1 << 28  # bytes of a file that holds no arrays: it is read at once
 LEFTOVER = re.compile(r"\d+(\.old)?\.(orbax-checkpoint-tmp.*|removed)")
 
@@ -75,7 +76,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         kinds = {key: [list(x.shape), x.dtype.name, checksum(x)] for key, x in arrays.items()}
         manifest = json.dumps({"step": step, "extra": extra, "arrays": kinds})
         self._writing = self.folder / str(step)
-        if self._cannot_begin():
+        if self._cannot_begin(step):
             return
         if jax.process_index() == 0 and self._writing.exists():
             old = self._writing.with_name(f"{step}.old")
@@ -85,14 +86,17 @@ class Checkpoints(contextlib.AbstractContextManager):
         parts = args.Composite(arrays=args.PyTreeSave(arrays), manifest=sealed)
         self._writer.save(self._writing, args=parts)
 
-    def _cannot_begin(self) -> bool:
+    def _cannot_begin(self, step: int) -> bool:
         """Whether no folder can be made here: Orbax would wait for it five minutes, in a thread
         that outlives the program."""
-        probe, self._refused = self._writing.with_suffix(".removed"), None
+        names, self._refused = (f"{step}", f"{step}.old", f"{step}.removed"), None
         try:
             if jax.process_index() == 0:
-                probe.mkdir(parents=True, exist_ok=True)
-                probe.rmdir()
+                for path in (self.folder / name for name in names):
+                    if os.path.lexists(path) and not _is_ours(path):
+                        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                path.mkdir(parents=True, exist_ok=True)
+                path.rmdir()
         except OSError as error:
             self._refused = error
         refused = process_allgather(self._refused is not None).any()
@@ -141,7 +145,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 def _clean(folder: Path) -> list[Path]:
     """Removes what is no checkpoint, and returns it."""
     paths = folder.glob("*") if jax.process_index() == 0 else ()
-    leftovers = [path for path in paths if LEFTOVER.fullmatch(path.name)]
+    leftovers = [path for path in paths if LEFTOVER.fullmatch(path.name) and _is_ours(path)]
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return leftovers
@@ -203,7 +207,19 @@ def _finished(folder: str | Path) -> list[Path]:
         _check_damaged(folder, error.errno)
         raise
     paths = [folder / name for name in names if FINISHED.fullmatch(name)]
+    paths = [path for path in paths if _is_ours(path)]
     return sorted(paths, key=lambda path: (int(path.stem), not path.suffix), reverse=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this is a folder that holds nothing but parts of a checkpoint, none if it is torn."""
+    try:
+        return not path.is_symlink() and all(map(PART.fullmatch, os.listdir(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        _check_damaged(path, error.errno)
+        raise
 
 
 def _newest_first(folder: str | Path) -> Iterator[Path]:

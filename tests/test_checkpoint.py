@@ -232,6 +232,25 @@ def test_leftovers_are_cleaned_up_and_nothing_else(copy):
     assert steps(copy) == ["1", "2", "best", "notes.removed"]
 
 
+def test_what_is_called_like_a_checkpoint_and_is_none_stays(copy, capfd):
+    for name in ("3", "3.old", "4", "4.removed", "2024"):
+        (copy / name).mkdir()
+        (copy / name / "mine").write_text("mine")
+    (copy / "5").write_text("mine")
+    (copy / "6").symlink_to(copy / "2024")
+    assert latest(copy) == taken(copy, capfd) == 2
+    with Checkpoints(copy, keep=1) as saved:
+        saved.save(3, state_of(3), {})
+        with pytest.raises(UserError, match="3 could not be written .File exists"):
+            saved.wait()
+        saved.save(4, state_of(4), {})
+        with pytest.raises(UserError, match="4 could not be written .File exists"):
+            saved.wait()
+        saved.save(7, state_of(7), {})
+    mine = {"3", "3.old", "4", "4.removed", "5", "6", "2024"}
+    assert set(steps(copy)) == mine | {"7"} and len(list(copy.glob("*/mine"))) == 6
+
+
 def test_a_folder_without_checkpoints(tmp_path):
     assert latest(tmp_path) is None
     assert latest(tmp_path / "absent") is None

@@ -498,8 +498,10 @@ def test_only_the_same_run_is_continued(base, tmp_path, monkeypatch):
     assert read(base["out"]) == first
     ran("--no-resume", **base, seed=3)
     assert [row["prompt"] for row in read(base["out"])] == ["something else"] * 4
-    with pytest.raises(UserError, match="in use by another run"), answers.Journal(base["out"], {}):
-        ran("--no-resume", **base)
+    settings = json.loads(base["out"].with_suffix(".settings.json").read_text())
+    with answers.Journal(base["out"], settings):
+        with pytest.raises(UserError, match="in use by another run"):
+            ran("--no-resume", **base)
 
 
 WRONG = {
@@ -674,6 +676,21 @@ def test_a_file_of_the_users_is_not_replaced_where_a_journal_is(base):
     with pytest.raises(UserError, match="is there, and not from here: move it away"):
         ran(**base)
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ['{"learning rate": 1}', "[1]", "", "Dear diary"])
+@pytest.mark.parametrize("flags", [(), ("--no-resume",)])
+def test_settings_of_something_else_are_refused(base, monkeypatch, content, flags):
+    """As the journal is, and before the work."""
+    settings = base["out"].with_suffix(".settings.json")
+    settings.write_text(content)
+    monkeypatch.setattr(generate, "write", None)
+    for finished in (False, True):
+        if finished:
+            base["out"].write_text("{}\n")
+        with pytest.raises(UserError, match="is there, and not from here: move it away"):
+            ran(*flags, **base)
+    assert settings.read_text() == content and base["out"].read_text() == "{}\n"
 
 
 def test_the_same_weights_of_another_day_go_on(base, plain, monkeypatch):
