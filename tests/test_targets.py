@@ -25,6 +25,7 @@ import optim
 import sharding
 import student
 import targets
+import text as texts
 from models.llama import Llama
 from runtime import errors, results, target_store
 from runtime.errors import UserError
@@ -446,6 +447,37 @@ def test_a_manifest_that_makes_no_sense_is_refused(kept, tmp_path, change):
     manifest = other.manifest | {"digest": other.digest}
     (tmp_path / "kept" / "targets.json").write_text(json.dumps(manifest))
     assert "targets.json: it or windows beside it" in refusal(target_store.load, tmp_path / "kept")
+
+
+def test_wrong_types_and_paths_of_others_in_a_manifest_are_one_line(kept, config, tmp_path):
+    copy, corpus, accepted = tmp_path / "kept", corpus_of(config), []
+    shutil.copytree(kept.folder, copy)
+    changes = [{name: value} for name in [*kept.manifest][1:] for value in WRONG]
+    changes += [
+        {"data_flags": kept.data_flags | {name: value}}
+        for name in kept.data_flags
+        for value in WRONG
+    ]
+    for change in changes:
+        manifest = kept.manifest | change
+        signed = manifest | {"digest": texts.digest(manifest)}
+        (copy / "targets.json").write_text(json.dumps(signed))
+        try:
+            targets = target_store.load(copy)
+            asked = distill.with_defaults(distill.Config(targets=str(copy), student_layers=2))
+            target_store.check(
+                targets, corpus, losses.Config(), tokenizer=Path(config.teacher), vocab=VOCAB,
+                rows=8,
+            )  # fmt: skip
+            target_store.read(targets, targets.windows[:1])
+            texts.find(asked.data.source[0])
+            accepted.append(change)
+        except UserError as error:
+            assert len(str(error)) < 1000, change
+    assert len(accepted) < len(changes) / 10, accepted
+
+
+WRONG = (None, "x", "/home/other/x", ["x", 5], {"a": 1}, 1.5, -1, True, 10**30)
 
 
 def test_the_cache_of_another_machine_is_not_ours(kept):
