@@ -387,7 +387,7 @@ def save(
 def check_replaceable(folder: Source, notes: Iterable[str] = ()) -> Path:
     """Where `save` would write a checkpoint: a link is followed; what is not ours is refused."""
     with files.disk_errors(Path(folder), ""):
-        folder = files.local_path(folder).resolve()
+        folder = Path(os.path.realpath(files.local_path(folder)))  # of a loop, the link
         if not replaceable(folder, notes):
             what = "more than a checkpoint, so not replaced"
             raise UserError(f"{folder}: {what}: move it away, or choose another name")
@@ -397,7 +397,7 @@ def check_replaceable(folder: Source, notes: Iterable[str] = ()) -> Path:
 def replaceable(folder: Path, notes: Iterable[str] = ()) -> bool:
     """There is nothing, or a checkpoint alone: a clone, a run, or somebody's own file is more."""
     if not folder.is_dir():
-        return not folder.exists()
+        return not os.path.lexists(folder)
     present = {path.name: path.is_file() for path in folder.iterdir()}
     ours = ("config.json", GENERATION, "README.md", *TOKENIZER, *WEIGHTS, *notes)
     alone = all(is_file and any(fnmatch(x, own) for own in ours) for x, is_file in present.items())

@@ -32,6 +32,7 @@ from runtime.errors import UserError
 # While a step is saved again, its older checkpoint is `<step>.old`: second choice, but it counts.
 FINISHED = re.compile(r"(\d+)(\.old)?")
 PART = re.compile(r"(arrays|manifest|_CHECKPOINT_METADATA|commit_success.txt)(\..*tmp.*)?")
+UNREADABLE = {getattr(errno, x) for x in "EACCES EPERM EIO ESTALE ENOTDIR ELOOP".split()}
 LARGEST = 1 << 28  # bytes of a file that holds no arrays: it is read at once
 LEFTOVER = re.compile(r"\d+(\.old)?\.(orbax-checkpoint-tmp.*|removed)")
 
@@ -233,7 +234,7 @@ def _newest_first(folder: str | Path) -> Iterator[Path]:
 
 def _check_damaged(path: Path, number: int | None) -> None:
     """Refuses what may be whole, but cannot be read now, by the number of an `OSError`."""
-    if number in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTDIR):
+    if number in UNREADABLE:
         remedy = "give permission or mount its disk anew; to do without it, move it away"
         raise UserError(f"{path}: cannot be read ({os.strerror(number)}): {remedy}")
 

@@ -282,7 +282,10 @@ class RunFolder:
     def previous(self) -> dict[str, Any] | None:
         """The settings that made what is there; None where nothing is."""
         path = self.path / "config.json"
-        return read_json(path) if path.exists() else None
+        previous = read_json(path) if path.exists() else None
+        if previous is not None and previous.keys().isdisjoint(self.settings):
+            raise UserError(f"{path} is not from here: give another --out, or --no-resume")
+        return previous
 
     def changed(self) -> list[str]:
         """The flags that may not change and did, a line each."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -559,6 +560,53 @@ def test_checkpoints_without_their_settings_are_refused(config, monkeypatch):
     monkeypatch.setattr(checkpoint, "latest", lambda folder: 3)
     with pytest.raises(UserError, match="checkpoints, but no config.json"):
         prepare.last_step(config, prepare.make_folder(config))
+
+
+LOOP, PIPE, MODEL = Path("loop"), None, '{"model_type": "llama", "hidden_size": 16}'
+IN_THE_WAY = {
+    "checkpoints": {"mine": "cannot be read .Not a dir", LOOP: "cannot be read .Too many levels"},
+    "student": dict.fromkeys(("mine", LOOP, PIPE), "more than a checkpoint, so not replaced"),
+    "student-best": dict.fromkeys(("mine", LOOP, PIPE), "more than a checkpoint, so not replaced"),
+    ".lock": {Path: "cannot be written .Is a dir", LOOP: "cannot be written .Too many levels"},
+    "config.json": {"mine": "is damaged", Path: "is damaged", MODEL: "is not from here: give ano"},
+    "choice.json": {"mine": "is damaged", Path: "is damaged", PIPE: "is damaged"},
+    ".": dict.fromkeys(("mine", LOOP, PIPE), "cannot be written .File exists.*another --out"),
+}
+
+
+@pytest.mark.parametrize(
+    "name, content, says", [(n, *case) for n, cases in IN_THE_WAY.items() for case in cases.items()]
+)
+def test_what_is_in_the_way_of_a_run_is_one_line_and_stays(config, name, content, says):
+    path = Path(config.out) / name
+    path.parent.mkdir(exist_ok=True)
+    if content is PIPE:
+        os.mkfifo(path)
+    elif content is LOOP:
+        path.symlink_to(path.name)
+    elif content is Path:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    inode = path.lstat().st_ino
+    with pytest.raises(UserError, match=says):
+        distill.train(dataclasses.replace(config, keep_best=True))
+    assert path.lstat().st_ino == inode
+    if isinstance(content, str):
+        assert path.read_text() == content
+
+
+def test_a_lock_that_may_not_be_written_is_one_line(config, monkeypatch):
+    open_file = os.open
+
+    def refuse(path, *args, **options):
+        if str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open_file(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match="run/.lock: cannot be written .Permission denied"):
+        distill.train(config)
 
 
 def test_with_another_batch_size_a_run_reads_on(quick, monkeypatch):
