@@ -64,7 +64,7 @@ def step_logger(
         if config.on_policy.fraction:
             line["on_policy"] = int(written[number - 1 - start])
         rate = config.batch_size * config.seq_len * steps / seconds
-        line |= {"tokens": run.rows(number) * config.seq_len, "tokens_per_second": round(rate, 1)}
+        line |= {"tokens": run.tokens(number), "tokens_per_second": round(rate, 1)}
         line |= {name: value for name, value in metrics.items() if "/" in name}
         log.step(line, mfu=flops * rate / peak)
 
@@ -145,7 +145,7 @@ tags:
 {taught}- **Student began as**: {start}
 - **Data**: {source}
 - **Loss**: {describe_loss(config.loss, config.on_policy)}
-- **Training**: {report.count(run.rows(step) * config.seq_len)} tokens in {step:,} optimizer steps
+- **Training**: {report.count(run.tokens(step))} tokens in {step:,} optimizer steps
 
 Held-out figures: cross entropy in nats per token, KL(teacher ‖ student) at temperature 1, and the
 share of the cross-entropy gap between teacher and untrained student that training closed.

@@ -629,6 +629,25 @@ def test_with_another_batch_size_a_run_reads_on(quick, monkeypatch):
     assert "1.3k tokens" in (Path(quick.out) / "student" / "README.md").read_text()
 
 
+def test_with_another_length_of_its_windows_a_run_reads_on(quick, monkeypatch):
+    read, windows = [], data.windows
+
+    def noted(*args, **options):
+        read.append(windows(*args, **options).tolist())
+        return windows(*args, **options)
+
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(quick, time_limit=1e-9))
+    monkeypatch.setattr(data, "windows", noted)
+    shorter = dataclasses.replace(quick, seq_len=12, steps=3, resume_anyway=True)
+    distill.train(shorter)
+    first = windows(prepare.open_corpus(shorter, Path(quick.teacher), 2048), 0, 40).tolist()
+    assert set(map(tuple, read)) >= {tuple(first[22:30]), tuple(first[30:38])}  # 8 of 32 are 21.3
+    assert [line["tokens"] for line in metrics_of(quick.out) if "loss" in line] == [
+        8 * 32, 8 * 32 + 8 * 12, 8 * 32 + 16 * 12,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "blocks", [[0, 7], [-1, 0], [1, 0], [0, 0], ["0", "1"], "01", [0, 1.5], [0]]
 )
