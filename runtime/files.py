@@ -228,12 +228,15 @@ def lock(
     with disk_errors(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = no_follow(path, os.O_RDWR | os.O_CREAT)
-    try:
         try:
             flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
+        except OSError as error:
+            os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                raise
             what, remedy = guarded or path.parent, "wait for its end, or choose another name"
             raise UserError(f"{what} is in use by another run: {remedy}") from None
+    try:
         yield
     finally:
         os.close(descriptor)
