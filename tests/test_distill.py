@@ -928,7 +928,14 @@ def test_a_students_folder_with_files_of_the_users_is_refused_before_the_run(
     for name in ("student", "student-best", "checkpoints"):  # moved to a larger disk
         shutil.move(out / name, tmp_path / name)
         (out / name).symlink_to(tmp_path / name)
+    names = ("config.json", "metrics.jsonl", "curves.png")
+    files = {name: (out / name).read_bytes() for name in names}
+    for name in files:  # no other link is written through
+        shutil.move(out / name, tmp_path / name)
+        (out / name).symlink_to(tmp_path / name)
     distill.train(more)
+    assert files == {name: (tmp_path / name).read_bytes() for name in files}
+    assert not any((out / name).is_symlink() for name in files)
     assert checkpoint.latest(tmp_path / "checkpoints") == steps
     for name in ("student", "student-best"):
         assert (out / name).is_symlink() and models.load(tmp_path / name)
