@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import math
@@ -42,17 +43,12 @@ class _Screen:
         self._stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        value = getattr(self._stream, name)
+        return functools.partial(self._send, value) if name in ("write", "flush") else value
 
-    def write(self, text: str) -> None:
-        self._send(self._stream.write, text)
-
-    def flush(self) -> None:
-        self._send(self._stream.flush)
-
-    def _send(self, call: Callable[..., object], *args: str) -> None:
+    def _send(self, method: Callable[..., object], *args: str) -> None:
         try:
-            call(*args)
+            method(*args)
         except self._ignored:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())  # libraries print there too
