@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int, Int32
 
 import text
 from runtime.errors import LOCAL, Constraint, UserError, above, between, check
-from text.store import BLOCK, Store, hash_bytes, open_store
+from text.store import BLOCK, Store, hash_bytes, open_store, prune
 
 T = TypeVar("T")
 Rows = Int[np.ndarray, " rows"]
@@ -149,6 +149,8 @@ def open_corpus(
     training, held_out = zip(*(split(name, share) for name in config.source), strict=True)
     if config.eval_source:
         held_out = (split(config.eval_source, 1.0)[1],)
+    if config.cache_limit is not None:  # now that what this run reads is open
+        prune(config.cache, config.cache_limit)
     groups = tuple((part,) for part in training) if config.weights else (training,)
     return Corpus(groups, config.weights, held_out, seq_len, seed)
 

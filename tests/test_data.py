@@ -561,6 +561,11 @@ def test_stores_used_longest_ago_leave_a_cache_that_is_too_large(
     open_texts(texts[0], cache_limit=size / 2)
     assert [folder.exists() for folder in folders] == [True, False, False, True]  # both are in use
     assert data.batch(corpus, 0, 2).tokens.size and mine.exists()
+    del corpus
+    gc.collect()
+    inodes = [folders[i].stat().st_ino for i in (0, 3)]
+    open_texts(texts[0], texts[3], cache_limit=size / 2)  # nor what is about to be used
+    assert [folders[i].stat().st_ino for i in (0, 3)] == inodes
     monkeypatch.setattr(sys, "argv", ["store", "--cache", str(folders[0].parent)])
     store.main()
     lines = capsys.readouterr().out.splitlines()

@@ -74,26 +74,20 @@ def open_store(name: str, tokenizer: Tokenizer, config: Any) -> Store:
     cache = local_path(config.cache or cache_folder())
     folder = cache / digest(facts)
     with disk_errors(cache, REMEDY):
-        if (store := load(folder)) is None:
-            store = _load_or_build(folder, source, tokenizer, config)
-        if config.cache_limit is not None:
-            prune(cache, config.cache_limit)
-    return store
-
-
-def _load_or_build(folder: Path, source: files.Source, tokenizer: Tokenizer, config: Any) -> Store:
-    with contextlib.ExitStack() as stack:
-        with report.progress("waiting for another process that tokenizes"):
-            # Each builder takes all cores.
-            stack.enter_context(lock(folder.parent / ".lock", wait=True, remedy=REMEDY))
-        if store := load(folder):  # another process has built it meanwhile
+        if store := load(folder):
             return store
-        with atomic_write(folder, REMEDY) as partial:
-            partial.mkdir(0o777 if config.cache else 0o700)  # text may be private
-            build(partial, source, tokenizer, config)
-            if load(folder):  # by another host, where it does not see this lock
-                shutil.rmtree(partial)
-        return load(folder)
+        # Each builder takes all cores.
+        with contextlib.ExitStack() as stack:
+            with report.progress("waiting for another process that tokenizes"):
+                stack.enter_context(lock(cache / ".lock", wait=True, remedy=REMEDY))
+            if store := load(folder):  # another process has built it meanwhile
+                return store
+            with atomic_write(folder, REMEDY) as partial:
+                partial.mkdir(0o777 if config.cache else 0o700)  # text may be private
+                build(partial, source, tokenizer, config)
+                if load(folder):  # by another host, where it does not see this lock
+                    shutil.rmtree(partial)
+            return load(folder)
 
 
 def load(folder: Path) -> Store | None:
@@ -124,15 +118,17 @@ def stores(cache: Path) -> list[tuple[float, int, Path]]:
     """When the stores of a cache were used, their bytes and folders, used longest ago first."""
     entries = []
     for path in cache.glob("*/store.json"):
-        if {"store.json", "sums", *FILES} == set(os.listdir(path.parent)):
-            size = sum(file.stat().st_size for file in path.parent.iterdir())
-            entries.append((path.stat().st_mtime, size, path.parent))
+        with contextlib.suppress(OSError):  # another process removes it, or it is private
+            if {"store.json", "sums", *FILES} == set(os.listdir(path.parent)):
+                size = sum(file.stat().st_size for file in path.parent.iterdir())
+                entries.append((path.stat().st_mtime, size, path.parent))
     return sorted(entries)
 
 
-def prune(cache: Path, limit: float) -> None:
+def prune(cache: str | os.PathLike | None, limit: float) -> None:
     """Removes stores from a cache until the others take `limit` GB: those that were used longest
     ago go first, none that a process uses now, or may use where no file can be locked."""
+    cache = local_path(cache or cache_folder())
     entries = stores(cache)
     total = sum(size for _, size, _ in entries)
     for _, size, folder in entries:
@@ -289,10 +285,9 @@ class Config:
 
 def main() -> None:
     config = errors.cli(Config)
-    cache = local_path(config.cache or cache_folder())
     if config.cache_limit is not None:
-        prune(cache, config.cache_limit)
-    for used, size, folder in stores(cache):
+        prune(config.cache, config.cache_limit)
+    for used, size, folder in stores(local_path(config.cache or cache_folder())):
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(used))
         source = read_json(folder / "store.json").get("source", "")
         print(f"{day}  {report.size(size):>8}  {folder}  {source}")
