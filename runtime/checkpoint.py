@@ -114,7 +114,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 raise refused
             self._writer.wait_until_finished()
             if path is not None and jax.process_index() == 0:  # before older ones are removed
-                files.sync(path)
+                files.sync(path, *path.rglob("*"))
         except Exception as error:  # a full disk is an OSError, a ValueError or a RuntimeError
             # The old writer would report its other troubles next time; it may still be writing.
             failed, self._writer = self._writer, _writer()

@@ -56,11 +56,11 @@ def atomic_write(path: Path, remedy: str = RESUME) -> Iterator[Path]:
         try:
             yield partial
             if partial.exists():
-                sync(partial)
+                sync(partial, *partial.rglob("*"))
                 if partial.is_dir() and path.exists():
                     path.replace(old)
                 partial.replace(path)
-                _sync_entry(path.parent)
+                sync(path.parent)
         finally:
             if old.exists() and not path.exists():
                 old.replace(path)
@@ -94,28 +94,22 @@ def _is_alive(process: str) -> bool:
         return process == PROCESS  # in a container, the first process has the same each time
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it is another user's
+    except OSError as error:
+        return error.errno == errno.EPERM  # it is another user's
     return True
 
 
-def sync(path: Path) -> None:
-    """Returns once a file, or a folder and all in it, would survive a crash of the system."""
-    for entry in (path, *path.rglob("*")):
-        _sync_entry(entry)
-
-
-def _sync_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # not every file system can sync folders
-            raise
-    finally:
-        os.close(descriptor)
+def sync(*paths: Path) -> None:
+    """Returns once files, and the entries of folders, would survive a crash of the system."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if not path.is_dir():  # not every file system can sync folders
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def no_follow(path: str | Path, flags: int) -> int:
