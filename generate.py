@@ -23,7 +23,7 @@ import text
 from models.attention import Cache, einsum_f32
 from models.base import LanguageModel
 from runtime import answers, errors, files, processes, report
-from runtime.errors import SEED, Constraint, UserError, above, at_least, between
+from runtime.errors import LOCAL, SEED, Constraint, UserError, above, at_least, between
 
 Logits = Float32[Array, "batch vocab"]
 Occurred = Bool[Array, "batch vocab"] | None  # tokens of a row, for --repetition-penalty
@@ -32,6 +32,10 @@ Counts = Int[Array, " batch"]
 Keys = Key[Array, " batch"]
 
 FORMATS = (".parquet", ".jsonl")
+OUT = Constraint(
+    "a .parquet or .jsonl file on this machine",
+    lambda path: LOCAL.holds(path) and Path(path).suffix in FORMATS,
+)
 PART = 256  # tokens of a prompt read at once
 STEPS = 64  # tokens between two looks of the host at the rows
 WIDTH = 64  # prompts are padded to a multiple of it, so that texts of many sets need one program
@@ -306,9 +310,7 @@ class Config(Sampling):
     prompts: str
     """File, folder or glob of .txt (one prompt a line), .jsonl, .parquet (also .gz, .zst), or a
     hub data set as id[:config][:split]."""
-    out: Annotated[
-        str, Constraint("a .parquet or .jsonl file", lambda x: Path(x).suffix in FORMATS)
-    ]
+    out: Annotated[str, OUT]
     """File to write."""
     column: str | None = None
     """The column of prompts, text or messages; by default messages, else prompt (for a model with
