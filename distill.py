@@ -332,14 +332,14 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                 if evaluates:
                     results.evaluate(run, state.student, number, log)
                 if saves:
-                    saved.save(number, state, run.facts | {"rows": run.rows(number)})
+                    saved.save(number, state, run.facts | {"tokens": run.tokens(number)})
                 log.lap(number)  # neither is time of the steps
                 if stops:
                     saved.wait()
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")
                     raise SystemExit(config.requeue_status)
         except results.NotFinite:
-            saved.save(last := int(state.step), state, run.facts | {"rows": run.rows(last)})
+            saved.save(last := int(state.step), state, run.facts | {"tokens": run.tokens(last)})
             saved.wait()
             raise
     return state

@@ -61,13 +61,13 @@ def fetch(source: Source, *, weights: bool = True) -> Path:
     where the cache lacks it; without `weights` only config and tokenizer."""
     wanted = ["config.json", GENERATION, *TOKENIZER, *(WEIGHTS if weights else ())]
     try:
-        path = Path(source).expanduser()
+        path = files.local_path(source)
         if path.is_dir():
             # A folder may come from a stranger, and what it holds is copied into a student's.
             names = (*wanted, *WEIGHTS, "*.safetensors")
             files.check_links(path, (file for name in names for file in path.glob(name)))
             return path
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, ValueError):
         pass  # a path as no file can have it
     name, _, revision = str(source).partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
@@ -215,9 +215,8 @@ def _sha256(path: Path) -> str:
     path, stat = path.resolve(), path.stat()
     if path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", path.name):
         return path.name
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
     facts = [str(path), stat.st_ino, stat.st_size, stat.st_ctime_ns]
-    memory = cache / "fingerprints" / files.digest(facts)
+    memory = files.cache_folder() / "fingerprints" / files.digest(facts)
     with contextlib.suppress(UserError, KeyError):
         return files.read_json(memory)["sha256"]
     with open(path, "rb") as file:
@@ -388,7 +387,7 @@ def save(
 def check_replaceable(folder: Source, notes: Iterable[str] = ()) -> Path:
     """Where `save` would write a checkpoint: a link is followed; what is not ours is refused."""
     with files.disk_errors(Path(folder), ""):
-        folder = Path(folder).expanduser().resolve()
+        folder = Path(os.path.realpath(files.local_path(folder)))  # of a loop, the link
         if not replaceable(folder, notes):
             what = "more than a checkpoint, so not replaced"
             raise UserError(f"{folder}: {what}: move it away, or choose another name")
@@ -398,7 +397,7 @@ def check_replaceable(folder: Source, notes: Iterable[str] = ()) -> Path:
 def replaceable(folder: Path, notes: Iterable[str] = ()) -> bool:
     """There is nothing, or a checkpoint alone: a clone, a run, or somebody's own file is more."""
     if not folder.is_dir():
-        return not folder.exists()
+        return not os.path.lexists(folder)
     present = {path.name: path.is_file() for path in folder.iterdir()}
     ours = ("config.json", GENERATION, "README.md", *TOKENIZER, *WEIGHTS, *notes)
     alone = all(is_file and any(fnmatch(x, own) for own in ours) for x, is_file in present.items())

@@ -74,7 +74,7 @@ class Run(NamedTuple):
     objective: losses.Objective
     layers: list[int] | None  # blocks of the teacher that the student began as
     facts: dict[str, str | None]  # fingerprints of what it learns from, which may not change
-    first_row: int = 0  # of step 0; not 0 where a checkpoint had other batches
+    first_token: int = 0  # of step 0; not 0 where a checkpoint had batches of another size
 
     @property
     def step_teacher(self) -> LanguageModel | None:
@@ -82,14 +82,15 @@ class Run(NamedTuple):
         apart = self.placement.teacher_mesh is not None or self.targets is not None
         return None if apart or not uses_teacher_loss(self.config.loss) else self.teacher
 
-    def rows(self, step: int) -> int:
-        """Rows that are read after so many steps."""
-        return self.first_row + step * self.config.batch_size
+    def tokens(self, step: int) -> int:
+        """Tokens that are read after so many steps."""
+        return self.first_token + step * self.config.batch_size * self.config.seq_len
 
     def batch(self, step: int) -> data.Batch:
         """What a step reads: a function of its number alone, so that nothing of it is saved."""
         size, rows = self.config.batch_size, self.process_rows
-        windows = data.windows(self.corpus, step, size, *rows, first_row=self.first_row)
+        first = -(-self.first_token // self.config.seq_len)
+        windows = data.windows(self.corpus, step, size, *rows, first_row=first)
         batch = data.read(self.corpus, windows)
         if self.targets is not None:
             batch = batch._replace(signal=target_store.read(self.targets, windows))
@@ -251,7 +252,7 @@ def open_corpus(config: Config, tokenizer: Path, vocab: int) -> data.Corpus:
 
 
 def continued(run: Run, step: int, extra: dict[str, Any]) -> Run:
-    """The run behind a checkpoint, of the same text and teacher; it goes on from the next row."""
+    """The run behind a checkpoint, of the same text and teacher; it goes on from the next token."""
     config, source = run.config, " ".join(run.config.data.source)
     for name, what in (
         ("data", f"trained on other text than {source} holds"),
@@ -265,8 +266,8 @@ def continued(run: Run, step: int, extra: dict[str, Any]) -> Run:
             remedy = "put the old one back, begin anew with --no-resume, or add --resume-anyway"
             raise UserError(f"{other}: {remedy}")
         report.say(f"continued anyway: {other}")
-    rows = step * config.batch_size
-    return run._replace(first_row=extra.get("rows", rows) - rows)
+    tokens = run.tokens(step)
+    return run._replace(first_token=extra.get("tokens", tokens) - tokens)
 
 
 def teacher_and_student(

@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -37,8 +36,7 @@ def start(
         raise UserError(f"--coordinator {coordinator}: expected host:port of the first process")
     if process_id is not None and not 0 <= process_id < processes:
         raise UserError(f"--process-id {process_id}: expected one of 0 to {processes - 1}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     # Else accelerators round the operands of float32 products to fewer bits.
     jax.config.update("jax_default_matmul_precision", "highest")
