@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from runtime import errors, files
 from runtime.errors import UserError
 
 MAY_DIFFER = frozenset({"--process-id", "--coordinator", "--quiet", "--data.cache"})
-PATIENCE = 60  # seconds to wait for the other processes at the start, and for a sign of their life
+PATIENCE = 60  # seconds to wait for the other processes at the start
 
 
 def start(
@@ -37,6 +38,12 @@ def start(
         raise UserError(f"--coordinator {coordinator}: expected host:port of the first process")
     if process_id is not None and not 0 <= process_id < processes:
         raise UserError(f"--process-id {process_id}: expected one of 0 to {processes - 1}")
+    if process_id == 0:
+        try:  # gRPC would share a port with the first process of another run
+            socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+        except (OSError, OverflowError) as error:
+            remedy = "name another port, the same for all processes"
+            raise UserError(f"--coordinator {coordinator}: {error}: {remedy}") from None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -64,8 +71,8 @@ def start(
     late.start()
     try:
         jax.distributed.initialize(
-            *together,
-            initialization_timeout=2 * PATIENCE, heartbeat_timeout_seconds=PATIENCE // 2,
+            *together, initialization_timeout=2 * PATIENCE,
+            heartbeat_timeout_seconds=int(os.environ.get("HEARTBEAT_TIMEOUT", 100)),
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise unmet(str(error).strip().splitlines()[0][:200]) from None

@@ -58,13 +58,13 @@ def started(
 
 
 WAITING = """
-import sys, time
+import os, sys, time
 import jax
 from runtime import errors, processes
 from jax._src import distributed
 
 def main():
-    processes.PATIENCE = 8
+    processes.PATIENCE, os.environ["HEARTBEAT_TIMEOUT"] = 8, "4"
     processes.start(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
     with processes.exit_with_peers():
         print("here", jax.process_count(), flush=True)
@@ -137,6 +137,23 @@ def test_a_signal_to_any_process_saves_after_the_step_at_hand(config):
     said = [process.communicate(timeout=20)[1] for process in pair]
     assert [process.returncode for process in pair] == [75, 75], said
     assert "all is saved" in said[0]
+
+
+def test_a_pause_of_one_process_does_not_end_the_run(config):
+    config = dataclasses.replace(config, steps=40)
+    pair = started(config)
+    metrics = Path(config.out) / "metrics.jsonl"
+    for _ in range(600):
+        if (metrics.exists() and metrics.read_text()) or pair[0].poll() is not None:
+            break
+        time.sleep(0.1)
+    for victim in (pair[1], pair[0]):  # the latter is the coordinator
+        victim.send_signal(signal.SIGSTOP)
+        time.sleep(20)
+        victim.send_signal(signal.SIGCONT)
+        time.sleep(2)
+    said = [process.communicate(timeout=120)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
 
 
 def test_two_processes_are_one_and_survive_the_death_of_either(config):
