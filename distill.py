@@ -239,6 +239,7 @@ def print_plan(config: Config, placement: Placement) -> None:
 def train(config: Config) -> Path:
     """Runs, or continues, what `config` describes; returns the folder of the exported student."""
     begun = time.monotonic()
+    prepare.restore_commits(config)
     config = with_defaults(config)
     placement, out = prepare.placement(config), run_folder(config).path
     with (

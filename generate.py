@@ -305,7 +305,7 @@ class Config(Sampling):
     """Hub id or folder of the model."""
     prompts: str
     """File, folder or glob of .txt (one prompt a line), .jsonl, .parquet (also .gz, .zst), or a
-    hub data set as id[:config][:split]."""
+    hub data set as id[@revision][:config][:split]."""
     out: Annotated[
         str, Constraint("a .parquet or .jsonl file", lambda x: Path(x).suffix in FORMATS)
     ]

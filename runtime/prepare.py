@@ -20,14 +20,22 @@ import optim
 import sharding
 import student as students
 import text
-from config import Config, needs_teacher, run_folder, student_config, uses_teacher_loss
+from config import (
+    Config,
+    needs_teacher,
+    run_folder,
+    student_config,
+    uses_teacher_loss,
+    with_defaults,
+)  # fmt: skip
 from losses import features
 from models import kernels
 from models.base import LanguageModel
-from runtime import checkpoint, files, processes, report, target_store
+from runtime import checkpoint, commits, files, processes, report, target_store
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+COMMITS = "commits.json"
 
 
 class Placement(NamedTuple):
@@ -136,6 +144,18 @@ def optimizer_and_objective(
     return optim.make(config.optim, config.steps), objective
 
 
+def restore_commits(config: Config) -> None:
+    """Lets ids of the hub mean, in all processes, the commits that they meant when the run began,
+    or what they mean now to the first process."""
+    config = with_defaults(config)  # which says where the run is
+    for source in (*config.data.source, config.data.eval_source or ""):
+        text.hub_commit(source)
+    path = run_folder(config).path / COMMITS
+    if config.resume and path.exists():
+        commits.COMMITS.update(files.read_json(path))
+    commits.COMMITS.update(processes.gather(commits.COMMITS)[0])
+
+
 def make_folder(config: Config) -> files.RunFolder:
     """The folder of a run, made by the first process; --no-resume moves the run that is there
     aside."""
@@ -200,6 +220,8 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
 def write_config(folder: files.RunFolder) -> None:
     if jax.process_index() == 0:
         folder.write()
+        if commits.COMMITS:
+            files.write_json(folder.path / COMMITS, commits.COMMITS)
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:
@@ -283,7 +305,10 @@ def teacher_and_student(
         reads = needs_teacher(config) or (cuts and not (begun and (out / CHOICE).exists()))
         if reads and facts["teacher"] is None:
             facts["teacher"] = models.fingerprint(models.fetch(config.teacher))
-        processes.check_same({f"the content of --{name}": facts[name] for name in facts})
+        compared = dict(facts)
+        if config.student is not None and not begun and jax.process_count() > 1:
+            compared["student"] = models.fingerprint(models.fetch(config.student))
+        processes.check_same({f"the content of --{name}": compared[name] for name in compared})
         if reads:
             teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
         if cuts:

@@ -109,12 +109,17 @@ def exit_with_peers() -> Iterator[None]:
         _leave(error)
 
 
-def check_same(facts: Mapping[str, Any]) -> None:
-    """Refuses what is not the same in all processes; the first difference is named."""
+def gather(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What JSON can hold, of each process."""
     content = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     sizes = process_allgather(np.int32(content.size))
     rows = process_allgather(np.pad(content, (0, int(sizes.max()) - content.size)))
-    first, *others = (json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True))
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Refuses what is not the same in all processes; the first difference is named."""
+    first, *others = gather(facts)
     for number, other in enumerate(others, 1):
         words = f"{{}} is {{}} in process 0, but {{}} in process {number}"
         for difference in files.changes(first, other, MAY_DIFFER, words=words):

@@ -15,9 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 import data
 import text
+from runtime import commits
 from runtime.errors import UserError
 from text import files, records, store
 
+COMMIT = "0123456789abcdef" + "0" * 24
 SPECIAL = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
 
 CHATML = """\
@@ -181,12 +183,13 @@ def test_hub_data_sets_are_read_row_by_row(plain, tmp_path, monkeypatch, streami
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     load = datasets.load_dataset_builder
 
-    def local(repository, config):
-        assert (repository, config) == ("owner/name", "some-config")
+    def local(repository, config, revision):
+        assert (repository, config, revision) == ("owner/name", "some-config", COMMIT)
         files = {"test": str(tmp_path / "x.parquet")}
         return load("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", local)
+    monkeypatch.setattr(commits, "commit", lambda source, kind: COMMIT)
     source = text.find("owner/name:some-config:test", streaming=streaming)
     seen = []
     found = text.pieces(source, plain, progress=seen.append)

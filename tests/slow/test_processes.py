@@ -24,12 +24,13 @@ ROOT = Path(__file__).parents[2]
 
 def commands(config: distill.Config, count: int, port: int, *more: str) -> list[list[str]]:
     flags = {
-        "teacher": config.teacher, "student-layers": 2, "seq-len": 32, "batch-size": 8,
+        "teacher": config.teacher, "seq-len": 32, "batch-size": 8,
         "steps": config.steps, "eval-every": 4, "eval-windows": 8, "save-every": 3,
         "log-every": config.log_every, "data.source": config.data.source[0],
         "data.documents": "paragraph", "data.cache": config.data.cache, "optim.lr": 1e-2,
         "optim.eps": 1e-4, "out": config.out,
     }  # fmt: skip
+    flags |= {"student": config.student} if config.student else {"student-layers": 2}
     words = [sys.executable, str(ROOT / "distill.py"), "--quiet", *more]
     words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     together = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id"]
@@ -208,15 +209,17 @@ def test_processes_that_hold_parts_of_one_model_read_the_same_rows(config):
     [
         ({}, ("--seed", "1"), "--seed is 0 in process 0, but 1 in process 1"),
         ({"teacher": "teacher"}, (), "the content of --teacher is "),
+        ({"student": "student"}, (), "the content of --student is "),
         ({"out": "run"}, (), "the folder run is "),  # a path that is another place on each host
     ],
 )
 def test_processes_that_are_no_one_run_are_told_why(config, tmp_path, changes, second, says):
     folders = tmp_path / "0", tmp_path / "1"
     for number, folder in enumerate(folders):
-        shutil.copytree(config.teacher, folder / "teacher")
-        weights = folder / "teacher" / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-1] + bytes([number]))
+        for name in ("teacher", "student"):
+            shutil.copytree(config.teacher, folder / name)
+            weights = folder / name / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + bytes([number]))
     pair = started(dataclasses.replace(config, **changes), folders=folders, second=second)
     for process in pair:
         said = process.communicate(timeout=120)[1]
