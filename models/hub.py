@@ -209,7 +209,8 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def fingerprint(folder: Path) -> str:
     """Of all bytes of a model's config and weights, wherever and since whenever they lie there."""
-    names = sorted({"config.json", *(index(folder).values() or [SINGLE])})
+    names = {"config.json", *(index(folder).values() or [SINGLE])}
+    names = sorted(name for name in names if (folder / name).exists())
     with ThreadPoolExecutor() as pool, report.progress(f"hashing {folder.name}"):
         paths = [folder / name for name in names]
         sums = dict(zip(names, pool.map(_sha256, paths), strict=True))

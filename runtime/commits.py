@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from runtime.files import printable
+from runtime import files
 
 COMMITS: dict[str, str] = {}  # by kind, `owner/name` and revision
 CACHED: set[str] = set()  # commits of which the hub said nothing, so that the cache must do
-PATIENCE = 3, 30  # seconds to wait for an answer: where the cache has one, and where it has none
+FILE = "commits.json"  # of a run
 REVISION = r"(?:@(?!.*\.\.)\w[\w./-]*)?"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -17,6 +17,9 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 def commit(source: str, kind: Literal["model", "dataset"] = "model") -> str:
     """The commit of `owner/name` or `owner/name@revision`; the first answer counts. Where the hub
     gives none, the last one that the cache knows."""
+    from huggingface_hub import utils
+
+    utils.disable_progress_bars()  # they would run into ours
     name, _, revision = source.partition("@")
     key = f"{kind}s/{name}@{revision or 'main'}"
     if key not in COMMITS:
@@ -25,18 +28,16 @@ def commit(source: str, kind: Literal["model", "dataset"] = "model") -> str:
 
 
 def _ask(name: str, revision: str, kind: str) -> str:
-    from huggingface_hub import HfApi, constants, errors, utils
+    from huggingface_hub import HfApi, constants, errors
 
-    utils.disable_progress_bars()  # they would run into ours
     folder = f"{kind}s--{name.replace('/', '--')}"
     ref, cached = Path(constants.HF_HUB_CACHE, folder, "refs", revision or "main"), ""
     with contextlib.suppress(OSError):
         cached = ref.read_text(encoding="utf-8").strip()
     known = COMMIT.fullmatch(cached) is not None
     try:
-        info = HfApi().repo_info(
-            name, repo_type=kind, revision=revision or None, timeout=PATIENCE[not known]
-        )
+        timeout = 3 if known else 30
+        info = HfApi().repo_info(name, repo_type=kind, revision=revision or None, timeout=timeout)
     except errors.RevisionNotFoundError:
         raise
     except (errors.HTTPError, OSError, ValueError) as error:
@@ -59,7 +60,18 @@ def answer(error: BaseException) -> str:
     while cause is not None and getattr(cause, "response", None) is None:
         cause = cause.__cause__ or cause.__context__
     if cause is None:
-        return printable(error)
+        return files.printable(error)
     remedy = "if it is private or gated, log in with `hf auth login` or HF_TOKEN"
     refused = cause.response.status_code in (401, 403, 404)
-    return f"{printable(cause)} ({remedy})" if refused else printable(cause)
+    return files.printable(cause) + (f" ({remedy})" if refused else "")
+
+
+def restore(folder: Path) -> None:
+    """The commits that a run began with count, not what the hub says now."""
+    if (path := folder / FILE).exists():
+        COMMITS.update(files.read_json(path))
+
+
+def write(folder: Path) -> None:
+    if COMMITS:
+        files.write_json(folder / FILE, COMMITS)

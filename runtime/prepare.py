@@ -20,14 +20,7 @@ import optim
 import sharding
 import student as students
 import text
-from config import (
-    Config,
-    needs_teacher,
-    run_folder,
-    student_config,
-    uses_teacher_loss,
-    with_defaults,
-)  # fmt: skip
+from config import Config, needs_teacher, run_folder, student_config, uses_teacher_loss
 from losses import features
 from models import kernels
 from models.base import LanguageModel
@@ -35,7 +28,6 @@ from runtime import checkpoint, commits, files, processes, report, target_store
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-COMMITS = "commits.json"
 
 
 class Placement(NamedTuple):
@@ -147,12 +139,10 @@ def optimizer_and_objective(
 def restore_commits(config: Config) -> None:
     """Lets ids of the hub mean, in all processes, the commits that they meant when the run began,
     or what they mean now to the first process."""
-    config = with_defaults(config)  # which says where the run is
     for source in (*config.data.source, config.data.eval_source or ""):
         text.hub_commit(source)
-    path = run_folder(config).path / COMMITS
-    if config.resume and path.exists():
-        commits.COMMITS.update(files.read_json(path))
+    if config.resume:
+        commits.restore(run_folder(config).path)
     commits.COMMITS.update(processes.gather(commits.COMMITS)[0])
 
 
@@ -220,8 +210,7 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
 def write_config(folder: files.RunFolder) -> None:
     if jax.process_index() == 0:
         folder.write()
-        if commits.COMMITS:
-            files.write_json(folder.path / COMMITS, commits.COMMITS)
+        commits.write(folder.path)
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:

@@ -76,7 +76,7 @@ def begin(out, **options):
         prepare.processes.gather = lambda facts: [facts | others]
     names = {"teacher": "owner/teacher", "data": distill.Data(("owner/verses",)), "out": out}
     config = distill.Config(**names | options)
-    prepare.restore_commits(config)
+    prepare.restore_commits(distill.with_defaults(config))
     config = distill.with_defaults(config)
     prepare.last_step(config, prepare.make_folder(config))
     return json.dumps([load(config.teacher), rows(*config.data.source)[1:]])
@@ -490,8 +490,8 @@ def test_no_bars_of_the_hub_run_into_ours(hub, tmp_path, small):
     poems(hub, "owner/bars", main="new")
     with open(tmp_path / "err", "w") as err:
         client = Client(tmp_path / "home", hub.endpoint, stderr=err)
-        client("rows", "owner/bars")
-        client("fetch", "owner/bars")
+        client("rows", f"owner/bars@{commit('datasets/owner/bars', 'main')}")
+        client("fetch", f"owner/bars@{commit('owner/bars', 'main')}")
         client.close()
     said = (tmp_path / "err").read_text()
     assert "%|" not in said and "\r" not in said
@@ -579,6 +579,8 @@ def test_a_fingerprint_is_of_what_is_there(tmp_path):
     models.save(checkpoint(SMALL, seed=1), tmp_path / "z")
     prints = [models.fingerprint(tmp_path / name) for name in "xyz"]
     assert prints[0] == prints[1] != prints[2]
+    (tmp_path / "x" / "model.safetensors").unlink()  # to load it is what fails
+    assert models.fingerprint(tmp_path / "x") not in prints
 
 
 def test_a_fingerprint_is_of_every_byte_and_reads_them_once(tmp_path, monkeypatch):
