@@ -228,6 +228,36 @@ def test_processes_that_are_no_one_run_are_told_why(config, tmp_path, changes, s
     assert not list(tmp_path.glob("**/metrics.jsonl"))
 
 
+COMMITS = """
+import sys
+import distill
+from runtime import commits, errors, prepare, processes
+
+def main():
+    processes.start(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
+    commits.COMMITS["models/owner/name@main"] = sys.argv[2] * 40
+    prepare.restore_commits(distill.with_defaults(distill.Config()))
+    print(commits.COMMITS["models/owner/name@main"])
+
+errors.run(main)
+"""
+
+
+def test_processes_read_the_commits_that_the_first_was_told():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMMITS, where, str(number)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=60) for process in both]
+    assert [out.splitlines()[-1:] for out, _ in said] == [["0" * 40]] * 2, said
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_meeting_of_processes_that_fails_ends_in_one_line(number):
     """Neither the first, who waits for the second, nor the second, who finds no first."""
