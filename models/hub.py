@@ -75,19 +75,14 @@ def fetch(source: Source, *, weights: bool = True) -> Path:
         raise UserError(f"{what}: no such folder, and no hub id (owner/name, owner/name@revision)")
     from huggingface_hub import errors, snapshot_download
 
-    def download(names: list[str]) -> Path:
-        commit = commits.commit(str(source))
-        cached = commit in commits.CACHED
-        return Path(
-            snapshot_download(name, revision=commit, allow_patterns=names, local_files_only=cached)
-        )
-
     name = str(source).partition("@")[0]
     try:
         with report.progress(f"fetching {name}"):
-            folder = download(wanted)
-            if weights and (shards := index(folder, complete=False)):
-                download(sorted(set(shards.values())))
+            commit = commits.commit(str(source))
+            options = {"revision": commit, "local_files_only": commit in commits.CACHED}
+            folder = Path(snapshot_download(name, allow_patterns=wanted, **options))
+            if weights and (shards := sorted(set(index(folder, complete=False).values()))):
+                snapshot_download(name, allow_patterns=shards, **options)
             return folder
     except (errors.HTTPError, OSError, ValueError) as error:
         why = f"could not be fetched: {commits.answer(error)}"

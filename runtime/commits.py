@@ -36,7 +36,7 @@ def _ask(name: str, revision: str, kind: str) -> str:
         cached = ref.read_text(encoding="utf-8").strip()
     known = COMMIT.fullmatch(cached) is not None
     try:
-        timeout = 3 if known else 30
+        timeout = 3 if known else 10  # seconds
         info = HfApi().repo_info(name, repo_type=kind, revision=revision or None, timeout=timeout)
     except errors.RevisionNotFoundError:
         raise

@@ -561,6 +561,25 @@ def test_checkpoints_without_their_settings_are_refused(config, monkeypatch):
         prepare.last_step(config, prepare.make_folder(config))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["the version of jax", "the version of this program", "the last checkpoint"]
+    + ["the choice of blocks", "the content of --data", "the content of --teacher"],
+)
+def test_what_differs_between_processes_is_named(quick, monkeypatch, name):
+    def gather(facts):
+        return [facts, facts | {name: "another"} if name in facts else facts]
+
+    monkeypatch.setattr(processes, "gather", gather)
+    monkeypatch.setattr(prepare, "sync_global_devices", lambda what: None)
+    with pytest.raises(UserError, match=f"{name} is .* in process 0, but another in process 1"):
+        if name.startswith("the content"):
+            distill.train(quick)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_count", lambda: 2)
+            prepare.check_processes(prepare.make_folder(quick))
+
+
 def test_with_another_batch_size_a_run_reads_on(quick, monkeypatch):
     read, windows = [], data.windows
 

@@ -22,6 +22,7 @@ from runtime.files import check_links, digest
 
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+HUB = re.compile(rf"(\w[\w.-]*/\w[\w.-]*{commits.REVISION})(?::([^:]*))?(?::(.*))?")
 BLOCK = 1 << 20  # bytes read at once
 LONGEST = 1 << 26  # characters of a line: it is held in memory
 
@@ -85,9 +86,6 @@ def library_errors(problem: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise UserError(f"{problem} ({commits.answer(error)})") from error
-
-
-HUB = re.compile(rf"(\w[\w.-]*/\w[\w.-]*{commits.REVISION})(?::([^:]*))?(?::(.*))?")
 
 
 def hub_commit(name: str) -> tuple[str, str, str, str] | None:
