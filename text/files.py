@@ -36,7 +36,6 @@ class Source:
 
     name: str
     fingerprint: str
-    bytes: int = 0
     files: tuple[Path, ...] = ()
     hub: tuple[str, str, str] = ("", "", "")  # repository, commit, config
     split: str = ""
@@ -64,7 +63,7 @@ class Source:
     def size(self) -> int | None:
         """Bytes of the files or rows of the data set: what progress is reported in."""
         if self.files:
-            return self.bytes
+            return sum(file.stat().st_size for file in self.files)
         splits = self.builder.info.splits or {}
         return splits[self.split].num_examples if self.split in splits else None
 
@@ -110,7 +109,7 @@ def find(name: str, *, streaming: bool = False) -> Source:
         elif path.is_file():
             paths = [path]
         elif hub := hub_commit(name):
-            return Source(name, digest(hub), 0, (), hub[:3], hub[3], streaming)
+            return Source(name, digest(hub), (), hub[:3], hub[3], streaming)
         elif glob.has_magic(name):
             folder = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
             paths = map(Path, glob.glob(str(path), recursive=True))
@@ -128,12 +127,12 @@ def find(name: str, *, streaming: bool = False) -> Source:
             raise UserError(f"{name}: no file to read in it; expected {kinds}{pull}")
         if hidden or count > len(files):
             report.say(f"{name}: {left_out}")
-        stats = [file.stat() for file in files]
         facts = [  # a file that another replaced may have its size and its date
             (str(file), os.path.realpath(file), x.st_size, x.st_mtime_ns, x.st_ctime_ns, x.st_ino)
-            for file, x in zip(files, stats, strict=True)
+            for file in files
+            for x in [file.stat()]
         ]
-    return Source(name, digest(facts), sum(x.st_size for x in stats), tuple(files))
+    return Source(name, digest(facts), tuple(files))
 
 
 def is_pointer(file: Path) -> bool:
