@@ -573,7 +573,15 @@ def test_a_file_that_was_replaced_is_another(tmp_path):
     other.write_text("two")
     os.utime(other, ns=(path.stat().st_mtime_ns,) * 2)
     other.replace(path)
-    assert text.find(str(path)).fingerprint != before == before
+    assert text.find(str(path)).fingerprint != before
+    prints, stat = [before, text.find(str(path)).fingerprint], path.stat()
+    path.write_text("ten")  # in its place, and its date is set back
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    prints.append(text.find(str(path)).fingerprint)
+    folder = tmp_path / "folder"
+    folder.symlink_to(tmp_path)  # another way to the same inode
+    prints += [text.find(str(folder / "a.txt")).fingerprint for _ in range(2)]
+    assert len(set(prints)) == 4 and prints[-1] == prints[-2]
 
 
 def test_templates_have_one_date(encoder, tmp_path):
