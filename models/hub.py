@@ -281,13 +281,12 @@ def index(folder: Path, *, complete: bool = True) -> dict[str, str]:
 def read_index(folder: Path, prefix: str) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its full name: those of a bare decoder lack the prefix."""
     if shards := index(folder):
-        names = sorted(set(shards.values()))
-        entries = [(name, tensor) for name in names for tensor in read_header(folder / name)]
-        if wrong := {(tensor.name, name) for name, tensor in entries} ^ set(shards.items()):
+        stored = [x for name in sorted(set(shards.values())) for x in read_header(folder / name)]
+        places = {(x.name, str(x.file.relative_to(folder))) for x in stored}
+        if wrong := places ^ set(shards.items()):
             name, file = min(wrong)
-            path = folder / INDEX
-            raise UserError(f"{path}: it and {file} do not agree on {files.printable(name)}")
-        stored = [tensor for _, tensor in entries]
+            what = f"it and {file} do not agree on {files.printable(name)}"
+            raise UserError(f"{folder / INDEX}: {what}")
     elif (folder / SINGLE).exists():
         stored = read_header(folder / SINGLE)
     else:
