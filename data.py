@@ -39,7 +39,7 @@ class Config:
 
     source: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .jsonl, .parquet (also .gz, .zst), or hub data sets as
-    id[:config][:split]."""
+    id[@revision][:config][:split]."""
     weights: Annotated[tuple[float, ...], SHARES] = ()
     """How much of each source goes into the mixture; without them, all of every source."""
     text_field: str | None = None

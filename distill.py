@@ -239,6 +239,8 @@ def print_plan(config: Config, placement: Placement) -> None:
 def train(config: Config) -> Path:
     """Runs, or continues, what `config` describes; returns the folder of the exported student."""
     begun = time.monotonic()
+    if not config.plan:
+        prepare.restore_commits(with_defaults(config))  # they say where the run is
     config = with_defaults(config)
     placement, out = prepare.placement(config), run_folder(config).path
     with (

@@ -309,7 +309,7 @@ class Config(Sampling):
     """Hub id or folder of the model."""
     prompts: str
     """File, folder or glob of .txt (one prompt a line), .jsonl, .parquet (also .gz, .zst), or a
-    hub data set as id[:config][:split]."""
+    hub data set as id[@revision][:config][:split]."""
     out: Annotated[str, OUT]
     """File to write."""
     column: str | None = None

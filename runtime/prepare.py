@@ -24,7 +24,7 @@ from config import Config, needs_teacher, run_folder, student_config, uses_teach
 from losses import features
 from models import kernels
 from models.base import LanguageModel
-from runtime import checkpoint, files, processes, report, target_store
+from runtime import checkpoint, commits, files, processes, report, target_store
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +137,16 @@ def optimizer_and_objective(
     return optim.make(config.optim, config.steps), objective
 
 
+def restore_commits(config: Config) -> None:
+    """Lets ids of the hub mean, in all processes, the commits that they meant when the run began,
+    or what they mean now to the first process."""
+    for source in (*config.data.source, config.data.eval_source or ""):
+        text.hub_commit(source)
+    if config.resume:
+        commits.restore(run_folder(config).path)
+    commits.COMMITS.update(processes.gather(commits.COMMITS)[0])
+
+
 def make_folder(config: Config) -> files.RunFolder:
     """The folder of a run, made by the first process; --no-resume moves the run that is there
     aside."""
@@ -201,6 +211,7 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
 def write_config(folder: files.RunFolder) -> None:
     if jax.process_index() == 0:
         folder.write()
+        commits.write(folder.path)
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:
@@ -284,7 +295,10 @@ def teacher_and_student(
         reads = needs_teacher(config) or (cuts and not (begun and (out / CHOICE).exists()))
         if reads and facts["teacher"] is None:
             facts["teacher"] = models.fingerprint(models.fetch(config.teacher))
-        processes.check_same({f"the content of --{name}": facts[name] for name in facts})
+        compared = dict(facts)
+        if config.student is not None and not begun and jax.process_count() > 1:
+            compared["student"] = models.fingerprint(models.fetch(config.student))
+        processes.check_same({f"the content of --{name}": compared[name] for name in compared})
         if reads:
             teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
         if cuts:

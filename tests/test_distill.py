@@ -609,6 +609,25 @@ def test_a_lock_that_may_not_be_written_is_one_line(config, monkeypatch):
         distill.train(config)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["the version of jax", "the version of this program", "the last checkpoint"]
+    + ["the choice of blocks", "the content of --data", "the content of --teacher"],
+)
+def test_what_differs_between_processes_is_named(quick, monkeypatch, name):
+    def gather(facts):
+        return [facts, facts | {name: "another"} if name in facts else facts]
+
+    monkeypatch.setattr(processes, "gather", gather)
+    monkeypatch.setattr(prepare, "sync_global_devices", lambda what: None)
+    with pytest.raises(UserError, match=f"{name} is .* in process 0, but another in process 1"):
+        if name.startswith("the content"):
+            distill.train(quick)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_count", lambda: 2)
+            prepare.check_processes(prepare.make_folder(quick))
+
+
 def test_with_another_batch_size_a_run_reads_on(quick, monkeypatch):
     read, windows = [], data.windows
 

@@ -15,9 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 import data
 import text
+from runtime import commits
 from runtime.errors import UserError
 from text import files, records, store
 
+COMMIT = "0123456789abcdef" + "0" * 24
 SPECIAL = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
 
 CHATML = """\
@@ -181,12 +183,13 @@ def test_hub_data_sets_are_read_row_by_row(plain, tmp_path, monkeypatch, streami
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     load = datasets.load_dataset_builder
 
-    def local(repository, config):
-        assert (repository, config) == ("owner/name", "some-config")
+    def local(repository, config, revision):
+        assert (repository, config, revision) == ("owner/name", "some-config", COMMIT)
         files = {"test": str(tmp_path / "x.parquet")}
         return load("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", local)
+    monkeypatch.setattr(commits, "commit", lambda source, kind: COMMIT)
     source = text.find("owner/name:some-config:test", streaming=streaming)
     seen = []
     found = text.pieces(source, plain, progress=seen.append)
@@ -584,7 +587,15 @@ def test_a_file_that_was_replaced_is_another(tmp_path):
     other.write_text("two")
     os.utime(other, ns=(path.stat().st_mtime_ns,) * 2)
     other.replace(path)
-    assert text.find(str(path)).fingerprint != before == before
+    assert text.find(str(path)).fingerprint != before
+    prints, stat = [before, text.find(str(path)).fingerprint], path.stat()
+    path.write_text("ten")  # in its place, and its date is set back
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    prints.append(text.find(str(path)).fingerprint)
+    folder = tmp_path / "folder"
+    folder.symlink_to(tmp_path)  # another way to the same inode
+    prints += [text.find(str(folder / "a.txt")).fingerprint for _ in range(2)]
+    assert len(set(prints)) == 4 and prints[-1] == prints[-2]
 
 
 def test_templates_have_one_date(encoder, tmp_path):

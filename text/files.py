@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import dataclasses
+import functools
 import glob
 import io
 import itertools
@@ -16,12 +17,13 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from runtime import report
+from runtime import commits, report
 from runtime.errors import UserError
-from runtime.files import check_links, digest, local_path, printable, resolve
+from runtime.files import check_links, digest, local_path, resolve
 
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+HUB = re.compile(rf"(\w[\w.-]*/\w[\w.-]*{commits.REVISION})(?::([^:]*))?(?::(.*))?")
 BLOCK = 1 << 20  # bytes read at once
 LONGEST = 1 << 26  # characters of a line: it is held in memory
 
@@ -35,14 +37,36 @@ class Source:
 
     name: str
     fingerprint: str
-    size: int | None  # bytes of the files or rows of the data set: what progress is reported in
     files: tuple[Path, ...] = ()
-    hub: Any = None
+    hub: tuple[str, str, str] = ("", "", "")  # repository, commit, config
     split: str = ""
     streaming: bool = False
 
     def __str__(self) -> str:
         return self.name
+
+    @functools.cached_property
+    def builder(self) -> Any:
+        """Asks the hub about a data set: not before it is read, since its tokens may be there."""
+        import datasets
+
+        datasets.disable_progress_bars()  # they would run into ours
+        repository, commit, config = self.hub
+        with library_errors(f"{self}: cannot be read"):
+            if commit in commits.CACHED:
+                datasets.config.HF_HUB_OFFLINE = True  # else it waits, and tries again for long
+            builder = datasets.load_dataset_builder(repository, config or None, revision=commit)
+            if datasets.config.HF_HUB_OFFLINE and builder.hash != commit:  # the last that it read
+                raise ConnectionError(f"the hub is out of reach, and the cache lacks {commit}")
+            return builder
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the files or rows of the data set: what progress is reported in."""
+        if self.files:
+            return sum(file.stat().st_size for file in self.files)
+        splits = self.builder.info.splits or {}
+        return splits[self.split].num_examples if self.split in splits else None
 
 
 def canonical(name: str) -> str:
@@ -61,11 +85,21 @@ def library_errors(problem: str) -> Iterator[None]:
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise UserError(f"{problem} ({printable(error)})") from error
+        raise UserError(f"{problem} ({commits.answer(error)})") from error
+
+
+def hub_commit(name: str) -> tuple[str, str, str, str] | None:
+    """Repository, commit, config and split of a hub data set; None for a path."""
+    match = HUB.fullmatch(name)
+    if match is None or kind(Path(name)) or os.path.exists(os.path.expanduser(name)):
+        return None
+    with library_errors(f"{name}: cannot be read"):
+        commit = commits.commit(match[1], "dataset")
+    return match[1].partition("@")[0], commit, match[2] or "", match[3] or "train"
 
 
 def find(name: str, *, streaming: bool = False) -> Source:
-    """The source that `name`, a file, folder, glob or `id[:config][:split]`, stands for."""
+    """The source that `name`, a file, folder, glob or `id[@revision][:config][:split]`, is."""
     with library_errors(f"{name}: cannot be read"):  # a path may be too long, or forbidden
         path, folder, hidden = local_path(name), None, 0
         if path.is_dir():
@@ -78,16 +112,8 @@ def find(name: str, *, streaming: bool = False) -> Source:
                 paths += [os.path.join(place, x) for x in (*folders, *names) if x[0] != "."]
         elif path.is_file():
             paths = [str(path)]
-        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:.*)?", name) and not kind(path):
-            import datasets
-
-            datasets.disable_progress_bars()  # they would run into ours
-            repository, config, split = (*name.split(":", 2), "", "")[:3]
-            hub, split = datasets.load_dataset_builder(repository, config or None), split or "train"
-            splits = hub.info.splits or {}
-            size = splits[split].num_examples if split in splits else None
-            facts = [repository, hub.config.name, str(hub.info.version), hub.hash, split]
-            return Source(name, digest(facts), size, (), hub, split, streaming)
+        elif hub := hub_commit(name):
+            return Source(name, digest(hub), (), hub[:3], hub[3], streaming)
         elif glob.has_magic(name):
             folder = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
             paths = glob.glob(str(path), recursive=True)
@@ -111,8 +137,7 @@ def find(name: str, *, streaming: bool = False) -> Source:
             raise UserError(f"{name}: no file to read in it; expected {kinds}{pull}")
         if hidden or count > len(facts):
             report.say(f"{name}: {left_out}")
-        size, paths = sum(x[2] for x in facts), tuple(Path(x[0]) for x in facts)
-    return Source(name, digest(facts), size, paths)
+    return Source(name, digest(facts), tuple(Path(x[0]) for x in facts))
 
 
 def is_pointer(path: str, size: int) -> bool:
@@ -218,11 +243,11 @@ def _parquet_records(file: Path, choose: Choose, progress: Progress) -> Iterator
 def _hub_records(source: Source, choose: Choose, progress: Progress) -> Iterator[dict]:
     with library_errors(f"{source}: cannot be read"):
         if source.streaming:
-            rows = source.hub.as_streaming_dataset(source.split)
+            rows = source.builder.as_streaming_dataset(source.split)
         else:
             with report.progress(f"fetching {source}"):
-                source.hub.download_and_prepare()
-            rows = source.hub.as_dataset(source.split)
+                source.builder.download_and_prepare()
+            rows = source.builder.as_dataset(source.split)
         if rows.column_names:
             rows = rows.select_columns(choose(rows.column_names, source))
         for batch in rows.with_format("arrow").iter(batch_size=1024):
