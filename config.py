@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -198,8 +197,9 @@ MAY_CHANGE = frozenset({
     "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best", "--log-every",
     "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--deterministic",
     "--teacher-devices", "--export-dtype", "--remat", "--microbatches", "--loss.chunk",
-    "--data.cache", "--data.streaming", "--profile-steps", "--plan", "--devices", "--topology",
-    "--device-memory", "--force", "--distributed", "--coordinator", "--processes", "--process-id", "--requeue-status",
+    "--data.cache", "--data.cache-limit", "--data.streaming", "--profile-steps", "--plan",
+    "--devices", "--topology", "--device-memory", "--force", "--distributed", "--coordinator",
+    "--processes", "--process-id", "--requeue-status",
     "--data.text-field",  # what it says of the text is compared itself
 })  # fmt: skip
 
@@ -222,7 +222,7 @@ def with_defaults(config: Config) -> Config:
         features.pairs(config.loss.feature_pairs, layers, models.config(teacher).layers)
     if config.on_policy.fraction:
         config.on_policy.lengths(seq_len)
-    name = Path(named or "demo")
+    name = files.local_path(named or "demo")
     name = (name.resolve() if name.exists() else Path(str(name).partition("@")[0])).name
     compute = sharding.compute_dtype(config.compute_dtype)
     elsewhere = config.devices or config.device_memory or config.topology
@@ -289,8 +289,7 @@ def student_config(config: Config) -> Any:
 def run_folder(config: Config) -> files.RunFolder:
     """The folder of a run, which holds its configuration."""
     settings, default = (json.loads(json.dumps(dataclasses.asdict(x))) for x in (config, Config()))
-    folder = Path(os.path.expanduser(config.out))
-    return files.RunFolder(folder, settings, MAY_CHANGE, default)
+    return files.RunFolder(files.local_path(config.out), settings, MAY_CHANGE, default)
 
 
 def uses_teacher_loss(loss: losses.Config) -> bool:

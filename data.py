@@ -22,8 +22,8 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32
 
 import text
-from runtime.errors import LOCAL, Constraint, UserError, between, check
-from text.store import BLOCK, Store, hash_bytes, open_store
+from runtime.errors import LOCAL, Constraint, UserError, above, between, check
+from text.store import BLOCK, Store, hash_bytes, open_store, prune
 
 T = TypeVar("T")
 Rows = Int[np.ndarray, " rows"]
@@ -39,7 +39,7 @@ class Config:
 
     source: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .jsonl, .parquet (also .gz, .zst), or hub data sets as
-    id[:config][:split]."""
+    id[@revision][:config][:split]."""
     weights: Annotated[tuple[float, ...], SHARES] = ()
     """How much of each source goes into the mixture; without them, all of every source."""
     text_field: str | None = None
@@ -50,6 +50,8 @@ class Config:
     """Which tokens to learn: all, or those of the assistant's turns."""
     cache: Annotated[str | None, LOCAL] = None
     """Folder for tokenized text; by default compact-distill in the user's cache folder."""
+    cache_limit: Annotated[float | None, above(0)] = None
+    """GB of tokenized text there; where there is more, what was used longest ago is removed."""
     held_out: Annotated[float, between(0, 1)] = 0.01
     """Share of the documents kept for evaluation, chosen by their content; 1 keeps all."""
     eval_source: str | None = None
@@ -147,6 +149,8 @@ def open_corpus(
     training, held_out = zip(*(split(name, share) for name in config.source), strict=True)
     if config.eval_source:
         held_out = (split(config.eval_source, 1.0)[1],)
+    if config.cache_limit is not None:  # now that what this run reads is open
+        prune(config.cache, config.cache_limit)
     groups = tuple((part,) for part in training) if config.weights else (training,)
     return Corpus(groups, config.weights, held_out, seq_len, seed)
 

@@ -256,6 +256,8 @@ def print_plan(config: Config, placement: Placement) -> None:
 def train(config: Config) -> Path:
     """Runs, or continues, what `config` describes; returns the folder of the exported student."""
     begun = time.monotonic()
+    if not config.plan:
+        prepare.restore_commits(with_defaults(config))  # they say where the run is
     config = with_defaults(config)
     placement, out = prepare.placement(config), run_folder(config).path
     with (
@@ -349,14 +351,14 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                 if evaluates:
                     results.evaluate(run, state.student, number, log)
                 if saves:
-                    saved.save(number, state, run.facts | {"rows": run.rows(number)})
+                    saved.save(number, state, run.facts | {"tokens": run.tokens(number)})
                 log.lap(number)  # neither is time of the steps
                 if stops:
                     saved.wait()
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")
                     raise SystemExit(config.requeue_status)
         except results.NotFinite:
-            saved.save(last := int(state.step), state, run.facts | {"rows": run.rows(last)})
+            saved.save(last := int(state.step), state, run.facts | {"tokens": run.tokens(last)})
             saved.wait()
             raise
     return state

@@ -22,8 +22,8 @@ import sharding
 import text
 from models.attention import Cache, einsum_f32
 from models.base import LanguageModel
-from runtime import answers, errors, processes, report
-from runtime.errors import SEED, Constraint, UserError, above, at_least, between
+from runtime import answers, errors, files, processes, report
+from runtime.errors import LOCAL, SEED, Constraint, UserError, above, at_least, between
 
 Logits = Float32[Array, "batch vocab"]
 Occurred = Bool[Array, "batch vocab"] | None  # tokens of a row, for --repetition-penalty
@@ -32,6 +32,10 @@ Counts = Int[Array, " batch"]
 Keys = Key[Array, " batch"]
 
 FORMATS = (".parquet", ".jsonl")
+OUT = Constraint(
+    "a .parquet or .jsonl file on this machine",
+    lambda path: LOCAL.holds(path) and Path(path).suffix in FORMATS,
+)
 PART = 256  # tokens of a prompt read at once
 STEPS = 64  # tokens between two looks of the host at the rows
 WIDTH = 64  # prompts are padded to a multiple of it, so that texts of many sets need one program
@@ -305,10 +309,8 @@ class Config(Sampling):
     """Hub id or folder of the model."""
     prompts: str
     """File, folder or glob of .txt (one prompt a line), .jsonl, .parquet (also .gz, .zst), or a
-    hub data set as id[:config][:split]."""
-    out: Annotated[
-        str, Constraint("a .parquet or .jsonl file", lambda x: Path(x).suffix in FORMATS)
-    ]
+    hub data set as id[@revision][:config][:split]."""
+    out: Annotated[str, OUT]
     """File to write."""
     column: str | None = None
     """The column of prompts, text or messages; by default messages, else prompt (for a model with
@@ -401,7 +403,7 @@ def write(config: Config, jobs: list[Job], decoding: Decoding, folder: Path, add
 
 
 def run(config: Config) -> None:
-    out, folder = Path(config.out).expanduser(), models.fetch(config.model)
+    out, folder = files.local_path(config.out), models.fetch(config.model)
     tokenizer = text.load_tokenizer(folder, models.config(folder).vocab)
     prompts, jobs, decoding, settings = prepare(config, folder, tokenizer)
     columns, decode = None, tokenizer.encoder.decode
@@ -420,7 +422,7 @@ def run(config: Config) -> None:
         row = {"prompt": prompt.piece.text, "completion": completion, "messages": messages}
         return row | {name: record[name] for name in ("finish_reason", "n_tokens")}
 
-    begun, before = answers.journal_path(out).exists(), answers.settings_of(out)
+    begun, before = answers.journal_path(out).exists(), answers.settings_of(out, settings)
     if out.exists() and config.resume and not (begun and before):
         answers.check_settings(out, before, settings)
         print(f"{out} is finished", file=sys.stderr)

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import time
 import zlib
-from pathlib import Path
 from typing import Annotated, Literal
 
 import equinox as eqx
@@ -131,9 +130,10 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
         windows = np.unique(data.windows(corpus, 0, config.steps * config.batch_size))
     names = tuple(map(text.canonical, config.data.source))
     eval_source = config.data.eval_source and text.canonical(config.data.eval_source)
-    flags = dataclasses.replace(config.data, source=names, eval_source=eval_source, cache=None)
+    flags = {"source": names, "eval_source": eval_source, "cache": None, "cache_limit": None}
+    flags = dataclasses.replace(config.data, **flags)
     targets = Targets(
-        Path(config.out).expanduser(), windows, models.fingerprint(folder),
+        files.local_path(config.out), windows, models.fingerprint(folder),
         text.canonical(config.teacher),
         tokenizer=text.load_tokenizer(folder).fingerprint,
         data=target_store.windows_digest(corpus),

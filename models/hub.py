@@ -28,7 +28,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 import sharding
 from models.base import LanguageModel
 from models.hf_config import HFConfig
-from runtime import files, report
+from runtime import commits, files, report
 from runtime.errors import UserError
 
 from .bloom import Bloom
@@ -44,13 +44,14 @@ FAMILIES: dict[str, type[LanguageModel]] = {
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = (SINGLE, INDEX, "model-*-of-*.safetensors")  # as `save` names them
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
 GENERATION = "generation_config.json"
-SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
+SHARD = re.compile(r"(?:\w[\w.-]{0,200}/)*[\w.-]{1,200}\.safetensors", re.ASCII)
 HEAD = "lm_head.weight"
 
 BLOCK = 1 << 22  # bytes read at a time
@@ -59,34 +60,33 @@ BLOCK = 1 << 22  # bytes read at a time
 def fetch(source: Source, *, weights: bool = True) -> Path:
     """The local folder of a folder or a hub id (`owner/name`, `owner/name@revision`), downloaded
     where the cache lacks it; without `weights` only config and tokenizer."""
-    wanted = ["config.json", GENERATION, *TOKENIZER, *(WEIGHTS if weights else ())]
+    wanted = ["config.json", GENERATION, *TOKENIZER, *((SINGLE, INDEX) if weights else ())]
     try:
-        path = Path(source).expanduser()
+        path = files.local_path(source)
         if path.is_dir():
             # A folder may come from a stranger, and what it holds is copied into a student's.
-            names = (*wanted, *WEIGHTS, "*.safetensors")
+            names = (*wanted, INDEX, "*.safetensors")
             files.check_links(path, (file for name in names for file in path.glob(name)))
             return path
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, ValueError):
         pass  # a path as no file can have it
-    name, _, revision = str(source).partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?" + commits.REVISION, str(source)):
         what = files.printable(source)
         raise UserError(f"{what}: no such folder, and no hub id (owner/name, owner/name@revision)")
-    from huggingface_hub import errors, snapshot_download, utils
+    from huggingface_hub import errors, snapshot_download
 
-    utils.disable_progress_bars()  # they would run into ours
+    name = str(source).partition("@")[0]
     try:
         with report.progress(f"fetching {name}"):
-            return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+            commit = commits.commit(str(source))
+            options = {"revision": commit, "local_files_only": commit in commits.CACHED}
+            folder = Path(snapshot_download(name, allow_patterns=wanted, **options))
+            if weights and (shards := sorted(set(index(folder, complete=False).values()))):
+                snapshot_download(name, allow_patterns=shards, **options)
+            return folder
     except (errors.HTTPError, OSError, ValueError) as error:
-        # Where the hub fails the cache is asked, whose error hides what the hub had answered.
-        answers = [e for e in (error, error.__cause__) if getattr(e, "response", None) is not None]
-        raise UserError(
-            f"{source} is no folder here and could not be fetched:"
-            f" {files.printable((answers or [error])[0])} (if it is private or gated, log in with"
-            " `hf auth login` or HF_TOKEN)"
-        ) from None
+        why = f"could not be fetched: {commits.answer(error)}"
+        raise UserError(f"{source} is no folder here and {why}") from None
 
 
 class Tensor(NamedTuple):
@@ -204,9 +204,11 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def fingerprint(folder: Path) -> str:
     """Of all bytes of a model's config and weights, wherever and since whenever they lie there."""
-    paths = sorted({folder / "config.json", *folder.glob("*.safetensors")})
+    names = {"config.json", *(index(folder).values() or [SINGLE])}
+    names = sorted(name for name in names if (folder / name).exists())
     with ThreadPoolExecutor() as pool, report.progress(f"hashing {folder.name}"):
-        sums = dict(zip([path.name for path in paths], pool.map(_sha256, paths), strict=True))
+        paths = [folder / name for name in names]
+        sums = dict(zip(names, pool.map(_sha256, paths), strict=True))
     return files.digest(sums)
 
 
@@ -215,9 +217,8 @@ def _sha256(path: Path) -> str:
     path, stat = path.resolve(), path.stat()
     if path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", path.name):
         return path.name
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
     facts = [str(path), stat.st_ino, stat.st_size, stat.st_ctime_ns]
-    memory = cache / "fingerprints" / files.digest(facts)
+    memory = files.cache_folder() / "fingerprints" / files.digest(facts)
     with contextlib.suppress(UserError, KeyError):
         return files.read_json(memory)["sha256"]
     with open(path, "rb") as file:
@@ -258,28 +259,40 @@ def seq_len(asked: int | None, usual: int, *sources: Source) -> int:
     return usual if asked is None else asked
 
 
+def index(folder: Path, *, complete: bool = True) -> dict[str, str]:
+    """The file of each tensor of a checkpoint in shards, all of them there if it is `complete`; of
+    any other checkpoint, nothing."""
+    path = folder / INDEX
+    if (folder / SINGLE).exists() or not path.exists():
+        return {}
+    shards = files.read_json(path, "").get("weight_map")
+    if not isinstance(shards, dict):
+        raise UserError(f"{path}: weight_map must give the file of each tensor")
+    for name in shards.values():
+        spelled = isinstance(name, str) and SHARD.fullmatch(name)
+        if not spelled or (complete and not (folder / name).parent.is_dir()):
+            what = reprlib.repr(name)
+            raise UserError(f"{path}: {what} is not the name of a safetensors file beside it")
+    files.check_links(folder, (folder / name for name in set(shards.values())))
+    return shards
+
+
 def read_index(folder: Path, prefix: str) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its full name: those of a bare decoder lack the prefix."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        stored = read_header(single)
-    elif index.exists():
-        shards = files.read_json(index, "").get("weight_map")
-        if not isinstance(shards, dict):
-            raise UserError(f"{index}: weight_map must give the file of each tensor")
-        for name in shards.values():
-            if not isinstance(name, str) or not SHARD.fullmatch(name):
-                what = reprlib.repr(name)
-                raise UserError(f"{index}: {what} is not the name of a safetensors file beside it")
+    if shards := index(folder):
         stored = [x for name in sorted(set(shards.values())) for x in read_header(folder / name)]
-        if wrong := {(tensor.name, tensor.file.name) for tensor in stored} ^ set(shards.items()):
+        places = {(x.name, str(x.file.relative_to(folder))) for x in stored}
+        if wrong := places ^ set(shards.items()):
             name, file = min(wrong)
-            raise UserError(f"{index}: it and {file} do not agree on {files.printable(name)}")
+            what = f"it and {file} do not agree on {files.printable(name)}"
+            raise UserError(f"{folder / INDEX}: {what}")
+    elif (folder / SINGLE).exists():
+        stored = read_header(folder / SINGLE)
     else:
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         only = f", only {pickles[0].name}" if pickles else ""
         raise UserError(
-            f"{folder}: it holds no model.safetensors and no {index.name}{only}; pickles are never"
+            f"{folder}: it holds no {SINGLE} and no {INDEX}{only}; pickles are never"
             " read: convert them with transformers, from_pretrained(...) then save_pretrained(...)"
         )
     bare = not any(tensor.name.startswith(prefix) for tensor in stored)
@@ -388,7 +401,7 @@ def save(
 def check_replaceable(folder: Source, notes: Iterable[str] = ()) -> Path:
     """Where `save` would write a checkpoint: a link is followed; what is not ours is refused."""
     with files.disk_errors(Path(folder), ""):
-        folder = Path(folder).expanduser().resolve()
+        folder = Path(os.path.realpath(files.local_path(folder)))  # of a loop, the link
         if not replaceable(folder, notes):
             what = "more than a checkpoint, so not replaced"
             raise UserError(f"{folder}: {what}: move it away, or choose another name")
@@ -398,7 +411,7 @@ def check_replaceable(folder: Source, notes: Iterable[str] = ()) -> Path:
 def replaceable(folder: Path, notes: Iterable[str] = ()) -> bool:
     """There is nothing, or a checkpoint alone: a clone, a run, or somebody's own file is more."""
     if not folder.is_dir():
-        return not folder.exists()
+        return not os.path.lexists(folder)
     present = {path.name: path.is_file() for path in folder.iterdir()}
     ours = ("config.json", GENERATION, "README.md", *TOKENIZER, *WEIGHTS, *notes)
     alone = all(is_file and any(fnmatch(x, own) for own in ours) for x, is_file in present.items())
@@ -430,7 +443,7 @@ def write_weights(model: LanguageModel, folder: Path, shard_size: int) -> dict[s
             end, total = end + size, total + size
     count, tensors, where = len(shards), separate(model), {}
     for i, shard in enumerate(shards, 1):
-        path = f"model-{i:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+        path = f"model-{i:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE
         where |= dict.fromkeys(shard, path)
         header = json.dumps({"__metadata__": {"format": "pt"}} | shard).encode()
         header += b" " * (-len(header) % 8)
@@ -440,4 +453,4 @@ def write_weights(model: LanguageModel, folder: Path, shard_size: int) -> dict[s
                 numbers = np.ascontiguousarray(sharding.to_host(array))
                 file.write(numbers.reshape(-1).view(np.uint8))
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    return {"model.safetensors.index.json": index} if count > 1 else {}
+    return {INDEX: index} if count > 1 else {}

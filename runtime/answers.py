@@ -41,9 +41,12 @@ class Journal(contextlib.ExitStack):
             # Without a buffer, which closing would write again.
             self.file = opened.enter_context(open(self.path, "ab", 0, opener=files.no_follow))
             with self.path.open("rb") as lines:
-                if not is_journal(lines.readline(), settings):
+                foreign = [] if is_journal(lines.readline(), settings) else [self.path]
+                if out.suffix == ".jsonl" and settings_of(out, settings) is None:
+                    foreign += filter(os.path.lexists, [out.with_suffix(SIDECAR)])
+                if foreign:
                     remedy = "move it away, or give another --out"
-                    raise UserError(f"{self.path} is there, and not from here: {remedy}")
+                    raise UserError(f"{foreign[0]} is there, and not from here: {remedy}")
                 lines.seek(0)
                 for line in lines if resume else ():
                     try:
@@ -124,15 +127,17 @@ def save(out: Path, rows: Iterable[dict[str, Any]], columns: Any, settings: Sett
                 file.write(pyarrow.Table.from_pylist(batch, columns))
 
 
-def settings_of(out: Path) -> dict[str, Any] | None:
-    """The settings a data set was written by; None where it does not say."""
+def settings_of(out: Path, settings: Settings) -> dict[str, Any] | None:
+    """The settings of these names that a data set was written by; None where it has none."""
     import pyarrow.parquet
 
     try:
         if out.suffix == ".jsonl":
-            return json.loads(out.with_suffix(SIDECAR).read_bytes())
-        return json.loads(pyarrow.parquet.read_schema(out).metadata[b"generation"])
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+            before = json.loads(out.with_suffix(SIDECAR).read_bytes())
+        else:
+            before = json.loads(pyarrow.parquet.read_schema(out).metadata[b"generation"])
+        return before if before.keys() == settings.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException):
         return None
 
 

@@ -31,6 +31,9 @@ from runtime.errors import UserError
 
 # While a step is saved again, its older checkpoint is `<step>.old`: second choice, but it counts.
 FINISHED = re.compile(r"(\d+)(\.old)?")
+PART = re.compile(r"(arrays|manifest|_CHECKPOINT_METADATA|commit_success.txt)(\..*tmp.*)?")
+UNREADABLE = {getattr(errno, x) for x in "EACCES EPERM EIO ESTALE ENOTDIR ELOOP".split()}
+LARGEST = 1 << 28  # bytes of a file that holds no arrays: it is read at once
 LEFTOVER = re.compile(r"\d+(\.old)?\.(orbax-checkpoint-tmp.*|removed)")
 
 
@@ -74,7 +77,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         kinds = {key: [list(x.shape), x.dtype.name, checksum(x)] for key, x in arrays.items()}
         manifest = json.dumps({"step": step, "extra": extra, "arrays": kinds})
         self._writing = self.folder / str(step)
-        if self._cannot_begin():
+        if self._cannot_begin(step):
             return
         if jax.process_index() == 0 and self._writing.exists():
             old = self._writing.with_name(f"{step}.old")
@@ -84,14 +87,17 @@ class Checkpoints(contextlib.AbstractContextManager):
         parts = args.Composite(arrays=args.PyTreeSave(arrays), manifest=sealed)
         self._writer.save(self._writing, args=parts)
 
-    def _cannot_begin(self) -> bool:
+    def _cannot_begin(self, step: int) -> bool:
         """Whether no folder can be made here: Orbax would wait for it five minutes, in a thread
         that outlives the program."""
-        probe, self._refused = self._writing.with_suffix(".removed"), None
+        names, self._refused = (f"{step}", f"{step}.old", f"{step}.removed"), None
         try:
             if jax.process_index() == 0:
-                probe.mkdir(parents=True, exist_ok=True)
-                probe.rmdir()
+                for path in (self.folder / name for name in names):
+                    if os.path.lexists(path) and not _is_ours(path):
+                        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                path.mkdir(parents=True, exist_ok=True)
+                path.rmdir()
         except OSError as error:
             self._refused = error
         refused = process_allgather(self._refused is not None).any()
@@ -108,7 +114,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 raise refused
             self._writer.wait_until_finished()
             if path is not None and jax.process_index() == 0:  # before older ones are removed
-                files.sync(path)
+                files.sync(path, *path.rglob("*"))
         except Exception as error:  # a full disk is an OSError, a ValueError or a RuntimeError
             # The old writer would report its other troubles next time; it may still be writing.
             failed, self._writer = self._writer, _writer()
@@ -140,7 +146,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 def _clean(folder: Path) -> list[Path]:
     """Removes what is no checkpoint, and returns it."""
     paths = folder.glob("*") if jax.process_index() == 0 else ()
-    leftovers = [path for path in paths if LEFTOVER.fullmatch(path.name)]
+    leftovers = [path for path in paths if LEFTOVER.fullmatch(path.name) and _is_ours(path)]
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return leftovers
@@ -202,7 +208,19 @@ def _finished(folder: str | Path) -> list[Path]:
         _check_damaged(folder, error.errno)
         raise
     paths = [folder / name for name in names if FINISHED.fullmatch(name)]
+    paths = [path for path in paths if _is_ours(path)]
     return sorted(paths, key=lambda path: (int(path.stem), not path.suffix), reverse=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this is a folder that holds nothing but parts of a checkpoint, none if it is torn."""
+    try:
+        return not path.is_symlink() and all(map(PART.fullmatch, os.listdir(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        _check_damaged(path, error.errno)
+        raise
 
 
 def _newest_first(folder: str | Path) -> Iterator[Path]:
@@ -216,7 +234,7 @@ def _newest_first(folder: str | Path) -> Iterator[Path]:
 
 def _check_damaged(path: Path, number: int | None) -> None:
     """Refuses what may be whole, but cannot be read now, by the number of an `OSError`."""
-    if number in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTDIR):
+    if number in UNREADABLE:
         remedy = "give permission or mount its disk anew; to do without it, move it away"
         raise UserError(f"{path}: cannot be read ({os.strerror(number)}): {remedy}")
 
@@ -228,6 +246,8 @@ def _manifest(path: Path) -> dict[str, Any]:
             if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
                 raise ValueError(f"{entry.name} is neither a file nor a folder")
             if entry.is_file():
+                if entry.parent.name != "d" and entry.stat().st_size > LARGEST:
+                    raise ValueError(f"{entry.name} is too large")
                 open(entry, "rb").close()
             else:
                 os.listdir(entry)  # rglob passes over a folder that it may not read
@@ -250,7 +270,12 @@ def _load(path: Path, name: str, like) -> Array:
 
     base = {"driver": "file", "path": f"{path}/arrays/"}
     store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-    stored = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
+    spec = {"driver": "zarr", "kvstore": store, "metadata": {"compressor": None}}
+    stored = tensorstore.open(spec, open=True).result()
+    chunk = stored.chunk_layout.read_chunk.shape or like.shape  # it is allocated whole
+    sizes = zip(chunk, like.shape, strict=True)
+    if stored.shape != like.shape or any(size > max(whole, 1) for size, whole in sizes):
+        raise ValueError(f"{name} is stored in another shape than it has")
     place = getattr(like, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.make_array_from_callback(
         like.shape, place, lambda part: stored[part].read().result(), dtype=like.dtype

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import math
@@ -29,7 +30,15 @@ def run(main: Callable[[], object]) -> None:
     screens = _Screen(sys.stdout, BrokenPipeError), _Screen(sys.stderr, OSError)
     with contextlib.redirect_stdout(screens[0]), contextlib.redirect_stderr(screens[1]):
         try:
-            _run(main)
+            main()
+        except UserError as error:
+            tell(error)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            words = "interrupted; the same command goes on from what was saved, if anything was"
+            print(words, file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(130)  # under a program that still computes, a tidy end of Python crashes
         finally:
             screens[0].flush()
 
@@ -42,34 +51,16 @@ class _Screen:
         self._stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        value = getattr(self._stream, name)
+        return functools.partial(self._send, value) if name in ("write", "flush") else value
 
-    def write(self, text: str) -> None:
-        self._send(self._stream.write, text)
-
-    def flush(self) -> None:
-        self._send(self._stream.flush)
-
-    def _send(self, call: Callable[..., object], *args: str) -> None:
+    def _send(self, method: Callable[..., object], *args: str) -> None:
         try:
-            call(*args)
+            method(*args)
         except self._ignored:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())  # libraries print there too
             os.close(null)
-
-
-def _run(main: Callable[[], object]) -> None:
-    try:
-        main()
-    except UserError as error:
-        tell(error)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        words = "interrupted; the same command goes on from what was saved, if anything was"
-        print(words, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(130)  # under a program that still computes, a tidy end of Python crashes
 
 
 def tell(error: UserError) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
@@ -54,11 +56,11 @@ def atomic_write(path: Path, remedy: str = RESUME) -> Iterator[Path]:
         try:
             yield partial
             if partial.exists():
-                sync(partial)
+                sync(partial, *partial.rglob("*"))
                 if partial.is_dir() and path.exists():
                     path.replace(old)
                 partial.replace(path)
-                _sync_entry(path.parent)
+                sync(path.parent)
         finally:
             if old.exists() and not path.exists():
                 old.replace(path)
@@ -92,28 +94,22 @@ def _is_alive(process: str) -> bool:
         return process == PROCESS  # in a container, the first process has the same each time
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it is another user's
+    except OSError as error:
+        return error.errno == errno.EPERM  # it is another user's
     return True
 
 
-def sync(path: Path) -> None:
-    """Returns once a file, or a folder and all in it, would survive a crash of the system."""
-    for entry in (path, *path.rglob("*")):
-        _sync_entry(entry)
-
-
-def _sync_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # not every file system can sync folders
-            raise
-    finally:
-        os.close(descriptor)
+def sync(*paths: Path) -> None:
+    """Returns once files, and the entries of folders, would survive a crash of the system."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if not path.is_dir():  # not every file system can sync folders
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def no_follow(path: str | Path, flags: int) -> int:
@@ -149,21 +145,43 @@ def read_json(path: Path, remedy: str = RESTORE) -> dict[str, Any]:
     raise UserError(f"{path} is damaged ({printable(why)}){remedy}")
 
 
-def check_links(folder: Path, paths: Iterable[Path]) -> None:
+def resolve(paths: Iterable[str | Path]) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Where paths lead, and what the system says of that; None where nothing is there.
+
+    It is asked once for each file: a folder may have many, and be on another machine.
+    """
+    real = functools.cache(os.path.realpath)
+    for path in map(os.fspath, paths):
+        folder, name = os.path.split(path)
+        target, facts = os.path.join(real(folder), name), None
+        try:
+            facts = os.lstat(path)
+            if stat.S_ISLNK(facts.st_mode):
+                target, facts = os.path.realpath(path), None
+                facts = os.stat(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+        yield target, facts
+
+
+def check_links(
+    folder: Path, paths: Iterable[str | Path]
+) -> list[tuple[str, os.stat_result | None]]:
     """Refuses links that lead out of a folder, and pipes; the folder may come from a stranger.
 
     The cache of the hub is made of links from `snapshots` to `blobs`, which are followed.
     """
-    root = folder.resolve()
+    root, targets = folder.resolve(), list(resolve(paths := list(paths)))
     blobs = (place.parent / "blobs" for place in (root, *root.parents) if place.name == "snapshots")
-    allowed = [root, *blobs]
-    for path in paths:
-        target = Path(os.path.realpath(path))
-        if not any(target.is_relative_to(place) for place in allowed):
+    allowed = tuple(os.path.join(place, "") for place in (root, *blobs))
+    for path, (target, facts) in zip(paths, targets, strict=True):
+        if not f"{target}/".startswith(allowed):
             why = f"it is a link that leads out of {folder}"
             raise UserError(f"{printable(path)}: {why}: put what it leads to there")
-        if path.exists() and not (path.is_file() or path.is_dir()):
+        if facts and not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
             raise UserError(f"{printable(path)}: it is no file that can be read")
+    return targets
 
 
 def printable(text: object, limit: int = 300) -> str:
@@ -171,6 +189,16 @@ def printable(text: object, limit: int = 300) -> str:
     line = " ".join(str(text).split()) or type(text).__name__
     line = line if len(line) <= limit else f"{line[:limit]}..."
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """A path that a user gave; of a home folder that there is not, `~` is a name like any."""
+    return Path(os.path.expanduser(path))
+
+
+def cache_folder() -> Path:
+    """Where programs of this user keep what they can make again."""
+    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "compact-distill"
 
 
 def digest(facts: Any) -> str:
@@ -194,20 +222,27 @@ def lock(
     with disk_errors(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = no_follow(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        what, remedy = guarded or path.parent, "wait for its end, or choose another name"
-        raise UserError(f"{what} is in use by another run: {remedy}") from None
-    except OSError as error:
-        if error.errno not in NO_FLOCK:
+        try:
+            flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
             os.close(descriptor)
-            raise
+            if not isinstance(error, BlockingIOError):
+                raise
+            what, remedy = guarded or path.parent, "wait for its end, or choose another name"
+            raise UserError(f"{what} is in use by another run: {remedy}") from None
     try:
         yield
     finally:
         os.close(descriptor)
+
+
+def flock(descriptor: int, kind: int) -> None:
+    """Locks an open file, where its file system has locks."""
+    try:
+        fcntl.flock(descriptor, kind)
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
 
 
 def changes(
@@ -244,7 +279,10 @@ class RunFolder:
     def previous(self) -> dict[str, Any] | None:
         """The settings that made what is there; None where nothing is."""
         path = self.path / "config.json"
-        return read_json(path) if path.exists() else None
+        previous = read_json(path) if path.exists() else None
+        if previous is not None and previous.keys().isdisjoint(self.settings):
+            raise UserError(f"{path} is not from here: give another --out, or --no-resume")
+        return previous
 
     def changed(self) -> list[str]:
         """The flags that may not change and did, a line each."""

@@ -210,8 +210,8 @@ def smaller_settings(config: Config, placement: Placement) -> Iterator[tuple[str
             flags = f" --remat {policy}"
             config = dataclasses.replace(config, remat=policy)
             yield flags, config
-    rows, shape = config.batch_size, placement.mesh.shape
-    shards = shape["data"] * shape["fsdp"]
+    (axes,) = sharding.claims(["batch"], placement.mesh, placement.layout.params)
+    rows, shards = config.batch_size, math.prod(placement.mesh.shape[axis] for axis in axes)
     for parts in range(config.microbatches + 1, rows // shards + 1):
         if rows % parts == 0 and rows // parts % shards == 0:
             config = dataclasses.replace(config, microbatches=parts)

@@ -24,7 +24,7 @@ from config import Config, needs_teacher, run_folder, student_config, uses_teach
 from losses import features
 from models import kernels
 from models.base import LanguageModel
-from runtime import checkpoint, files, processes, report, target_store, topology
+from runtime import checkpoint, commits, files, processes, report, target_store, topology
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ class Run(NamedTuple):
     objective: losses.Objective
     layers: list[int] | None  # blocks of the teacher that the student began as
     facts: dict[str, str | None]  # fingerprints of what it learns from, which may not change
-    first_row: int = 0  # of step 0; not 0 where a checkpoint had other batches
+    first_token: int = 0  # of step 0; not 0 where a checkpoint had batches of another size
 
     @property
     def step_teacher(self) -> LanguageModel | None:
@@ -86,14 +86,15 @@ class Run(NamedTuple):
         apart = self.placement.teacher_mesh is not None or self.targets is not None
         return None if apart or not uses_teacher_loss(self.config.loss) else self.teacher
 
-    def rows(self, step: int) -> int:
-        """Rows that are read after so many steps."""
-        return self.first_row + step * self.config.batch_size
+    def tokens(self, step: int) -> int:
+        """Tokens that are read after so many steps."""
+        return self.first_token + step * self.config.batch_size * self.config.seq_len
 
     def batch(self, step: int) -> data.Batch:
         """What a step reads: a function of its number alone, so that nothing of it is saved."""
         size, rows = self.config.batch_size, self.process_rows
-        windows = data.windows(self.corpus, step, size, *rows, first_row=self.first_row)
+        first = -(-self.first_token // self.config.seq_len)
+        windows = data.windows(self.corpus, step, size, *rows, first_row=first)
         batch = data.read(self.corpus, windows)
         if self.targets is not None:
             batch = batch._replace(signal=target_store.read(self.targets, windows))
@@ -138,6 +139,16 @@ def optimizer_and_objective(
         pairs = features.pairs(given, config.student_layers, depth, layers)
         objective = dataclasses.replace(objective, pairs=pairs)
     return optim.make(config.optim, config.steps), objective
+
+
+def restore_commits(config: Config) -> None:
+    """Lets ids of the hub mean, in all processes, the commits that they meant when the run began,
+    or what they mean now to the first process."""
+    for source in (*config.data.source, config.data.eval_source or ""):
+        text.hub_commit(source)
+    if config.resume:
+        commits.restore(run_folder(config).path)
+    commits.COMMITS.update(processes.gather(commits.COMMITS)[0])
 
 
 def make_folder(config: Config) -> files.RunFolder:
@@ -204,6 +215,7 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
 def write_config(folder: files.RunFolder) -> None:
     if jax.process_index() == 0:
         folder.write()
+        commits.write(folder.path)
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:
@@ -255,7 +267,7 @@ def open_corpus(config: Config, tokenizer: Path, vocab: int) -> data.Corpus:
 
 
 def continued(run: Run, step: int, extra: dict[str, Any]) -> Run:
-    """The run behind a checkpoint, of the same text and teacher; it goes on from the next row."""
+    """The run behind a checkpoint, of the same text and teacher; it goes on from the next token."""
     config, source = run.config, " ".join(run.config.data.source)
     for name, what in (
         ("data", f"trained on other text than {source} holds"),
@@ -269,8 +281,8 @@ def continued(run: Run, step: int, extra: dict[str, Any]) -> Run:
             remedy = "put the old one back, begin anew with --no-resume, or add --resume-anyway"
             raise UserError(f"{other}: {remedy}")
         report.say(f"continued anyway: {other}")
-    rows = step * config.batch_size
-    return run._replace(first_row=extra.get("rows", rows) - rows)
+    tokens = run.tokens(step)
+    return run._replace(first_token=extra.get("tokens", tokens) - tokens)
 
 
 def teacher_and_student(
@@ -287,7 +299,10 @@ def teacher_and_student(
         reads = needs_teacher(config) or (cuts and not (begun and (out / CHOICE).exists()))
         if reads and facts["teacher"] is None:
             facts["teacher"] = models.fingerprint(models.fetch(config.teacher))
-        processes.check_same({f"the content of --{name}": facts[name] for name in facts})
+        compared = dict(facts)
+        if config.student is not None and not begun and jax.process_count() > 1:
+            compared["student"] = models.fingerprint(models.fetch(config.student))
+        processes.check_same({f"the content of --{name}": compared[name] for name in compared})
         if reads:
             teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
         if cuts:

@@ -5,10 +5,10 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -20,7 +20,7 @@ from runtime import errors, files
 from runtime.errors import UserError
 
 MAY_DIFFER = frozenset({"--process-id", "--coordinator", "--quiet", "--data.cache"})
-PATIENCE = 60  # seconds to wait for the other processes at the start, and for a sign of their life
+PATIENCE = 60  # seconds to wait for the other processes at the start
 
 
 def start(
@@ -37,8 +37,13 @@ def start(
         raise UserError(f"--coordinator {coordinator}: expected host:port of the first process")
     if process_id is not None and not 0 <= process_id < processes:
         raise UserError(f"--process-id {process_id}: expected one of 0 to {processes - 1}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compact-distill"
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    if process_id == 0:
+        try:  # gRPC would share a port with the first process of another run
+            socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+        except (OSError, OverflowError) as error:
+            remedy = "name another port, the same for all processes"
+            raise UserError(f"--coordinator {coordinator}: {error}: {remedy}") from None
+    jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     # Else accelerators round the operands of float32 products to fewer bits.
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -65,8 +70,8 @@ def start(
     late.start()
     try:
         jax.distributed.initialize(
-            *together,
-            initialization_timeout=2 * PATIENCE, heartbeat_timeout_seconds=PATIENCE // 2,
+            *together, initialization_timeout=2 * PATIENCE,
+            heartbeat_timeout_seconds=int(os.environ.get("HEARTBEAT_TIMEOUT", 100)),
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise unmet(str(error).strip().splitlines()[0][:200]) from None
@@ -103,12 +108,17 @@ def exit_with_peers() -> Iterator[None]:
         _leave(error)
 
 
-def check_same(facts: Mapping[str, Any]) -> None:
-    """Refuses what is not the same in all processes; the first difference is named."""
+def gather(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What JSON can hold, of each process."""
     content = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     sizes = process_allgather(np.int32(content.size))
     rows = process_allgather(np.pad(content, (0, int(sizes.max()) - content.size)))
-    first, *others = (json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True))
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Refuses what is not the same in all processes; the first difference is named."""
+    first, *others = gather(facts)
     for number, other in enumerate(others, 1):
         words = f"{{}} is {{}} in process 0, but {{}} in process {number}"
         for difference in files.changes(first, other, MAY_DIFFER, words=words):

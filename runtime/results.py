@@ -18,7 +18,7 @@ import text
 from config import describe_loss, uses_teacher_loss
 from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
-from runtime import figures, plan, report
+from runtime import figures, files, plan, report
 from runtime.errors import UserError
 from runtime.prepare import Run
 from runtime.report import Log
@@ -63,7 +63,7 @@ def step_logger(
         if config.on_policy.fraction:
             line["on_policy"] = int(written[number - 1 - start])
         rate = config.batch_size * config.seq_len * steps / seconds
-        line |= {"tokens": run.rows(number) * config.seq_len, "tokens_per_second": round(rate, 1)}
+        line |= {"tokens": run.tokens(number), "tokens_per_second": round(rate, 1)}
         line |= {name: value for name, value in metrics.items() if "/" in name}
         log.step(line, mfu=flops * rate / peak)
 
@@ -127,8 +127,8 @@ def model_card(run: Run, step: int, metrics: list[dict[str, Any]]) -> str:
     title = f"A model trained on {source}"
     teacher = config.teacher if run.targets is None else run.targets.teacher_name
     if run.targets is not None or teacher != config.student:
-        if Path(teacher).exists():  # only an id of the hub can be `base_model`
-            teacher = Path(teacher).resolve().name
+        if (folder := files.local_path(teacher)).exists():  # `base_model` is an id of the hub
+            teacher = folder.resolve().name
         else:
             base = f"base_model: {json.dumps(teacher.partition('@')[0])}\n"
         title, taught = f"A student of {teacher}", f"- **Teacher**: {teacher}\n"
@@ -144,7 +144,7 @@ tags:
 {taught}- **Student began as**: {start}
 - **Data**: {source}
 - **Loss**: {describe_loss(config.loss, config.on_policy)}
-- **Training**: {report.count(run.rows(step) * config.seq_len)} tokens in {step:,} optimizer steps
+- **Training**: {report.count(run.tokens(step))} tokens in {step:,} optimizer steps
 
 Held-out figures: cross entropy in nats per token, KL(teacher ‖ student) at temperature 1, and the
 share of the cross-entropy gap between teacher and untrained student that training closed.

@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import math
 import os
+import types
+import typing
 import zlib
 from pathlib import Path
 from typing import Any, Literal
@@ -158,7 +160,7 @@ def windows_digest(corpus: data.Corpus) -> str:
 
 def load(folder: Path | str, *, unfinished: bool = False) -> Targets:
     """Targets that are whole, unless `unfinished`, as far as the sizes of their files tell."""
-    folder = Path(folder)
+    folder = files.local_path(folder)
     path, index = folder / MANIFEST, folder / INDEX
     if not path.is_file():
         raise UserError(f"{folder}: no {MANIFEST} in it, so these are no targets of targets.py")
@@ -170,8 +172,10 @@ def load(folder: Path | str, *, unfinished: bool = False) -> Targets:
         targets = Targets(folder, np.frombuffer(listed, "<i8"), **manifest)
         intact = (zlib.crc32(listed), digest) == (targets.index, targets.digest)
         sizes = targets.seq_len, targets.vocab, targets.entries, targets.shard
-        intact &= all(type(size) is int and size > 0 for size in sizes)
-        intact &= isinstance(targets.data_config, data.Config)  # its flags are known ones
+        for settings, kind in ((manifest, Targets), (vars(targets.data_config), data.Config)):
+            hints = typing.get_type_hints(kind)
+            intact &= all(has_type(value, hints[name]) for name, value in settings.items())
+        intact &= all(size > 0 for size in sizes) and targets.record.itemsize > 0
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
@@ -182,6 +186,18 @@ def load(folder: Path | str, *, unfinished: bool = False) -> Targets:
             remedy = "the same command of targets.py that began these targets finishes them"
             raise UserError(f"{targets.path(shard)}: it is not whole: {remedy}")
     return targets
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value that was read from a file is what a field may hold."""
+    kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Literal:
+        return value in arguments
+    if kind is types.UnionType:
+        return any(has_type(value, argument) for argument in arguments)
+    if kind is tuple:
+        return type(value) is tuple and all(has_type(x, arguments[0]) for x in value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def open_or_create(targets: Targets) -> Targets:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Hub(ThreadingHTTPServer):
@@ -18,6 +19,8 @@ class Hub(ThreadingHTTPServer):
         self.repositories = {}
         self.answers = {}  # by repository: a status and headers in place of what was asked for
         self.closed = {}  # likewise, for its files alone
+        self.heads = {}  # by repository: the revision that its main branch is at, if not main
+        self.silent = set()  # repositories about which it never says anything
         self.cuts = {}  # by repository: how many times its weights are cut half way
         self.stall, self.stalled, self.released = None, threading.Event(), threading.Event()
         self.log = []
@@ -39,25 +42,37 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         hub = self.server
-        if parts[:2] == ["api", "models"]:
-            name, file, action = "/".join(parts[2:4]), None, (*parts[4:6], "", "")[:2]
+        if parts[0] == "datasets":  # their ids here begin so
+            parts[:2] = ["/".join(parts[:2])]
+        if parts[0] == "api":
+            prefix = "datasets/" if parts[1] == "datasets" else ""
+            name, file = prefix + "/".join(parts[2:4]), None
+            action = (*parts[4:6], "", "")[:2]
         else:
             name, file, action = "/".join(parts[:2]), "/".join(parts[4:]), ("resolve", parts[3])
         hub.log.append((name, file, self.command, self.headers.get("Range")))
+        if name in hub.silent:
+            return time.sleep(60)
         if name in hub.answers:
             return self.answer(*hub.answers[name])
         if name not in hub.repositories:
             return self.answer(404, {"X-Error-Code": "RepoNotFound"})
-        revisions = {"": "main", **{commit(name, r): r for r in hub.repositories[name]}}
+        head = hub.heads.get(name, "main")
+        revisions = {"": head, "main": head, **{commit(name, r): r for r in hub.repositories[name]}}
         revision = revisions.get(action[1], action[1])
         if revision not in hub.repositories[name]:
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
         files, sha = hub.repositories[name][revision], commit(name, revision)
-        if action[0] == "tree":
+        if action[0] in ("tree", "paths-info"):
             listed = [
                 {"type": "file", "path": path, "size": len(content), "oid": etag(content)}
                 for path, content in files.items()
             ]
+            if self.command == "POST":
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                listed = [
+                    entry for entry in listed if entry["path"] in parse_qs(body.decode())["paths"]
+                ]
             return self.answer(200, {}, json.dumps(listed).encode())
         if action[0] != "resolve":
             siblings = [{"rfilename": path} for path in files]
@@ -65,9 +80,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {}, json.dumps(info).encode())
         if name in hub.closed:
             return self.answer(*hub.closed[name])
+        if file not in files:
+            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
         self.send_file(name, sha, file, files[file])
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_GET
 
     def answer(self, status, headers, body=b""):
         if status is None:  # hang up

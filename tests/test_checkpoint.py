@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gc
+import json
 import logging
 import math
 import os
@@ -231,6 +232,25 @@ def test_leftovers_are_cleaned_up_and_nothing_else(copy):
     assert steps(copy) == ["1", "2", "best", "notes.removed"]
 
 
+def test_what_is_called_like_a_checkpoint_and_is_none_stays(copy, capfd):
+    for name in ("3", "3.old", "4", "4.removed", "2024"):
+        (copy / name).mkdir()
+        (copy / name / "mine").write_text("mine")
+    (copy / "5").write_text("mine")
+    (copy / "6").symlink_to(copy / "2024")
+    assert latest(copy) == taken(copy, capfd) == 2
+    with Checkpoints(copy, keep=1) as saved:
+        saved.save(3, state_of(3), {})
+        with pytest.raises(UserError, match="3 could not be written .File exists"):
+            saved.wait()
+        saved.save(4, state_of(4), {})
+        with pytest.raises(UserError, match="4 could not be written .File exists"):
+            saved.wait()
+        saved.save(7, state_of(7), {})
+    mine = {"3", "3.old", "4", "4.removed", "5", "6", "2024"}
+    assert set(steps(copy)) == mine | {"7"} and len(list(copy.glob("*/mine"))) == 6
+
+
 def test_a_folder_without_checkpoints(tmp_path):
     assert latest(tmp_path) is None
     assert latest(tmp_path / "absent") is None
@@ -303,6 +323,32 @@ def test_an_incomplete_checkpoint_is_skipped(copy, capfd, harm):
     assert found >= (1 if harm == "lengthened" else 4)
     shutil.rmtree(copy / "2")
     (copy / "2").mkdir()
+    assert latest(copy) == taken(copy, capfd) == 1
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"shape": [10**7, 10**6]},
+        {"chunks": [10**7, 10**6]},
+        {"shape": [10**7, 10**6], "chunks": [10**7, 10**6]},
+        {"dtype": "<f8"},
+        {"compressor": {"id": "zlib", "level": 1}},  # a little may become anything
+    ],
+)
+def test_an_array_that_claims_to_be_larger_is_not_allocated(copy, capfd, claim):
+    import tensorstore
+
+    store = {"driver": "ocdbt", "base": f"file://{copy}/2/arrays/"}
+    store, name = tensorstore.KvStore.open(store).result(), "student.matrix/.zarray"
+    metadata = json.loads(store.read(name).result().value)
+    store.write(name, json.dumps(metadata | claim).encode()).result()
+    assert taken(copy, capfd) == 1
+
+
+@pytest.mark.parametrize("name", ["manifest/metadata", "arrays/manifest.ocdbt"])
+def test_a_file_that_claims_to_be_larger_is_not_read(copy, capfd, name):
+    os.truncate(copy / "2" / name, 1 << 43)
     assert latest(copy) == taken(copy, capfd) == 1
 
 

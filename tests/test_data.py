@@ -4,6 +4,8 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import fcntl
+import gc
 import itertools
 import json
 import os
@@ -538,3 +540,52 @@ def test_who_waits_for_another_builder_says_so(tokenizer, tmp_path, stories, mon
         time.sleep(0.5)
         assert "waiting for another process that tokenizes" in capfd.readouterr().err
     waiting.join()
+
+
+def test_stores_used_longest_ago_leave_a_cache_that_is_too_large(
+    tokenizer, tmp_path, stories, monkeypatch, capsys
+):
+    texts = [tmp_path / f"{i}.txt" for i in range(4)]
+    for i, path in enumerate(texts):
+        path.write_text(f"{stories.read_text()} {story(i)}")
+    open_texts = lambda *texts, **limit: opened(tokenizer, tmp_path, *texts, **limit)  # noqa: E731
+    folders = [open_texts(path).held_out[0].store.folder for path in texts]
+    for i, folder in enumerate(folders):
+        os.utime(folder / "store.json", (i, i))
+    gc.collect()
+    (mine := folders[0].parent / "mine").mkdir()
+    (mine / "store.json").write_text("{}")
+    size = sum(file.stat().st_size for file in folders[0].iterdir()) / 1e9
+    corpus = open_texts(texts[0], texts[3], cache_limit=3.5 * size)  # the first is used again now
+    assert [folder.exists() for folder in folders] == [True, False, True, True]
+    open_texts(texts[0], cache_limit=size / 2)
+    assert [folder.exists() for folder in folders] == [True, False, False, True]  # both are in use
+    assert data.batch(corpus, 0, 2).tokens.size and mine.exists()
+    del corpus
+    gc.collect()
+    inodes = [folders[i].stat().st_ino for i in (0, 3)]
+    open_texts(texts[0], texts[3], cache_limit=size / 2)  # nor what is about to be used
+    assert [folders[i].stat().st_ino for i in (0, 3)] == inodes
+    monkeypatch.setattr(sys, "argv", ["store", "--cache", str(folders[0].parent)])
+    store.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [path.name for path in texts if any(str(path) in x for x in lines)] == ["0.txt", "3.txt"]
+    assert len(lines) == 2 and all(" kB " in line for line in lines)
+
+
+def test_a_store_is_kept_where_nobody_can_tell_whether_it_is_used(
+    tokenizer, tmp_path, stories, monkeypatch
+):
+    folder = opened(tokenizer, tmp_path, stories).held_out[0].store.folder
+    gc.collect()
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    store.prune(folder.parent, 1e-9)
+    assert opened(tokenizer, tmp_path, stories).held_out[0].store.folder == folder
+    monkeypatch.undo()
+    gc.collect()
+    store.prune(folder.parent, 1e-9)
+    assert not folder.exists()

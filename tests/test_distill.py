@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -561,6 +562,72 @@ def test_checkpoints_without_their_settings_are_refused(config, monkeypatch):
         prepare.last_step(config, prepare.make_folder(config))
 
 
+LOOP, PIPE, MODEL = Path("loop"), None, '{"model_type": "llama", "hidden_size": 16}'
+IN_THE_WAY = {
+    "checkpoints": {"mine": "cannot be read .Not a dir", LOOP: "cannot be read .Too many levels"},
+    "student": dict.fromkeys(("mine", LOOP, PIPE), "more than a checkpoint, so not replaced"),
+    "student-best": dict.fromkeys(("mine", LOOP, PIPE), "more than a checkpoint, so not replaced"),
+    ".lock": {Path: "cannot be written .Is a dir", LOOP: "cannot be written .Too many levels"},
+    "config.json": {"mine": "is damaged", Path: "is damaged", MODEL: "is not from here: give ano"},
+    "choice.json": {"mine": "is damaged", Path: "is damaged", PIPE: "is damaged"},
+    ".": dict.fromkeys(("mine", LOOP, PIPE), "cannot be written .File exists.*another --out"),
+}
+
+
+@pytest.mark.parametrize(
+    "name, content, says", [(n, *case) for n, cases in IN_THE_WAY.items() for case in cases.items()]
+)
+def test_what_is_in_the_way_of_a_run_is_one_line_and_stays(config, name, content, says):
+    path = Path(config.out) / name
+    path.parent.mkdir(exist_ok=True)
+    if content is PIPE:
+        os.mkfifo(path)
+    elif content is LOOP:
+        path.symlink_to(path.name)
+    elif content is Path:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    inode = path.lstat().st_ino
+    with pytest.raises(UserError, match=says):
+        distill.train(dataclasses.replace(config, keep_best=True))
+    assert path.lstat().st_ino == inode
+    if isinstance(content, str):
+        assert path.read_text() == content
+
+
+def test_a_lock_that_may_not_be_written_is_one_line(config, monkeypatch):
+    open_file = os.open
+
+    def refuse(path, *args, **options):
+        if str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open_file(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match="run/.lock: cannot be written .Permission denied"):
+        distill.train(config)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["the version of jax", "the version of this program", "the last checkpoint"]
+    + ["the choice of blocks", "the content of --data", "the content of --teacher"],
+)
+def test_what_differs_between_processes_is_named(quick, monkeypatch, name):
+    def gather(facts):
+        return [facts, facts | {name: "another"} if name in facts else facts]
+
+    monkeypatch.setattr(processes, "gather", gather)
+    monkeypatch.setattr(prepare, "sync_global_devices", lambda what: None)
+    with pytest.raises(UserError, match=f"{name} is .* in process 0, but another in process 1"):
+        if name.startswith("the content"):
+            distill.train(quick)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_count", lambda: 2)
+            prepare.check_processes(prepare.make_folder(quick))
+
+
 def test_with_another_batch_size_a_run_reads_on(quick, monkeypatch):
     read, windows = [], data.windows
 
@@ -579,6 +646,25 @@ def test_with_another_batch_size_a_run_reads_on(quick, monkeypatch):
         8 * 32, 24 * 32, 40 * 32,
     ]  # fmt: skip
     assert "1.3k tokens" in (Path(quick.out) / "student" / "README.md").read_text()
+
+
+def test_with_another_length_of_its_windows_a_run_reads_on(quick, monkeypatch):
+    read, windows = [], data.windows
+
+    def noted(*args, **options):
+        read.append(windows(*args, **options).tolist())
+        return windows(*args, **options)
+
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(quick, time_limit=1e-9))
+    monkeypatch.setattr(data, "windows", noted)
+    shorter = dataclasses.replace(quick, seq_len=12, steps=3, resume_anyway=True)
+    distill.train(shorter)
+    first = windows(prepare.open_corpus(shorter, Path(quick.teacher), 2048), 0, 40).tolist()
+    assert set(map(tuple, read)) >= {tuple(first[22:30]), tuple(first[30:38])}  # 8 of 32 are 21.3
+    assert [line["tokens"] for line in metrics_of(quick.out) if "loss" in line] == [
+        8 * 32, 8 * 32 + 8 * 12, 8 * 32 + 16 * 12,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -861,7 +947,14 @@ def test_a_students_folder_with_files_of_the_users_is_refused_before_the_run(
     for name in ("student", "student-best", "checkpoints"):  # moved to a larger disk
         shutil.move(out / name, tmp_path / name)
         (out / name).symlink_to(tmp_path / name)
+    names = ("config.json", "metrics.jsonl", "curves.png")
+    files = {name: (out / name).read_bytes() for name in names}
+    for name in files:  # no other link is written through
+        shutil.move(out / name, tmp_path / name)
+        (out / name).symlink_to(tmp_path / name)
     distill.train(more)
+    assert files == {name: (tmp_path / name).read_bytes() for name in files}
+    assert not any((out / name).is_symlink() for name in files)
     assert checkpoint.latest(tmp_path / "checkpoints") == steps
     for name in ("student", "student-best"):
         assert (out / name).is_symlink() and models.load(tmp_path / name)

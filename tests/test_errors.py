@@ -416,19 +416,37 @@ def test_what_is_written_is_a_path_on_this_machine(out):
     import targets
     from config import Config as Run
 
-    source = Data(source=("x",)) if False else {"source": ("x",)}
     for make in (lambda: Run(out=out), lambda: targets.Config(teacher="t", out=out)):
         with pytest.raises(UserError, match="--out is .*: it must be a path on this machine"):
             make()
     import data
 
     with pytest.raises(UserError, match="--data.cache is .*: it must be a path on this machine"):
-        Run(data=data.Config(cache=out, **source))
+        Run(data=data.Config(cache=out, source=("x",)))
 
 
-def test_a_home_folder_is_expanded(monkeypatch, tmp_path):
-    from config import Config as Run
-    from config import run_folder
+@pytest.mark.parametrize("home", ["~", "~nobody-of-this-name"])  # of nobody, it is a name like any
+def test_a_home_folder_is_expanded(monkeypatch, tmp_path, home):
+    import config
+    import models
+    import text
+    from runtime import target_store
+    from text import store
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert run_folder(Run(out="~/run")).path == tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / home if home != "~" else tmp_path
+    (place / "model").mkdir(parents=True)
+    (place / "a.txt").write_text("a")
+    assert config.run_folder(config.Config(out=f"{home}/run")).path.absolute() == place / "run"
+    assert models.fetch(f"{home}/model").absolute() == place / "model"
+    assert models.hub.check_replaceable(f"{home}/student") == place / "student"
+    assert text.find(f"{home}/a.txt").files == (place / "a.txt",)
+    with pytest.raises(UserError, match="no targets.json in it") as refused:
+        target_store.load(f"{home}/kept")
+    assert Path(str(refused.value).partition(":")[0]).absolute() == place / "kept"
+    paths = []
+    monkeypatch.setattr(store, "stores", lambda folder: paths.append(folder) or [])
+    monkeypatch.setattr(sys, "argv", ["store", f"--cache={home}/cache"])
+    store.main()
+    assert [path.absolute() for path in paths] == [place / "cache"]

@@ -134,6 +134,11 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
         monkeypatch.setattr(fcntl, "flock", refuse)
         with files.lock(tmp_path / ".lock"):
             assert os.listdir(tmp_path) == [".lock"]
+    number = errno.EIO  # but another error is one
+    monkeypatch.setattr(fcntl, "flock", lambda *_: refuse(number=number))
+    with pytest.raises(UserError, match=".lock: cannot be written .Input/output error"):
+        with files.lock(tmp_path / ".lock"):
+            pass
     monkeypatch.undo()
     with files.lock(tmp_path / ".lock", wait=True):
         pass

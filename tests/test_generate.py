@@ -498,8 +498,10 @@ def test_only_the_same_run_is_continued(base, tmp_path, monkeypatch):
     assert read(base["out"]) == first
     ran("--no-resume", **base, seed=3)
     assert [row["prompt"] for row in read(base["out"])] == ["something else"] * 4
-    with pytest.raises(UserError, match="in use by another run"), answers.Journal(base["out"], {}):
-        ran("--no-resume", **base)
+    settings = json.loads(base["out"].with_suffix(".settings.json").read_text())
+    with answers.Journal(base["out"], settings):
+        with pytest.raises(UserError, match="in use by another run"):
+            ran("--no-resume", **base)
 
 
 WRONG = {
@@ -511,6 +513,7 @@ WRONG = {
     ),
     "seed": (dict(seed=-1), "--seed is -1: it must be from 0"),
     "hidden": (dict(out=".jsonl"), "--out is .jsonl: it must be a .parquet or .jsonl file"),
+    "scheme": (dict(out="s3://b/x.jsonl"), "--out is s3://b/x.jsonl: it must be a .parquet or"),
     "ending": (dict(out="x.csv"), "--out is x.csv: it must be a .parquet or .jsonl file"),
     "empty": (dict(content=" \n\n"), "prompts.txt: no prompts in it"),
     "missing": (dict(prompts="nowhere.txt"), "nowhere.txt: no such file"),
@@ -547,11 +550,17 @@ def test_mistakes_are_told_in_a_line(base, tmp_path, name):
         assert set(tmp_path.iterdir()) == before
 
 
-def test_a_file_from_elsewhere_is_not_replaced(base):
-    base["out"].write_text("mine\n")
+@pytest.mark.parametrize("home", ["~", "~nobody-of-this-name"])
+def test_a_file_from_elsewhere_is_not_replaced(base, tmp_path, monkeypatch, home):
+    """Wherever it is: `~` is expanded as in a shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    path = Path(os.path.expanduser(home)).absolute() / "mine.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine\n")
     with pytest.raises(UserError, match="is there, and not from here"):
-        ran(**base)
-    assert base["out"].read_text() == "mine\n"
+        ran(**base | {"out": f"{home}/mine.jsonl"})
+    assert path.read_text() == "mine\n"
 
 
 # ---- the hub -------------------------------------------------------------------------------------
@@ -668,6 +677,21 @@ def test_a_file_of_the_users_is_not_replaced_where_a_journal_is(base):
     with pytest.raises(UserError, match="is there, and not from here: move it away"):
         ran(**base)
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ['{"learning rate": 1}', "[1]", "", "Dear diary"])
+@pytest.mark.parametrize("flags", [(), ("--no-resume",)])
+def test_settings_of_something_else_are_refused(base, monkeypatch, content, flags):
+    """As the journal is, and before the work."""
+    settings = base["out"].with_suffix(".settings.json")
+    settings.write_text(content)
+    monkeypatch.setattr(generate, "write", None)
+    for finished in (False, True):
+        if finished:
+            base["out"].write_text("{}\n")
+        with pytest.raises(UserError, match="is there, and not from here: move it away"):
+            ran(*flags, **base)
+    assert settings.read_text() == content and base["out"].read_text() == "{}\n"
 
 
 def test_the_same_weights_of_another_day_go_on(base, plain, monkeypatch):

@@ -49,7 +49,8 @@ PROGRAM = """
 import json, os, sys, traceback
 os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1")
 sys.path[:0] = ["tests", "."]
-import models, models.hub, test_hub
+import distill, models, models.hub, test_hub, text
+from runtime import prepare
 from runtime.errors import UserError
 
 def load(source):
@@ -62,7 +63,26 @@ def die_saving(source, folder):
     models.hub.os.fsync = lambda file: os.kill(os.getpid(), 9)
     save(source, folder)
 
+def rows(source):
+    source = text.find(source)
+    records = text.files.records(source, lambda names, _: list(names), lambda count: None)
+    return [source.fingerprint, *(record["text"] for _, record in records)]
+
 verbs = {"fetch": models.hub.fetch, "load": load, "save": save, "die_saving": die_saving}
+verbs |= {"rows": lambda *sources: json.dumps(list(map(rows, sources)))}
+def begin(out, **options):
+    others = options.pop("said", None)
+    if others is not None:
+        prepare.processes.gather = lambda facts: [facts | others]
+    names = {"teacher": "owner/teacher", "data": distill.Data(("owner/verses",)), "out": out}
+    config = distill.Config(**names | options)
+    prepare.restore_commits(distill.with_defaults(config))
+    config = distill.with_defaults(config)
+    prepare.last_step(config, prepare.make_folder(config))
+    return json.dumps([load(config.teacher), rows(*config.data.source)[1:]])
+
+verbs |= {"begin": begin}
+verbs |= {"find": lambda source: text.find(source).fingerprint}
 for line in sys.stdin:
     verb, arguments, options = json.loads(line)
     try:
@@ -78,7 +98,7 @@ for line in sys.stdin:
 class Client:
     """A process of its own: the client reads its environment once, when it is imported."""
 
-    def __init__(self, home, endpoint, **environment):
+    def __init__(self, home, endpoint, *, stderr=subprocess.DEVNULL, **environment):
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         inherited = {k: v for k, v in inherited.items() if "proxy" not in k.lower()}
         known = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -88,7 +108,7 @@ class Client:
             env=inherited | known | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=stderr,
             text=True,
         )
 
@@ -233,6 +253,57 @@ def test_shards_are_fetched_together(hub, online, tmp_path):
     assert {file for _, file, *_ in hub.asked("owner/shards")} == set(files)
 
 
+def test_shards_of_any_name_are_fetched_by_their_index(hub, online, tmp_path):
+    models.save(checkpoint(SMALL), tmp_path / "x", shard_size=1000)
+    files = files_of(tmp_path / "x")
+    index = json.loads(files["model.safetensors.index.json"])
+    first, *others = sorted(set(index["weight_map"].values()))
+    names = {first: "weights-a.safetensors"}
+    names |= {name: f"sub/part{i}.safetensors" for i, name in enumerate(others)}
+    files = {names.get(name, name): content for name, content in files.items()}
+    index["weight_map"] = {tensor: names[name] for tensor, name in index["weight_map"].items()}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    junk = ["model-00001-of-00009.safetensors", "consolidated.safetensors", "sub/x.safetensors"]
+    hub.add("owner/renamed", main=files | dict.fromkeys(junk, b"junk"))
+    assert online("load", "owner/renamed") == digest(models.load(tmp_path / "x"))
+    assert {file for _, file, *_ in hub.asked("owner/renamed")} == set(files)
+    folder = tmp_path / "copy"
+    shutil.copytree(online("fetch", "owner/renamed"), folder)
+    before = models.fingerprint(folder)
+    with open(folder / "sub" / "part0.safetensors", "ab") as file:
+        file.write(b"more")
+    assert models.fingerprint(folder) != before
+
+
+def test_a_revision_is_asked_for_once(hub, online, small, other):
+    """Whatever is pushed meanwhile, a process reads one commit."""
+    hub.add("owner/moving", main=small[0], new=other[0])
+    assert online("load", "owner/moving") == small[1]
+    assert len([entry for entry in hub.log if entry[:2] == ("owner/moving", None)]) == 2
+    hub.repositories["owner/moving"]["main"] = other[0]
+    hub.log.clear()
+    assert online("load", "owner/moving") == small[1] and hub.log == []
+
+
+@pytest.mark.parametrize("status", [429, 503, 404, None])
+def test_a_cached_model_does_not_wait_for_its_hub(hub, home, small, status):
+    name = f"owner/cached-{status}"
+    hub.add(name, main=small[0])
+    online = Client(home, hub.endpoint)
+    assert online("load", name) == small[1]
+    online.close()
+    if status is None:
+        hub.silent.add(name)
+    else:
+        hub.answers[name] = status, {}
+    later = Client(home, hub.endpoint)
+    later("fetch", home)  # once it has started
+    begun = time.monotonic()
+    assert later("load", name) == small[1]
+    assert time.monotonic() - begun < 6
+    later.close()
+
+
 def test_a_repository_of_pickles_alone(hub, online, small):
     pickles = {"config.json": small[0]["config.json"], "pytorch_model.bin": b"\x80\x02}q\x00."}
     hub.add("owner/pickles", main=pickles)
@@ -343,6 +414,89 @@ def test_a_killed_download_is_no_checkpoint_until_it_is_resumed(hub, home, onlin
     assert offline("fetch", "owner/killed") == online("fetch", "owner/killed")
 
 
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_the_commits_it_began_with(hub, home, small, other, tmp_path):
+    def begin(**options):
+        client = Client(home, hub.endpoint)
+        answer = json.loads(client("begin", tmp_path / "run", **options))
+        client.close()
+        return answer
+
+    hub.add("owner/teacher", main=small[0], old=small[0])
+    poems(hub, "owner/verses", main="new", old="new")
+    hub.heads = {name: "old" for name in ("owner/teacher", "datasets/owner/verses")}
+    assert begin() == [small[1], ["new"]]
+    hub.add("owner/teacher", main=other[0], old=small[0], next=other[0])
+    poems(hub, "owner/verses", main="newer", old="new")
+    hub.heads.clear()
+    assert begin() == begin(resume_anyway=True) == [small[1], ["new"]]
+    assert begin(teacher="owner/teacher@next", resume_anyway=True) == [other[1], ["new"]]
+    assert begin(resume=False) == [other[1], ["newer"]]
+    # Of several processes the first says what all of them read.
+    said = {"models/owner/teacher@main": commit("owner/teacher", "old")}
+    assert begin(said=said) == [small[1], ["newer"]]
+
+
+# ---- data sets -----------------------------------------------------------------------------------
+
+POEMS = {name: f'{{"text": "{name}"}}\n'.encode() for name in ("old", "new", "newer")}
+
+
+def poems(hub, name, **revisions):
+    contents = {key: {"README.md": b"", "train.jsonl": POEMS[x]} for key, x in revisions.items()}
+    hub.add(f"datasets/{name}", **contents)
+
+
+def test_a_revision_of_a_data_set(hub, online, home):
+    poems(hub, "owner/poems", main="new", old="old")
+    names = "owner/poems", "owner/poems@old", f"owner/poems@{commit('datasets/owner/poems', 'old')}"
+    new, old, by_hash = json.loads(online("rows", *names))
+    assert [new[1:], old[1:], by_hash[1:]] == [["new"], ["old"], ["old"]]
+    assert new[0] != old[0] == by_hash[0]  # what a token store belongs to
+    poems(hub, "owner/poems", main="newer", old="old")
+    hub.log.clear()
+    assert online("find", "owner/poems") == new[0] and hub.log == []
+    words = ["owner/poems@lost: cannot be read", "Revision Not Found"]
+    refused(online, "find", "owner/poems@lost", words=words)
+    hub.silent.add("datasets/owner/poems")
+    later = Client(home, hub.endpoint)
+    later("fetch", home)  # once it has started
+    begun = time.monotonic()
+    assert later("find", "owner/poems") == new[0]
+    # Beside its tokens nothing of it can be had: what is cached last is of another commit.
+    refused(later, "rows", "owner/poems", words=["out of reach"])
+    assert time.monotonic() - begun < 10
+    later.close()
+
+
+@pytest.mark.parametrize("name", ["unknown", "denied", "forbidden", "gated", "gated-and-nobody"])
+def test_a_data_set_that_is_not_given_to_us(hub, online, name):
+    status, headers, words = ANSWERS[name]
+    hub.answers[f"datasets/owner/{name}"] = status, headers
+    words = [f"owner/{name}: cannot be read", *words]
+    refused(online, "rows", f"owner/{name}", words=words)
+
+
+def test_a_gate_before_the_files_of_a_data_set_alone(hub, online):
+    poems(hub, "owner/gate", main="new")
+    hub.closed["datasets/owner/gate"] = 403, GATED
+    refused(online, "rows", "owner/gate", words=["owner/gate: cannot be read", "gated"])
+
+
+def test_no_bars_of_the_hub_run_into_ours(hub, tmp_path, small):
+    hub.add("owner/bars", main=small[0])
+    poems(hub, "owner/bars", main="new")
+    with open(tmp_path / "err", "w") as err:
+        client = Client(tmp_path / "home", hub.endpoint, stderr=err)
+        client("rows", f"owner/bars@{commit('datasets/owner/bars', 'main')}")
+        client("fetch", f"owner/bars@{commit('owner/bars', 'main')}")
+        client.close()
+    said = (tmp_path / "err").read_text()
+    assert "%|" not in said and "\r" not in said
+
+
 # ---- saving --------------------------------------------------------------------------------------
 
 
@@ -425,6 +579,8 @@ def test_a_fingerprint_is_of_what_is_there(tmp_path):
     models.save(checkpoint(SMALL, seed=1), tmp_path / "z")
     prints = [models.fingerprint(tmp_path / name) for name in "xyz"]
     assert prints[0] == prints[1] != prints[2]
+    (tmp_path / "x" / "model.safetensors").unlink()  # to load it is what fails
+    assert models.fingerprint(tmp_path / "x") not in prints
 
 
 def test_a_fingerprint_is_of_every_byte_and_reads_them_once(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shlex
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -165,6 +166,15 @@ def test_what_is_easier_is_what_its_flags_say(name):
         assert errors.cli(distill.Config, [*words, *shlex.split(flags)]) == config
 
 
+def test_what_is_easier_divides_by_the_rules_of_the_mesh():
+    given = errors.cli(distill.Config, ["--batch-size", "16"])
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    for rule, most in (("batch=data,fsdp,tensor", 2), ("batch=", 16)):
+        placement = prepare.Placement(mesh, sharding.Layout(overrides=(rule,)), None)
+        tried = plan.smaller_settings(given, placement)
+        assert max(config.microbatches for _, config in tried) == most
+
+
 def test_what_cannot_fit_is_refused_but_not_by_force(config, begun, monkeypatch):
     need = resident(config)
     least = need.arrays + need.gradients
@@ -222,6 +232,20 @@ def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch, said, limits
         ),
         (["--batch-size", "12"], "12 rows at a time, which do not divide over 8 devices"),
         (["--batch-size", "16", "--microbatches", "4"], "gives 4 rows at a time"),
+        (
+            [
+                "--batch-size",
+                "4",
+                "--mesh.fsdp",
+                "4",
+                "--mesh.tensor",
+                "2",
+                "--plan",
+                "--mesh.rules",
+                "batch=data,fsdp,tensor",
+            ],
+            "4 rows at a time, which do not divide over 8",
+        ),
         (["--zero", "2"], "'--zero'. Expected one of ('1', '3')"),
         (["--devices", "8"], "--devices without --plan"),
         (["--device-memory", "0", "--plan"], "--device-memory is 0.0: it must be above 0"),
@@ -256,3 +280,12 @@ def test_placements_that_cannot_be_end_in_one_line(config, words, says, monkeypa
 def test_processes_that_cannot_be(flags, says):
     with pytest.raises(UserError, match=says):
         processes.start(**flags)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_that_is_taken_is_refused(host):
+    """gRPC would share it with the coordinator of another run, if that is its own."""
+    with socket.create_server((host, 0), reuse_port=True) as taken:
+        where = f"here:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"{where}: .*in use.*another port"):
+            processes.start(coordinator=where, processes=2, process_id=0)

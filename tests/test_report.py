@@ -435,7 +435,7 @@ def card(monkeypatch, teacher: str) -> str:
     facts = dict.fromkeys(prepare.Run._fields) | {
         "config": config,
         "layers": [0, 2, 23],
-        "first_row": 0,
+        "first_token": 0,
     }
     metrics = [evaluation(0, 6.0), evaluation(300, 3.0)]
     return results.model_card(prepare.Run(**facts), 300, metrics)

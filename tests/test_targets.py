@@ -25,6 +25,7 @@ import optim
 import sharding
 import student
 import targets
+import text as texts
 from models.llama import Llama
 from runtime import errors, results, target_store
 from runtime.errors import UserError
@@ -448,6 +449,37 @@ def test_a_manifest_that_makes_no_sense_is_refused(kept, tmp_path, change):
     assert "targets.json: it or windows beside it" in refusal(target_store.load, tmp_path / "kept")
 
 
+def test_wrong_types_and_paths_of_others_in_a_manifest_are_one_line(kept, config, tmp_path):
+    copy, corpus, accepted = tmp_path / "kept", corpus_of(config), []
+    shutil.copytree(kept.folder, copy)
+    changes = [{name: value} for name in [*kept.manifest][1:] for value in WRONG]
+    changes += [
+        {"data_flags": kept.data_flags | {name: value}}
+        for name in kept.data_flags
+        for value in WRONG
+    ]
+    for change in changes:
+        manifest = kept.manifest | change
+        signed = manifest | {"digest": texts.digest(manifest)}
+        (copy / "targets.json").write_text(json.dumps(signed))
+        try:
+            targets = target_store.load(copy)
+            asked = distill.with_defaults(distill.Config(targets=str(copy), student_layers=2))
+            target_store.check(
+                targets, corpus, losses.Config(), tokenizer=Path(config.teacher), vocab=VOCAB,
+                rows=8,
+            )  # fmt: skip
+            target_store.read(targets, targets.windows[:1])
+            texts.find(asked.data.source[0])
+            accepted.append(change)
+        except UserError as error:
+            assert len(str(error)) < 1000, change
+    assert len(accepted) < len(changes) / 10, accepted
+
+
+WRONG = (None, "x", "/home/other/x", ["x", 5], {"a": 1}, 1.5, -1, True, 10**30)
+
+
 def test_the_cache_of_another_machine_is_not_ours(kept):
     flags = kept.data_flags | {"cache": "/home/somebody/cache"}
     assert dataclasses.replace(kept, data_flags=flags).data_config.cache is None
@@ -554,7 +586,15 @@ def test_a_folder_in_use_is_refused(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["windows", "00000.targets"])
-def test_a_file_of_the_users_in_the_folder_is_not_overwritten(config, tmp_path, name):
-    (tmp_path / name).write_text("mine")
-    assert f"{name} is in it, but no targets.json: move it away" in refusal(made, config, tmp_path)
-    assert (tmp_path / name).read_text() == "mine"
+@pytest.mark.parametrize("home", ["~", "~nobody-of-this-name"])
+def test_a_file_of_the_users_in_the_folder_is_not_overwritten(
+    config, tmp_path, monkeypatch, name, home
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    path = Path(os.path.expanduser(home)) / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    remedy = f"{name} is in it, but no targets.json: move it away"
+    assert remedy in refusal(made, config, Path(home, "out"))
+    assert path.read_text() == "mine"

@@ -3,6 +3,6 @@
 
 from runtime.files import digest
 
-from .files import Source, canonical, find
+from .files import Source, canonical, find, hub_commit
 from .records import Piece, Prompt, pieces, prompts
 from .tokenizer import Tokenizer, load_tokenizer, same_tokenizer, stop_ids

@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import dataclasses
+import functools
 import glob
 import io
 import itertools
@@ -13,14 +14,16 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
-from runtime import report
+from runtime import commits, report
 from runtime.errors import UserError
-from runtime.files import check_links, digest, printable
+from runtime.files import check_links, digest, local_path, resolve
 
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+HUB = re.compile(rf"(\w[\w.-]*/\w[\w.-]*{commits.REVISION})(?::([^:]*))?(?::(.*))?")
 BLOCK = 1 << 20  # bytes read at once
 LONGEST = 1 << 26  # characters of a line: it is held in memory
 
@@ -34,19 +37,41 @@ class Source:
 
     name: str
     fingerprint: str
-    size: int | None  # bytes of the files or rows of the data set: what progress is reported in
     files: tuple[Path, ...] = ()
-    hub: Any = None
+    hub: tuple[str, str, str] = ("", "", "")  # repository, commit, config
     split: str = ""
     streaming: bool = False
 
     def __str__(self) -> str:
         return self.name
 
+    @functools.cached_property
+    def builder(self) -> Any:
+        """Asks the hub about a data set: not before it is read, since its tokens may be there."""
+        import datasets
+
+        datasets.disable_progress_bars()  # they would run into ours
+        repository, commit, config = self.hub
+        with library_errors(f"{self}: cannot be read"):
+            if commit in commits.CACHED:
+                datasets.config.HF_HUB_OFFLINE = True  # else it waits, and tries again for long
+            builder = datasets.load_dataset_builder(repository, config or None, revision=commit)
+            if datasets.config.HF_HUB_OFFLINE and builder.hash != commit:  # the last that it read
+                raise ConnectionError(f"the hub is out of reach, and the cache lacks {commit}")
+            return builder
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the files or rows of the data set: what progress is reported in."""
+        if self.files:
+            return sum(file.stat().st_size for file in self.files)
+        splits = self.builder.info.splits or {}
+        return splits[self.split].num_examples if self.split in splits else None
+
 
 def canonical(name: str) -> str:
     """One spelling for a path, the same from any folder; an id of the hub is as it is."""
-    path = Path(os.path.expanduser(name))
+    path = local_path(name)
     if os.path.exists(path):  # a link is not followed: where it leads may lack the suffix
         return str(path.parent.resolve() / path.name)
     return str(path.absolute()) if glob.has_magic(name) else name
@@ -60,68 +85,75 @@ def library_errors(problem: str) -> Iterator[None]:
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise UserError(f"{problem} ({printable(error)})") from error
+        raise UserError(f"{problem} ({commits.answer(error)})") from error
+
+
+def hub_commit(name: str) -> tuple[str, str, str, str] | None:
+    """Repository, commit, config and split of a hub data set; None for a path."""
+    match = HUB.fullmatch(name)
+    if match is None or kind(Path(name)) or os.path.exists(os.path.expanduser(name)):
+        return None
+    with library_errors(f"{name}: cannot be read"):
+        commit = commits.commit(match[1], "dataset")
+    return match[1].partition("@")[0], commit, match[2] or "", match[3] or "train"
 
 
 def find(name: str, *, streaming: bool = False) -> Source:
-    """The source that `name`, a file, folder, glob or `id[:config][:split]`, stands for."""
+    """The source that `name`, a file, folder, glob or `id[@revision][:config][:split]`, is."""
     with library_errors(f"{name}: cannot be read"):  # a path may be too long, or forbidden
-        path, folder, hidden = Path(name).expanduser(), None, 0
+        path, folder, hidden = local_path(name), None, 0
         if path.is_dir():
-            folder, paths = path, list(path.rglob("*"))
-            shown = [x for x in paths if not re.search(r"(^|/)\.", str(x.relative_to(path)))]
-            hidden = sum(kind(x) is not None for x in set(paths) - set(shown))
-            paths = shown
+            folder, paths, root = path, [], str(path.absolute()).rstrip("/")
+            for place, folders, names in os.walk(root or "/"):
+                if "/." in place[len(root) :]:
+                    hidden += sum(kind(x) is not None for x in names)
+                    continue
+                hidden += sum(kind(x) is not None for x in names if x[0] == ".")
+                paths += [os.path.join(place, x) for x in (*folders, *names) if x[0] != "."]
         elif path.is_file():
-            paths = [path]
-        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:.*)?", name) and not kind(path):
-            import datasets
-
-            datasets.disable_progress_bars()  # they would run into ours
-            repository, config, split = (*name.split(":", 2), "", "")[:3]
-            hub, split = datasets.load_dataset_builder(repository, config or None), split or "train"
-            splits = hub.info.splits or {}
-            size = splits[split].num_examples if split in splits else None
-            facts = [repository, hub.config.name, str(hub.info.version), hub.hash, split]
-            return Source(name, digest(facts), size, (), hub, split, streaming)
+            paths = [str(path)]
+        elif hub := hub_commit(name):
+            return Source(name, digest(hub), (), hub[:3], hub[3], streaming)
         elif glob.has_magic(name):
             folder = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-            paths = map(Path, glob.glob(str(path), recursive=True))
+            paths = glob.glob(str(path), recursive=True)
         else:
             raise UserError(f"{name}: no such file or folder, and not a hub data set (owner/name)")
+        paths = sorted((os.path.join(os.getcwd(), x) for x in paths), key=lambda x: x.split("/"))
         if folder:
-            paths = [x for x in paths if (x.is_symlink() if x.is_dir() else kind(x))]
-            check_links(folder, paths)
-        files = sorted(x.absolute() for x in paths if x.is_file())  # a blob has no suffix
-        count, files = len(files), [file for file in files if not is_pointer(file)]
-        left_out = f"{hidden} hidden files and {count - len(files)} Git LFS pointers left out"
-        if not files or not all(map(kind, files)):
-            kinds = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSION)}"
-            pull = f" ({left_out}; git lfs pull fetches them)" if count > len(files) else ""
-            raise UserError(f"{name}: no file to read in it; expected {kinds}{pull}")
-        if hidden or count > len(files):
-            report.say(f"{name}: {left_out}")
-        stats = [file.stat() for file in files]
+            # A folder that is a link is not read, but refused where it leads out.
+            paths = [x for x in paths if kind(x) or (os.path.islink(x) and os.path.isdir(x))]
+        targets = check_links(folder, paths) if folder else resolve(paths)
         facts = [  # a file that another replaced may have its size and its date
-            (str(file), os.path.realpath(file), x.st_size, x.st_mtime_ns, x.st_ctime_ns, x.st_ino)
-            for file, x in zip(files, stats, strict=True)
+            (path, target, x.st_size, x.st_mtime_ns, x.st_ctime_ns, x.st_ino)
+            for path, (target, x) in zip(paths, targets, strict=True)
+            if x and S_ISREG(x.st_mode)
         ]
-    return Source(name, digest(facts), sum(x.st_size for x in stats), tuple(files))
+        count, facts = len(facts), [x for x in facts if not is_pointer(path=x[0], size=x[2])]
+        left_out = f"{hidden} hidden files and {count - len(facts)} Git LFS pointers left out"
+        if not facts or not all(kind(x[0]) for x in facts):
+            kinds = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSION)}"
+            pull = f" ({left_out}; git lfs pull fetches them)" if count > len(facts) else ""
+            raise UserError(f"{name}: no file to read in it; expected {kinds}{pull}")
+        if hidden or count > len(facts):
+            report.say(f"{name}: {left_out}")
+    return Source(name, digest(facts), tuple(Path(x[0]) for x in facts))
 
 
-def is_pointer(file: Path) -> bool:
+def is_pointer(path: str, size: int) -> bool:
     """Whether Git LFS left a note in the place of a file's content."""
-    if file.stat().st_size > 200:
+    if size > 200:
         return False
-    with open(file, "rb") as content:
-        return content.read(24) == b"version https://git-lfs."
+    with open(path, "rb") as file:
+        return file.read(24) == b"version https://git-lfs."
 
 
-def kind(part: Path | Source) -> str | None:
+def kind(part: str | Path | Source) -> str | None:
     """The suffix of a file, without its compression's; None for one that is not read here."""
     if isinstance(part, Source):
         return "hub"
-    suffix = Path(part.stem).suffix if part.suffix.lower() in COMPRESSION else part.suffix
+    stem, suffix = os.path.splitext(part)
+    suffix = os.path.splitext(stem)[1] if suffix.lower() in COMPRESSION else suffix
     return suffix.lower() if suffix.lower() in KINDS else None
 
 
@@ -211,11 +243,11 @@ def _parquet_records(file: Path, choose: Choose, progress: Progress) -> Iterator
 def _hub_records(source: Source, choose: Choose, progress: Progress) -> Iterator[dict]:
     with library_errors(f"{source}: cannot be read"):
         if source.streaming:
-            rows = source.hub.as_streaming_dataset(source.split)
+            rows = source.builder.as_streaming_dataset(source.split)
         else:
             with report.progress(f"fetching {source}"):
-                source.hub.download_and_prepare()
-            rows = source.hub.as_dataset(source.split)
+                source.builder.download_and_prepare()
+            rows = source.builder.as_dataset(source.split)
         if rows.column_names:
             rows = rows.select_columns(choose(rows.column_names, source))
         for batch in rows.with_format("arrow").iter(batch_size=1024):

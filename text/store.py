@@ -1,24 +1,41 @@
-"""The token store: a source's text, tokenized once, in flat files in a cache folder."""
+"""The token store: a source's text, tokenized once, in flat files in a cache folder.
+
+python -m text.store lists the stores of a cache.
+"""
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import time
+import weakref
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from runtime import report
-from runtime.errors import UserError
-from runtime.files import atomic_write, digest, disk_errors, file_digest, lock, read_json
+from runtime import errors, report
+from runtime.errors import LOCAL, UserError, above
+from runtime.files import (
+    atomic_write,
+    cache_folder,
+    digest,
+    disk_errors,
+    file_digest,
+    flock,
+    local_path,
+    lock,
+    read_json,
+    remove,
+)
 from text import files, records
 from text.records import Piece
 from text.tokenizer import Tokenizer
@@ -53,17 +70,16 @@ def open_store(name: str, tokenizer: Tokenizer, config: Any) -> Store:
     """
     source = files.find(name, streaming=config.streaming)
     options = [config.text_field, config.documents, config.mask, config.held_out]
-    cache = config.cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "compact-distill")
     facts = [VERSION, source.fingerprint, tokenizer.fingerprint, options]
-    folder = Path(os.path.expanduser(cache), digest(facts))
-    with disk_errors(folder.parent, REMEDY):
+    cache = local_path(config.cache or cache_folder())
+    folder = cache / digest(facts)
+    with disk_errors(cache, REMEDY):
         if store := load(folder):
             return store
         # Each builder takes all cores.
         with contextlib.ExitStack() as stack:
             with report.progress("waiting for another process that tokenizes"):
-                locked = lock(folder.parent / ".lock", wait=True, remedy=REMEDY)
-                stack.enter_context(locked)
+                stack.enter_context(lock(cache / ".lock", wait=True, remedy=REMEDY))
             if store := load(folder):  # another process has built it meanwhile
                 return store
             with atomic_write(folder, REMEDY) as partial:
@@ -71,22 +87,59 @@ def open_store(name: str, tokenizer: Tokenizer, config: Any) -> Store:
                 build(partial, source, tokenizer, config)
                 if load(folder):  # by another host, where it does not see this lock
                     shutil.rmtree(partial)
-    return load(folder)
+            return load(folder)
 
 
 def load(folder: Path) -> Store | None:
-    """The store in a folder, if it is whole; its tokens are checked when they are read."""
+    """The store in a folder, if it is whole; its tokens are checked when they are read.
+
+    As long as there is such an object, the folder is locked and not removed.
+    """
     try:
         manifest = read_json(folder / "store.json")
+        manifest.pop("source", None)
         intact = manifest.pop("digest") == (checksum := digest(manifest))
         version, hashes = manifest.pop("version"), manifest.pop("files")
         store = Store(folder, **manifest, digest=checksum)
+        file = os.open(folder / "store.json", os.O_RDONLY)
+        weakref.finalize(store, os.close, file)
+        flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):  # somebody else's
+            os.utime(file)  # it is used now
         intact &= all(file_digest(folder / name) == hashes[name] for name in (*FILES[1:], "sums"))
         size = store.tokens * np.dtype(store.dtype).itemsize
         intact &= version == VERSION and (folder / "tokens").stat().st_size == size
         return store if intact else None
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def stores(cache: Path) -> list[tuple[float, int, Path]]:
+    """When the stores of a cache were used, their bytes and folders, used longest ago first."""
+    entries = []
+    for path in cache.glob("*/store.json"):
+        with contextlib.suppress(OSError):  # another process removes it, or it is private
+            if {"store.json", "sums", *FILES} == set(os.listdir(path.parent)):
+                size = sum(file.stat().st_size for file in path.parent.iterdir())
+                entries.append((path.stat().st_mtime, size, path.parent))
+    return sorted(entries)
+
+
+def prune(cache: str | os.PathLike | None, limit: float) -> None:
+    """Removes stores from a cache until the others take `limit` GB: those that were used longest
+    ago go first, none that a process uses now, or may use where no file can be locked."""
+    cache = local_path(cache or cache_folder())
+    entries = stores(cache)
+    total = sum(size for _, size, _ in entries)
+    for _, size, folder in entries:
+        with contextlib.suppress(OSError, UserError), lock(cache / ".lock"):  # nobody builds one
+            if total <= limit * 1e9:
+                return
+            with open(folder / "store.json", "rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(folder)
+            total -= size
+            report.say(f"removed {folder}, {report.size(size)}: more than {limit:g} GB are cached")
 
 
 class TokenFiles(contextlib.ExitStack):
@@ -143,7 +196,7 @@ def build(folder: Path, source: files.Source, tokenizer: Tokenizer, config: Any)
     del manifest["folder"], manifest["digest"]
     manifest["files"] = {name: file_digest(folder / name) for name in (*FILES, "sums")}
     (folder / "store.json").write_text(
-        json.dumps(manifest | {"digest": digest(manifest)}), encoding="utf-8"
+        json.dumps(manifest | {"digest": digest(manifest), "source": source.name}), encoding="utf-8"
     )
 
 
@@ -218,3 +271,27 @@ def _runs(offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> l
 
 def hash_bytes(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """List the tokenized texts of a cache, those used longest ago first."""
+
+    cache: Annotated[str | None, LOCAL] = None
+    """The folder; by default compact-distill in the user's cache folder."""
+    cache_limit: Annotated[float | None, above(0)] = None
+    """GB; where there are more, remove those that were used longest ago."""
+
+
+def main() -> None:
+    config = errors.cli(Config)
+    if config.cache_limit is not None:
+        prune(config.cache, config.cache_limit)
+    for used, size, folder in stores(local_path(config.cache or cache_folder())):
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(used))
+        source = read_json(folder / "store.json").get("source", "")
+        print(f"{day}  {report.size(size):>8}  {folder}  {source}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

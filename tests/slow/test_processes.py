@@ -24,12 +24,13 @@ ROOT = Path(__file__).parents[2]
 
 def commands(config: distill.Config, count: int, port: int, *more: str) -> list[list[str]]:
     flags = {
-        "teacher": config.teacher, "student-layers": 2, "seq-len": 32, "batch-size": 8,
+        "teacher": config.teacher, "seq-len": 32, "batch-size": 8,
         "steps": config.steps, "eval-every": 4, "eval-windows": 8, "save-every": 3,
         "log-every": config.log_every, "data.source": config.data.source[0],
         "data.documents": "paragraph", "data.cache": config.data.cache, "optim.lr": 1e-2,
         "optim.eps": 1e-4, "out": config.out,
     }  # fmt: skip
+    flags |= {"student": config.student} if config.student else {"student-layers": 2}
     words = [sys.executable, str(ROOT / "distill.py"), "--quiet", *more]
     words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     together = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id"]
@@ -58,13 +59,13 @@ def started(
 
 
 WAITING = """
-import sys, time
+import os, sys, time
 import jax
 from runtime import errors, processes
 from jax._src import distributed
 
 def main():
-    processes.PATIENCE = 8
+    processes.PATIENCE, os.environ["HEARTBEAT_TIMEOUT"] = 8, "4"
     processes.start(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
     with processes.exit_with_peers():
         print("here", jax.process_count(), flush=True)
@@ -139,6 +140,23 @@ def test_a_signal_to_any_process_saves_after_the_step_at_hand(config):
     assert "all is saved" in said[0]
 
 
+def test_a_pause_of_one_process_does_not_end_the_run(config):
+    config = dataclasses.replace(config, steps=40)
+    pair = started(config)
+    metrics = Path(config.out) / "metrics.jsonl"
+    for _ in range(600):
+        if (metrics.exists() and metrics.read_text()) or pair[0].poll() is not None:
+            break
+        time.sleep(0.1)
+    for victim in (pair[1], pair[0]):  # the latter is the coordinator
+        victim.send_signal(signal.SIGSTOP)
+        time.sleep(20)
+        victim.send_signal(signal.SIGCONT)
+        time.sleep(2)
+    said = [process.communicate(timeout=120)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+
+
 def test_two_processes_are_one_and_survive_the_death_of_either(config):
     mesh = sharding.make_mesh(devices=jax.devices()[:4])
     four = dataclasses.replace(config, teacher_devices=None, out=config.out + "-one")
@@ -191,21 +209,53 @@ def test_processes_that_hold_parts_of_one_model_read_the_same_rows(config):
     [
         ({}, ("--seed", "1"), "--seed is 0 in process 0, but 1 in process 1"),
         ({"teacher": "teacher"}, (), "the content of --teacher is "),
+        ({"student": "student"}, (), "the content of --student is "),
         ({"out": "run"}, (), "the folder run is "),  # a path that is another place on each host
     ],
 )
 def test_processes_that_are_no_one_run_are_told_why(config, tmp_path, changes, second, says):
     folders = tmp_path / "0", tmp_path / "1"
     for number, folder in enumerate(folders):
-        shutil.copytree(config.teacher, folder / "teacher")
-        weights = folder / "teacher" / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-1] + bytes([number]))
+        for name in ("teacher", "student"):
+            shutil.copytree(config.teacher, folder / name)
+            weights = folder / name / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + bytes([number]))
     pair = started(dataclasses.replace(config, **changes), folders=folders, second=second)
     for process in pair:
         said = process.communicate(timeout=120)[1]
         lines = [line for line in said.splitlines() if line.startswith("error:")]
         assert process.returncode == 2 and len(lines) == 1 and says in lines[0], said
     assert not list(tmp_path.glob("**/metrics.jsonl"))
+
+
+COMMITS = """
+import sys
+import distill
+from runtime import commits, errors, prepare, processes
+
+def main():
+    processes.start(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
+    commits.COMMITS["models/owner/name@main"] = sys.argv[2] * 40
+    prepare.restore_commits(distill.with_defaults(distill.Config()))
+    print(commits.COMMITS["models/owner/name@main"])
+
+errors.run(main)
+"""
+
+
+def test_processes_read_the_commits_that_the_first_was_told():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMMITS, where, str(number)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=60) for process in both]
+    assert [out.splitlines()[-1:] for out, _ in said] == [["0" * 40]] * 2, said
 
 
 @pytest.mark.parametrize("number", [0, 1])
