@@ -10,14 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
 
-import losses
 import sharding
-from losses import features
+from losses import divergences, features, signal
 from models.attention import Hidden, positions
 from models.base import LanguageModel
 from runtime.errors import UserError
 
 METHODS = ("greedy", "influence", "uniform", "first", "last", "random")
+
+# Of the greedy choice. A head over a large vocabulary costs a token as much as several blocks.
+SAMPLE = 256  # positions at which a candidate is judged
+SHARE = 8  # one block of so many may go in a round,
+SPREAD = 2.0  # if it adds at most this times what the cheapest adds to the KL
 
 
 class Calibration(NamedTuple):
@@ -67,11 +71,13 @@ def choose_layers(
     calibration: Calibration | None = None,
     *,
     dtype: Any = None,
+    start: Choice | None = None,
+    save: Callable[[Choice], None] = lambda choice: None,
     progress: Callable[[int, int, str], None] = lambda done, total, figure: None,
 ) -> Choice:
-    """Which `layers` of the teacher's blocks a student keeps: `greedy` removes one block after the
-    other, always the one whose absence moves the output least; `influence` removes those that turn
-    their input least, all at once."""
+    """Which `layers` of the teacher's blocks a student keeps: `greedy` removes in rounds the blocks
+    whose absence moves the output least; `influence` removes those that turn their input least, all
+    at once. `save` is called after each round; a choice goes on from `start`, one of these."""
     depth, listed = teacher.config.layers, parse(how)
     check(depth, layers, how)
     if listed is not None:
@@ -85,28 +91,60 @@ def choose_layers(
     if how == "random" or calibration is None:
         lack = "keeps no blocks, see fresh()" if how == "random" else "needs calibration windows"
         raise UserError(f"--student-init {how} {lack}")
-    start, target, turns = forward(teacher, calibration, dtype)
     if how == "influence":
-        turns = np.asarray(turns)
-        progress(1, 1, f"influence {turns.min():.3f} to {turns.max():.3f}")
-        return Choice(tuple(sorted(np.argsort(-turns, kind="stable")[:layers].tolist())))
-    left, kl = list(range(depth)), 0.0
-    total, done = sum(range(layers + 1, depth + 1)), 0
-    while len(left) > layers:
+        influence = np.asarray(forward(teacher, calibration, None, dtype)[2])
+        progress(1, 1, f"influence {influence.min():.3f} to {influence.max():.3f}")
+        return Choice(tuple(sorted(np.argsort(-influence, kind="stable")[:layers].tolist())))
+    return greedy(teacher, layers, calibration, dtype, start, save, progress)
+
+
+def greedy(teacher, layers, calibration, dtype, start, save, progress) -> Choice:
+    """The choice of `choose_layers` that removes blocks in rounds, judged by the KL at a sample of
+    positions."""
+    sample = np.flatnonzero(np.asarray(calibration.mask))
+    count = min(SAMPLE, len(sample))
+    sample = jnp.asarray(sample[np.linspace(0, len(sample) - 1, count).astype(int)])
+    first, log_p, _ = forward(teacher, calibration, sample, dtype)
+    depth = teacher.config.layers
+    remaining, kl = start or Choice(tuple(range(depth)), 0.0)
+    done, rest = 0, [len(remaining)]
+
+    def kl_without(i: int, x: Hidden) -> tuple[Array, Hidden]:
         # Padded to one length: every candidate of every round runs the same compiled program.
-        order, count = jnp.array(left + [0] * (depth - len(left))), jnp.array(len(left))
-        x, costs = start, []
-        for i in range(len(left)):
-            cost, x = ablate(teacher, x, target, calibration, order, jnp.array(i), count)
+        order = jnp.array([*remaining, *[0] * (depth - len(remaining))])
+        place = jnp.array(i), jnp.array(len(remaining))
+        return ablate(teacher, x, log_p, calibration, sample, order, *place)
+
+    while len(remaining) > layers:
+        rest = [n := len(remaining)]
+        while (n := n - max(1, min(n // SHARE, n - layers))) > layers:
+            rest.append(n)
+        x, costs = first, []
+        for i in range(len(remaining)):
+            cost, x = kl_without(i, x)
             costs.append(cost)
-            done += 1
-            progress(done, total, f"{len(left)} blocks, KL {kl:.3f}")
+            progress(done + i + 1, done + sum(rest), f"{len(remaining)} blocks, KL {kl:.3f}")
+        done += len(remaining)
         costs = np.array(jax.device_get(costs))
         if not np.isfinite(costs).any():
             raise UserError("the teacher's output is not finite on the calibration windows")
-        kl = float(np.nanmin(costs))
-        left.pop(int(np.nanargmin(costs)))
-    return Choice(tuple(left), kl)
+        removed = expendable(costs, kl, min(len(costs) // SHARE, len(costs) - layers))
+        remaining = tuple(layer for i, layer in enumerate(remaining) if i not in removed)
+        kl = float(costs[removed[0]] if len(removed) == 1 else kl_without(-1, first)[0])
+        save(Choice(remaining, kl))
+    return Choice(remaining, kl)
+
+
+def expendable(costs: np.ndarray, kl: float, limit: int) -> list[int]:
+    """The places of the blocks that go in one round: the one that costs least, and up to `limit`
+    others that cost little more than it. They are no neighbours: those do similar work, and one may
+    go only because the other is there."""
+    cheapest, *others = np.argsort(costs, kind="stable").tolist()  # what is not a number is last
+    removed, most = [cheapest], kl + SPREAD * max(costs[cheapest] - kl, 0)
+    for i in others:
+        if len(removed) < limit and costs[i] <= most and all(abs(i - j) > 1 for j in removed):
+            removed.append(i)
+    return removed
 
 
 def block_fn(teacher: LanguageModel, calibration: Calibration) -> Callable[[Array, Array], Array]:
@@ -123,9 +161,11 @@ def block_fn(teacher: LanguageModel, calibration: Calibration) -> Callable[[Arra
 
 
 @sharding.jit
-def forward(teacher: LanguageModel, calibration: Calibration, dtype: Any):
-    """The input of the first block, what the head reads, and how far each block turns its input:
-    1 - cosine, a mean over tokens."""
+def forward(
+    teacher: LanguageModel, calibration: Calibration, sample: Int[Array, " rows"] | None, dtype: Any
+):
+    """The input of the first block, the log-probabilities at `sample`, and how far each block turns
+    its input: 1 - cosine, a mean over tokens."""
     apply, weight = block_fn(teacher, calibration), calibration.mask.astype(jnp.float32)
     weight /= jnp.maximum(jnp.sum(weight), 1)
 
@@ -134,29 +174,38 @@ def forward(teacher: LanguageModel, calibration: Calibration, dtype: Any):
         turn = features.cosine(x.astype(jnp.float32), y.astype(jnp.float32))
         return y, jnp.sum(weight * turn)
 
-    embedded = teacher.embedding[calibration.tokens].astype(dtype or teacher.dtype)
-    first = teacher.embed_input(embedded)
+    first = teacher.embed_input(teacher.look_up(calibration.tokens, dtype))
     last, influence = jax.lax.scan(one, first, jnp.arange(teacher.config.layers))
-    return first, teacher.final_norm(last), influence
+    return first, None if sample is None else log_probs(teacher, last, sample), influence
+
+
+def log_probs(
+    model: LanguageModel, x: Hidden, sample: Int[Array, " rows"]
+) -> Float32[Array, "vocab rows"]:
+    """What follows the tokens at `sample`, counted through all windows; `x` leaves the last
+    block."""
+    rows = model.final_norm(x.reshape(1, -1, x.shape[-1])[:, sample])[0]
+    vocab = len(model.unembedding)
+    z = signal.head_logits(signal.prepare_head(model.unembedding, x.dtype), rows, vocab)
+    return z - signal.logsumexp(z)
 
 
 @sharding.jit
 def ablate(
     teacher: LanguageModel,
     x: Hidden,
-    target: Hidden,
+    log_p: Float32[Array, "vocab rows"],
     calibration: Calibration,
+    sample: Int[Array, " rows"],
     order: Int[Array, " layers"],
     i: Int[Array, ""],
     count: Int[Array, ""],
 ) -> tuple[Float32[Array, ""], Hidden]:
     """The KL if block `order[i]` goes, and the states after it: `x` are the states before it."""
     apply = block_fn(teacher, calibration)
-    rest = jax.lax.fori_loop(i + 1, count, lambda j, x: apply(order[j], x), x)
-    head, mask, labels = teacher.unembedding, calibration.mask, calibration.tokens
-    signal = losses.TeacherStates(target, head)
-    sums = losses.measure(teacher.final_norm(rest), head, signal, labels, mask)
-    return sums["kl"] / jnp.maximum(sums["tokens"], 1), apply(order[i], x)
+    last = jax.lax.fori_loop(i + 1, count, lambda j, x: apply(order[j], x), x)
+    terms = divergences.kl(log_p, log_probs(teacher, last, sample))
+    return jnp.mean(jnp.sum(terms, 0)), apply(order[i], x)
 
 
 def cut(

@@ -1,6 +1,7 @@
 """From a configuration to all that a run needs before its first step."""
 
 import dataclasses
+import json
 import math
 import secrets
 import time
@@ -198,7 +199,8 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
         raise UserError(f"{folder.path} has checkpoints, but no config.json: {remedy}")
     if last is None:
         if changed and jax.process_index() == 0:
-            (folder.path / CHOICE).unlink(missing_ok=True)
+            for name in (CHOICE, ROUNDS):
+                (folder.path / name).unlink(missing_ok=True)
         write_config(folder)
         return None
     if changed and not config.resume_anyway:
@@ -306,7 +308,7 @@ def teacher_and_student(
         if reads:
             teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
         if cuts:
-            layers = choose_or_restore_layers(config, teacher, corpus, out)
+            layers = choose_or_restore_layers(config, teacher, corpus, out, facts)
         if cuts and not begun:
             student = students.cut(teacher, {"layers": tuple(layers)})
     if not begun and config.student is not None:
@@ -320,13 +322,16 @@ def teacher_and_student(
 
 
 CHOICE = "choice.json"
+ROUNDS = "choice-rounds.json"  # what remains after each round of a choice that goes on
 
 
 def choose_or_restore_layers(
-    config: Config, teacher: LanguageModel | None, corpus: data.Corpus, out: Path
-) -> list[int]:
-    """Which of the teacher's blocks the student begins as; decided once in the life of a run."""
-    path = out / CHOICE
+    config: Config, teacher: LanguageModel | None, corpus: data.Corpus, out: Path,
+    facts: dict[str, str | None] | None = None,
+) -> list[int]:  # fmt: skip
+    """Which of the teacher's blocks the student begins as; decided once in the life of a run. A
+    choice that was interrupted goes on where `facts` are the same."""
+    path, rounds = out / CHOICE, out / ROUNDS
     if path.exists():
         choice = files.read_json(path)
         layers, depth = choice.get("kept"), models.config(config.teacher).layers
@@ -340,15 +345,29 @@ def choose_or_restore_layers(
         begun = time.monotonic()
         windows = data.batch(corpus, 0, min(config.calibration_windows, corpus.windows))
         text = students.Calibration(windows.tokens[:, :-1], windows.segments[:, :-1], windows.mask)
+        facts = json.loads(json.dumps([facts, config.student_init, config.compute_dtype]))
+        saved = files.read_json(rounds) if rounds.exists() else {}
+        saved = processes.gather(saved)[0]
+        same, start = saved.get("facts") == facts, None
+        if same:
+            start = students.Choice(tuple(saved["remaining"]), saved["kl"])
+            report.say(f"choice    continued at {len(start.layers)} blocks")
+
+        def save(choice: students.Choice) -> None:
+            if jax.process_index() == 0:
+                remaining = {"remaining": choice.layers, "kl": choice.kl}
+                files.write_json(rounds, {"facts": facts, **remaining})
+
         with report.progress("choosing blocks") as progress:
             chosen = students.choose_layers(
-                teacher, config.student_layers, config.student_init, text,
+                teacher, config.student_layers, config.student_init, text, start=start, save=save,
                 dtype=config.compute_dtype, progress=progress,
             )  # fmt: skip
         seconds = round(time.monotonic() - begun, 1)
         choice = {"kept": list(chosen.layers), "kl": chosen.kl, "seconds": seconds}
         if jax.process_index() == 0:
             files.write_json(path, choice)
+            rounds.unlink(missing_ok=True)
     kl, blocks = choice.get("kl"), " ".join(map(str, choice["kept"]))
     cost = "" if kl is None else f", which leaves a KL of {kl:.3f}"
     report.say(f"student   blocks {blocks}{cost} (chosen in {choice.get('seconds')}s)")

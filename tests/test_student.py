@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import itertools
+import json
 from pathlib import Path
 
 import equinox as eqx
@@ -14,8 +15,11 @@ import pytest
 import models
 import sharding
 import student
+from config import Config as Config_of_run
+from config import with_defaults
 from models.attention import positions
 from models.llama import Config, Llama
+from runtime import prepare
 from runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -95,8 +99,60 @@ def test_greedy_with_windows_per_layer():
 def test_greedy_runs_one_compiled_program(monkeypatch):
     teacher, calibration = teacher_of(), calibration_of()
     student.choose_layers(teacher, 5, "greedy", calibration)
-    monkeypatch.setattr(student.losses, "measure", None)  # nothing is traced again
+    monkeypatch.setattr(student.divergences, "kl", None)  # nothing is traced again
     assert len(student.choose_layers(teacher, 2, "greedy", calibration).layers) == 2
+
+
+@functools.cache
+def deep_teacher() -> Llama:
+    """A teacher of 24 blocks, each louder or quieter than its neighbours."""
+    model = Llama(Config(96, 32, 48, 24, heads=4, kv_heads=2, head_dim=8), jax.random.key(1))
+    scale = jnp.asarray(np.random.default_rng(0).uniform(2, 4, 24), jnp.float32)
+    louder = jax.tree.map(lambda x: x * scale.reshape(-1, *[1] * (x.ndim - 1)), model.blocks)
+    return eqx.tree_at(lambda model: (model.blocks, model.head), model, (louder, 20 * model.head))
+
+
+def rounds_of(layers: int, **more) -> list[student.Choice]:
+    rounds, calibration = [], calibration_of(rows=4)
+    student.choose_layers(deep_teacher(), layers, "greedy", calibration, save=rounds.append, **more)
+    return rounds
+
+
+def test_blocks_that_go_in_one_round_cost_what_they_cost_one_at_a_time(monkeypatch):
+    together = rounds_of(12)
+    monkeypatch.setattr(student, "SHARE", 100)
+    alone = rounds_of(12)
+    assert len(alone) == 12 and len(together) <= 8
+    assert len(together[-1].layers) == 12
+    calibration = calibration_of(rows=4)
+    for choice in (together[-1], alone[-1]):
+        cost = dense_kl(deep_teacher(), choice.layers, calibration)
+        assert choice.kl == pytest.approx(cost, rel=1e-3)
+    assert together[-1].kl <= alone[-1].kl + 0.05
+    before = tuple(range(24))
+    for choice in together:
+        removed = [i for i, layer in enumerate(before) if layer not in choice.layers]
+        assert (
+            1 <= len(removed) <= max(1, len(before) // 8) and min(np.diff(removed), default=2) > 1
+        )
+        before = choice.layers
+
+
+def test_only_blocks_of_like_cost_go_in_one_round():
+    costs = np.array([1.0, 0.1, 0.11, 0.4, 0.15, 0.18, np.nan, 0.12])
+    assert student.expendable(costs, 0.0, 1) == [1]
+    assert student.expendable(costs, 0.0, 8) == [1, 7, 4]  # 2 and 5 have a neighbour that goes
+    assert student.expendable(costs, 0.09, 8) == [1]  # which adds 0.01
+    assert student.expendable(costs, 0.2, 8) == [1, 7, 4]  # all lower the KL
+    assert student.expendable(costs[:1], 0.0, 0) == [0]
+
+
+def test_an_interrupted_choice_goes_on_to_the_same_bits():
+    rounds = rounds_of(14)
+    for i in (0, len(rounds) // 2, len(rounds) - 1):
+        assert rounds_of(14, start=rounds[i]) == rounds[i + 1 :]
+    ended, calibration = rounds[-1], calibration_of(rows=4)
+    assert student.choose_layers(deep_teacher(), 14, "greedy", calibration, start=ended) == ended
 
 
 def test_influence_keeps_the_blocks_that_turn_their_input_most():
@@ -201,6 +257,46 @@ def test_choices_that_cannot_be(layers, how, says):
     with pytest.raises(UserError, match=says) as error:
         student.choose_layers(teacher_of(), layers, how)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's configuration, its teacher and its text, and an empty folder."""
+    config = with_defaults(Config_of_run(student_layers=4, seq_len=32, out=str(tmp_path / "run")))
+    corpus = prepare.open_corpus(config, Path(config.teacher), 2048)
+    (tmp_path / "run").mkdir()
+    return config, models.load(config.teacher), corpus, tmp_path / "run"
+
+
+def test_a_killed_choice_goes_on_after_its_last_round(run, monkeypatch, capsys):
+    choose, (*_, out) = prepare.choose_or_restore_layers, run
+    facts = {"teacher": "a"}
+    greedy, saved = student.choose_layers, []
+
+    def die(*args, save, **more):
+        def save_and_die(choice):
+            save(choice)
+            saved.append(choice)
+            raise KeyboardInterrupt
+
+        return greedy(*args, save=save_and_die, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(student, "choose_layers", die)
+        choose(*run, facts)
+    assert not (out / "choice.json").exists()
+    rounds = (out / "choice-rounds.json").read_text()
+    layers = choose(*run, facts)
+    assert "continued at 7 blocks" in capsys.readouterr().err
+    assert not (out / "choice-rounds.json").exists()
+    choice = json.loads((out / "choice.json").read_text())
+    for other in ({"teacher": "b"}, facts):  # of another teacher it begins anew
+        (out / "choice.json").unlink()
+        (out / "choice-rounds.json").write_text(rounds)
+        assert choose(*run, other) == layers
+        assert ("continued" in capsys.readouterr().err) == (other == facts)
+        again = json.loads((out / "choice.json").read_text())
+        assert (again["kept"], again["kl"]) == (choice["kept"], choice["kl"])
 
 
 def test_a_cut_along_every_axis():
