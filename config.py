@@ -46,6 +46,12 @@ class Config:
     """Which blocks it keeps: greedy (the default), influence, uniform, first, last, a list such as
     0,2,5; or random: fresh weights."""
 
+    student_heal: students.Heal = "none"
+    """Solve projections of a cut student for the teacher's states before the first step: of the
+    blocks before and after what was removed (seams), or of all from the first of these."""
+    heal_tokens: Annotated[int, at_least(1)] = 16384
+    """Tokens of text that --student-heal reads, or all where there are fewer."""
+
     student_embed: Annotated[int | None, at_least(1)] = None
     """Width of a random student; by default the teacher's."""
     student_mlp: Annotated[int | None, at_least(1)] = None
@@ -175,6 +181,8 @@ class Config:
              "a run takes the devices there are"),
             (self.topology is not None and self.devices is not None, "--topology with --devices",
              "it says how many"),
+            (self.student_heal != "none" and (self.student or self.student_init == "random"),
+             "--student-heal", "it is for a student that is cut from the teacher"),
             (self.student is not None and self.student_init is not None,
              "--student-init with --student", "that student is whole already"),
         ):  # fmt: skip

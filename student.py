@@ -2,18 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
 
 import sharding
 from losses import divergences, features, signal
 from models.attention import Hidden, positions
-from models.base import LanguageModel
+from models.base import LanguageModel, intermediates
 from runtime.errors import UserError
 
 METHODS = ("greedy", "influence", "uniform", "first", "last", "random")
@@ -23,6 +25,10 @@ SAMPLE = 256  # positions at which a candidate is judged
 SHARE = 8  # one block of so many may go in a round,
 SPREAD = 2.0  # if it adds at most this times what the cheapest adds to the KL
 
+Heal = Literal["none", "seams", "all"]
+DAMPING = 0.3  # of a healing solve, as a share of the mean of the diagonal
+PART = 2048  # tokens of healing text that go through a block at a time
+
 
 class Calibration(NamedTuple):
     """A few windows of text, by which blocks are judged."""
@@ -30,6 +36,15 @@ class Calibration(NamedTuple):
     tokens: Int[Array, "batch seq"]
     segments: Int[Array, "batch seq"]
     mask: Bool[Array, "batch seq"]
+
+
+class Healing(NamedTuple):
+    """A student, and the KL from its teacher before and after, on text that nothing is solved on.
+    Where it would have been worse, the student is as it was."""
+
+    student: LanguageModel
+    before: float
+    after: float
 
 
 class Choice(NamedTuple):
@@ -101,13 +116,11 @@ def choose_layers(
 def greedy(teacher, layers, calibration, dtype, start, save, progress) -> Choice:
     """The choice of `choose_layers` that removes blocks in rounds, judged by the KL at a sample of
     positions."""
-    sample = np.flatnonzero(np.asarray(calibration.mask))
-    count = min(SAMPLE, len(sample))
-    sample = jnp.asarray(sample[np.linspace(0, len(sample) - 1, count).astype(int)])
+    sample = sample_positions(calibration)
     first, log_p, _ = forward(teacher, calibration, sample, dtype)
     depth = teacher.config.layers
     remaining, kl = start or Choice(tuple(range(depth)), 0.0)
-    done, rest = 0, [len(remaining)]
+    done = 0
 
     def kl_without(i: int, x: Hidden) -> tuple[Array, Hidden]:
         # Padded to one length: every candidate of every round runs the same compiled program.
@@ -133,6 +146,13 @@ def greedy(teacher, layers, calibration, dtype, start, save, progress) -> Choice
         kl = float(costs[removed[0]] if len(removed) == 1 else kl_without(-1, first)[0])
         save(Choice(remaining, kl))
     return Choice(remaining, kl)
+
+
+def sample_positions(calibration: Calibration) -> Int[Array, " rows"]:
+    """At most `SAMPLE` of the positions that count, numbered through all windows."""
+    counted = np.flatnonzero(np.asarray(calibration.mask))
+    places = np.linspace(0, len(counted) - 1, min(SAMPLE, len(counted)))
+    return jnp.asarray(counted[places.astype(int)])
 
 
 def expendable(costs: np.ndarray, kl: float, limit: int) -> list[int]:
@@ -226,6 +246,109 @@ def cut(
 
     copies = jax.tree.map(part, teacher, sharding.axes(teacher))
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(copies))
+
+
+def heal(
+    teacher: LanguageModel,
+    student: LanguageModel,
+    layers: Sequence[int],
+    calibration: Calibration,
+    how: Heal,
+    *,
+    dtype: Any = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, figure: None,
+) -> Healing:
+    """Solves output and down projections of a student with these blocks of the teacher, so that the
+    states behind each come close to the teacher's: of the blocks before and after what was removed
+    (`seams`), or of all from the first of these (`all`). One block after the other, each reads what
+    the healed ones before it give. An eighth of the windows judges the result."""
+    rows, seq = calibration.tokens.shape
+    solved, step = rows - max(1, rows // 8), max(1, PART // seq)
+    judge = Calibration(*(x[solved:] for x in calibration))
+    starts = range(0, solved, step)
+    parts = [Calibration(*(x[i : min(i + step, solved)] for x in calibration)) for i in starts]
+    config, tokens = student.config, sum(int(np.sum(part.mask)) for part in parts)
+    if tokens < (inputs := max(config.mlp, config.heads * config.head_dim)):
+        need = f"solves for {inputs} inputs of a projection, and has {tokens} tokens to do so"
+        raise UserError(f"--student-heal {how} {need}: give more text, or raise --heal-tokens")
+    healed, first = student, 0
+    x, goal = ([first_states(m, part.tokens, dtype) for part in parts] for m in (student, teacher))
+    ends, solves = [*layers[1:], teacher.config.layers], blocks_to_heal(layers, teacher, how)
+    for k, (layer, end) in enumerate(zip(layers, ends, strict=True)):
+        for block in range(first, end):
+            states = map(partial(block_states, teacher, jnp.array(block)), goal, parts)
+            after_attention, goal = map(list, zip(*states, strict=True))
+            if block == layer:
+                middle = after_attention
+        for name, target in (("output", middle), ("down", goal)) if solves[k] else ():
+            equations = partial(normal_equations, healed, name, jnp.array(k))
+            healed = solve(healed, name, k, map(equations, x, target, parts))
+        x = [block_states(healed, jnp.array(k), *both)[1] for both in zip(x, parts, strict=True)]
+        first = end
+        progress(k + 1, len(layers), "")
+    before, after = (kl_between(teacher, model, judge, dtype) for model in (student, healed))
+    return Healing(healed if after < before else student, before, after)
+
+
+def blocks_to_heal(layers: Sequence[int], teacher: LanguageModel, how: Heal) -> list[bool]:
+    """Whether each block of the student is healed."""
+    gaps = np.diff([-1, *layers, teacher.config.layers]) > 1  # before each, and behind the last
+    seams = gaps[:-1] | gaps[1:]
+    return (seams if how == "seams" else np.maximum.accumulate(seams)).tolist()
+
+
+@sharding.jit
+def first_states(model: LanguageModel, tokens: Int[Array, "batch seq"], dtype: Any) -> Hidden:
+    """The input of the first block."""
+    return model.embed_input(model.look_up(tokens, dtype))
+
+
+@sharding.jit
+def block_states(model: LanguageModel, layer: Int[Array, ""], x: Hidden, text: Calibration):
+    """The states behind a block's attention, and behind the block."""
+    with intermediates() as values:
+        y = block_fn(model, text)(layer, x)
+    return values["middle"], y
+
+
+@sharding.jit
+def normal_equations(
+    model: LanguageModel, name: str, layer: Int[Array, ""], x: Hidden, target: Hidden,
+    text: Calibration,
+) -> tuple[Float32[Array, "inputs inputs"], Float32[Array, "inputs embed"]]:  # fmt: skip
+    """Of the change of a projection that brings the states behind it to `target`. A token weighs
+    1 / |target|: a few have huge states, and alone would decide."""
+    with intermediates() as values:
+        values["whole"] = block_fn(model, text)(layer, x)
+    states = values["middle" if name == "output" else "whole"].astype(jnp.float32)
+    features = values[name].reshape(*x.shape[:2], -1).astype(jnp.float32)
+    target = target.astype(jnp.float32)
+    weight = jnp.where(text.mask, 1 / jnp.linalg.norm(target, axis=-1), 0)[..., None]
+    product = partial(jnp.einsum, precision="highest")
+    gram = product("bsi,bsj->ij", weight * features, features)
+    return gram, product("bsi,bse->ie", weight * features, target - states)
+
+
+def solve(student: LanguageModel, name: str, layer: int, equations: Any) -> LanguageModel:
+    """The student with one projection of a block changed, by ridge regression in float64."""
+    gram, moment = (
+        sum(np.float64(sharding.to_host(x)) for x in parts)
+        for parts in zip(*equations, strict=True)
+    )
+    gram[np.diag_indices_from(gram)] += DAMPING * np.mean(np.diag(gram))
+    change = np.linalg.solve(gram, moment).T.astype(np.float32)
+    leaf = getattr(student.blocks, name)
+    # From one process: the libraries of another machine may round otherwise.
+    change = np.asarray(broadcast_one_to_all(change)).reshape(leaf.shape[1:]).astype(leaf.dtype)
+    changed = jax.device_put(leaf.at[layer].add(change), leaf.sharding)
+    return eqx.tree_at(lambda model: getattr(model.blocks, name), student, changed)
+
+
+def kl_between(teacher: LanguageModel, student: LanguageModel, text: Calibration, dtype: Any):
+    """The KL at a sample of positions."""
+    sample = sample_positions(text)
+    log_p, log_q = (forward(model, text, sample, dtype)[1] for model in (teacher, student))
+    return float(jnp.mean(jnp.sum(divergences.kl(log_p, log_q), 0)))
 
 
 def fresh(family: type[LanguageModel], config: Any, key: PRNGKeyArray) -> LanguageModel:

@@ -1,9 +1,12 @@
 """What every decoder here shares: its arrays, the scan over its blocks, linear maps, norms."""
 
+import contextlib
 import dataclasses
+import functools
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, ClassVar
 
@@ -286,9 +289,38 @@ def product_backward(width, operands, d_y):
 product.defvjp(lambda *args: (product(*args), args[:2]), product_backward)
 
 
-# Of what is cheap to compute again, only the inputs are kept for the backward pass. It may end in
-# a product: the result is not needed there, so the product is not repeated.
-recompute = partial(jax.checkpoint, prevent_cse=False)
+_intermediates: ContextVar[dict[str, Array] | None] = ContextVar("intermediates", default=None)
+
+
+@contextlib.contextmanager
+def intermediates() -> Iterator[dict[str, Array]]:
+    """Inside, `sow` puts values of a block into this dict. What is traced there is not for a
+    backward pass: nothing is rematerialised, or these would be values of another trace."""
+    values: dict[str, Array] = {}
+    token = _intermediates.set(values)
+    try:
+        yield values
+    finally:
+        _intermediates.reset(token)
+
+
+def sow(name: str, x: Array) -> Array:
+    """`x`, which those who ask for intermediates know by this name."""
+    if (values := _intermediates.get()) is not None:
+        values[name] = x
+    return x
+
+
+def recompute(function: Callable, **options: Any) -> Callable:
+    """Of what is cheap to compute again, only the inputs are kept for the backward pass. It may end
+    in a product: the result is not needed there, so the product is not repeated."""
+    checkpointed = jax.checkpoint(function, prevent_cse=False, **options)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return (checkpointed if _intermediates.get() is None else function)(*args)
+
+    return call
 
 
 @partial(recompute, static_argnums=2)

@@ -10,7 +10,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from models.attention import Hidden, Positions, attention
-from models.base import LanguageModel, ModelConfig, Tensors, layer_norm, linear, recompute, tensor
+from models.base import (
+    LanguageModel,
+    ModelConfig,
+    Tensors,
+    layer_norm,
+    linear,
+    recompute,
+    sow,
+    tensor,
+)
 from models.hf_config import LAYERS, HFConfig
 from runtime.errors import UserError
 
@@ -136,13 +145,14 @@ class Bloom(LanguageModel):
 
         @recompute
         def down(h):
-            return linear("bsm,em->bse", jax.nn.gelu(h), w.down, w.down_bias)
+            return linear("bsm,em->bse", sow("down", jax.nn.gelu(h)), w.down, w.down_bias)
 
         qkv = heads(x)
         query, key, value = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
         mixed, cache = attention(query, key, value, positions, layer, cache, slopes=position_inputs)
         residual = first_norm(x) if after else x
-        x = residual + linear("bshd,ehd->bse", mixed, w.output, w.output_bias)
+        mixed = sow("output", mixed)
+        x = sow("middle", residual + linear("bshd,ehd->bse", mixed, w.output, w.output_bias))
         residual = second_norm(x) if after else x
         return residual + down(up(x)), cache
 

@@ -8,7 +8,16 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from models.attention import Hidden, Positions, attention
-from models.base import LanguageModel, ModelConfig, Tensors, linear, recompute, rms_norm, tensor
+from models.base import (
+    LanguageModel,
+    ModelConfig,
+    Tensors,
+    linear,
+    recompute,
+    rms_norm,
+    sow,
+    tensor,
+)
 from models.hf_config import LAYERS, HFConfig
 from runtime.errors import UserError
 
@@ -225,7 +234,8 @@ class Llama(LanguageModel):
 
         @recompute
         def down(gate, up):
-            return linear("bsm,em->bse", activation(gate) * up, w.down, w.down_bias)
+            h = sow("down", activation(gate) * up)
+            return linear("bsm,em->bse", h, w.down, w.down_bias)
 
         query, key, value = heads(x)
         if w.query_norm is not None:
@@ -233,7 +243,8 @@ class Llama(LanguageModel):
         query, key = rotate(query, position_inputs), rotate(key, position_inputs)
         windows = self.config.windows
         mixed, cache = attention(query, key, value, positions, layer, cache, windows=windows)
-        x = x + linear("bshd,ehd->bse", mixed, w.output, w.output_bias)
+        mixed = sow("output", mixed)
+        x = sow("middle", x + linear("bshd,ehd->bse", mixed, w.output, w.output_bias))
         return x + down(*gate_and_up(x)), cache
 
     def final_norm(self, x: Hidden) -> Hidden:

@@ -311,6 +311,7 @@ def teacher_and_student(
             layers = choose_or_restore_layers(config, teacher, corpus, out, facts)
         if cuts and not begun:
             student = students.cut(teacher, {"layers": tuple(layers)})
+            student = heal(config, teacher, student, layers, corpus)
     if not begun and config.student is not None:
         student = models.load(config.student, dtype=jnp.float32, mesh=mesh)
     elif not begun and not cuts:
@@ -343,8 +344,7 @@ def choose_or_restore_layers(
             raise UserError(f"{path}: {misfit}: {remedy}")
     else:
         begun = time.monotonic()
-        windows = data.batch(corpus, 0, min(config.calibration_windows, corpus.windows))
-        text = students.Calibration(windows.tokens[:, :-1], windows.segments[:, :-1], windows.mask)
+        text = calibration(corpus, config.calibration_windows)
         facts = json.loads(json.dumps([facts, config.student_init, config.compute_dtype]))
         saved = files.read_json(rounds) if rounds.exists() else {}
         saved = processes.gather(saved)[0]
@@ -372,6 +372,33 @@ def choose_or_restore_layers(
     cost = "" if kl is None else f", which leaves a KL of {kl:.3f}"
     report.say(f"student   blocks {blocks}{cost} (chosen in {choice.get('seconds')}s)")
     return choice["kept"]
+
+
+def heal(
+    config: Config, teacher: LanguageModel, student: LanguageModel, layers: list[int],
+    corpus: data.Corpus,
+) -> LanguageModel:  # fmt: skip
+    """The student with its seams repaired, where that makes it better. It is the same each time,
+    and so is not kept for a run that dies before its first checkpoint."""
+    if config.student_heal == "none" or len(layers) == teacher.config.layers:
+        return student
+    begun, windows = time.monotonic(), -(-config.heal_tokens // config.seq_len)
+    text = calibration(corpus, windows)
+    with report.progress("healing") as progress:
+        healing = students.heal(
+            teacher, student, layers, text, config.student_heal,
+            dtype=config.compute_dtype, progress=progress,
+        )  # fmt: skip
+    figures = f"KL {healing.before:.3f} before, {healing.after:.3f} after"
+    left_out = ": left out, it is no better" if healing.student is student else ""
+    report.say(f"healing   {figures} ({time.monotonic() - begun:.1f}s){left_out}")
+    return healing.student
+
+
+def calibration(corpus: data.Corpus, windows: int) -> students.Calibration:
+    """The first windows of the text, or all where there are fewer."""
+    batch = data.batch(corpus, 0, min(windows, corpus.windows))
+    return students.Calibration(batch.tokens[:, :-1], batch.segments[:, :-1], batch.mask)
 
 
 def fresh_learner(

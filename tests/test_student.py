@@ -1,9 +1,11 @@
 """Which blocks stay, and that a student owns what it holds."""
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
 import json
+import re
 from pathlib import Path
 
 import equinox as eqx
@@ -18,6 +20,7 @@ import student
 from config import Config as Config_of_run
 from config import with_defaults
 from models.attention import positions
+from models.base import intermediates
 from models.llama import Config, Llama
 from runtime import prepare
 from runtime.errors import UserError
@@ -299,6 +302,141 @@ def test_a_killed_choice_goes_on_after_its_last_round(run, monkeypatch, capsys):
         assert (again["kept"], again["kl"]) == (choice["kept"], choice["kl"])
 
 
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def text_of(rows: int, seed: int = 0, vocab: int = 96, seq: int = 32) -> student.Calibration:
+    tokens = jnp.asarray(np.random.default_rng(seed).integers(0, vocab, (rows, seq)))
+    return student.Calibration(tokens, jnp.ones_like(tokens), jnp.ones(tokens.shape, bool))
+
+
+@pytest.mark.parametrize("folder", ["bloom", "bloom-residual", "qwen3", "llama-biases"])
+def test_intermediates_are_the_inputs_of_projections(folder):
+    model, text = models.load(FIXTURES / folder), text_of(2)
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
+    x = student.first_states(model, text.tokens, None)
+
+    @eqx.filter_jit
+    def tapped(weights, x):
+        here, layer = positions(text.tokens, text.segments), jnp.array(1)
+        with intermediates() as values:
+            y = model.block(weights, x, here, model.position_inputs(here), layer, None)[0]
+        return values, y
+
+    weights = jax.tree.map(lambda leaf: leaf[1], model.blocks)
+    values, y = tapped(weights, x)
+    np.testing.assert_array_equal(y, block_of(model, x, 1, text.tokens, text.segments))
+    for name, states in (("output", values["middle"]), ("down", y)):
+        weight = getattr(weights, name)
+        changed = eqx.tree_at(lambda w: getattr(w, name), weights, 2 * weight)  # noqa: B023
+        after, whole = tapped(changed, x)
+        added = values[name].reshape(64, -1) @ weight.reshape(weight.shape[0], -1).T
+        moved = {"output": after["middle"], "down": whole}[name] - states
+        np.testing.assert_allclose(moved.reshape(64, -1), added, atol=1e-5)
+
+
+def test_healing_finds_the_projections_of_a_teacher_that_only_they_differ_from(monkeypatch):
+    teacher, text = teacher_of(4), text_of(24)
+    noise = iter(jax.random.split(jax.random.key(2), 2))
+    spoiled = eqx.tree_at(
+        lambda model: (model.blocks.output, model.blocks.down),
+        teacher,
+        replace_fn=lambda leaf: leaf + 0.1 * jax.random.normal(next(noise), leaf.shape),
+    )
+    monkeypatch.setattr(student, "DAMPING", 1e-9)
+    monkeypatch.setattr(student, "blocks_to_heal", lambda *_: [True] * 4)
+    healing = student.heal(teacher, spoiled, range(4), text, "all")
+    assert healing.before > 0.1 and healing.after < 1e-6
+    for name in ("output", "down"):
+        healed, weights = getattr(healing.student.blocks, name), getattr(teacher.blocks, name)
+        np.testing.assert_allclose(healed, weights, atol=1e-2)
+
+
+def test_a_solve_is_ridge_regression_with_weights():
+    teacher, text = teacher_of(4), text_of(4)
+    text = text._replace(mask=text.mask.at[:, 20:].set(False))
+    x = student.first_states(teacher, text.tokens, None)
+    target = x + jax.random.normal(jax.random.key(3), x.shape)
+    equations = student.normal_equations(teacher, "down", jnp.array(2), x, target, text)
+    healed = student.solve(teacher, "down", 2, [equations])
+    w = jax.tree.map(lambda leaf: np.asarray(leaf[2], np.float64), teacher.blocks)
+    y = np.float64(block_of(teacher, x, 2, text.tokens, text.segments))[:, :20].reshape(80, 32)
+    without = eqx.tree_at(lambda m: m.blocks.down, teacher, 0 * teacher.blocks.down)
+    zero = block_of(without, x, 2, text.tokens, text.segments)
+    middle = np.float64(zero)[:, :20].reshape(80, 32)
+    h = middle / np.sqrt(np.mean(middle**2, -1, keepdims=True) + 1e-6) * w.mlp_norm
+    gate = h @ w.gate.T
+    m = gate / (1 + np.exp(-gate)) * (h @ w.up.T)
+    np.testing.assert_allclose(y, middle + m @ w.down.T, atol=1e-3)
+    goal = np.float64(target)[:, :20].reshape(80, 32)
+    scale = 1 / np.linalg.norm(goal, axis=-1, keepdims=True)
+    gram = m.T @ (scale * m)
+    gram += student.DAMPING * np.mean(np.diag(gram)) * np.eye(48)
+    change = np.linalg.solve(gram, m.T @ (scale * (goal - y))).T
+    np.testing.assert_allclose(healed.blocks.down[2], w.down + change, rtol=1e-3, atol=1e-3)
+    others = jnp.array([0, 1, 3])
+    np.testing.assert_array_equal(healed.blocks.down[others], teacher.blocks.down[others])
+
+
+def test_which_blocks_are_healed():
+    teacher = teacher_of(6)
+    for layers, seams, behind in (
+        ((0, 1, 4, 5), [0, 1, 1, 0], [0, 1, 1, 1]),
+        ((1, 2, 3), [1, 0, 1], [1, 1, 1]),
+        ((0, 1, 2, 3), [0, 0, 0, 1], [0, 0, 0, 1]),
+    ):
+        assert student.blocks_to_heal(layers, teacher, "seams") == seams
+        assert student.blocks_to_heal(layers, teacher, "all") == behind
+
+
+@pytest.mark.parametrize("how", ["seams", "all"])
+@pytest.mark.parametrize("folder", ["bloom-residual", "qwen2-mixed", "llama-biases", "mistral"])
+def test_healing_lowers_the_kl_on_text_it_has_not_read(folder, how):
+    teacher = models.load(FIXTURES / folder)
+    vocab, layers = min(96, teacher.config.vocab), (0, teacher.config.layers - 1)
+    shorter = student.cut(teacher, {"layers": layers})
+    healing = student.heal(teacher, shorter, layers, text_of(24, vocab=vocab), how)
+    unread = text_of(8, seed=1, vocab=vocab)
+    costs = [
+        student.kl_between(teacher, model, unread, None) for model in (shorter, healing.student)
+    ]
+    assert healing.after < healing.before and costs[1] < costs[0]
+    again = student.heal(teacher, shorter, layers, text_of(24, vocab=vocab), how)
+    jax.tree.map(np.testing.assert_array_equal, again.student, healing.student)
+
+
+def test_a_run_heals_its_student_before_the_first_step(run, capsys):
+    config, teacher, corpus, _ = run
+    config = dataclasses.replace(config, student_heal="seams", heal_tokens=1024)
+    layers = [0, 4, 5, 7]
+    shorter = student.cut(teacher, {"layers": layers})
+    healed = prepare.heal(config, teacher, shorter, layers, corpus)
+    before, after = map(
+        float, re.findall(r"KL (\S+) before, (\S+) after", capsys.readouterr().err)[0]
+    )
+    assert after < before
+    again = prepare.heal(config, teacher, shorter, layers, corpus)
+    jax.tree.map(np.testing.assert_array_equal, again, healed)
+    whole = dataclasses.replace(config, student_layers=8)
+    assert prepare.heal(whole, teacher, teacher, list(range(8)), corpus) is teacher
+    with pytest.raises(UserError, match="344 inputs of a projection, and has 224 tokens"):
+        few = dataclasses.replace(config, heal_tokens=256)
+        prepare.heal(few, teacher, shorter, layers, corpus)
+    for other in ({"student_init": "random"}, {"student": config.teacher}):
+        with pytest.raises(UserError, match="--student-heal: it is for a student that is cut"):
+            Config_of_run(student_heal="all", **other)
+
+
+def test_healing_that_does_not_help_is_left_out(monkeypatch):
+    teacher = teacher_of()
+    shorter = student.cut(teacher, {"layers": (0, 1, 5)})
+    monkeypatch.setattr(student, "solve", lambda model, *_: model)
+    healing = student.heal(teacher, shorter, (0, 1, 5), text_of(8), "all")
+    assert healing.student is shorter and healing.after == healing.before
+    with pytest.raises(UserError, match="solves for 48 inputs.* has 32 tokens.*--heal-tokens"):
+        student.heal(teacher, shorter, (0, 1, 5), text_of(2), "all")
+
+
 def test_a_cut_along_every_axis():
     """Of a model that puts zeros where the other indices are, a cut computes the same."""
     teacher = teacher_of(4)
@@ -360,4 +498,4 @@ def test_every_program_gets_the_compiler_options_of_a_step(monkeypatch):
     # Reloaded, its classes would be others for the rest of the tests.
     copy = importlib.util.module_from_spec(student.__spec__)
     student.__spec__.loader.exec_module(copy)
-    assert programs == {"forward", "ablate"}
+    assert programs == {"forward", "ablate", "first_states", "block_states", "normal_equations"}
