@@ -21,7 +21,7 @@ from runtime.errors import UserError
 METHODS = ("greedy", "influence", "uniform", "first", "last", "random")
 
 # Of the greedy choice. A head over a large vocabulary costs a token as much as several blocks.
-SAMPLE = 256  # positions at which a candidate is judged
+LOGITS, LEAST = 2**24, 256  # of the positions that judge a candidate, and how many these are
 SHARE = 8  # one block of so many may go in a round,
 SPREAD = 2.0  # if it adds at most this times what the cheapest adds to the KL
 
@@ -116,7 +116,7 @@ def choose_layers(
 def greedy(teacher, layers, calibration, dtype, start, save, progress) -> Choice:
     """The choice of `choose_layers` that removes blocks in rounds, judged by the KL at a sample of
     positions."""
-    sample = sample_positions(calibration)
+    sample = sample_positions(calibration, teacher.config.vocab)
     first, log_p, _ = forward(teacher, calibration, sample, dtype)
     depth = teacher.config.layers
     remaining, kl = start or Choice(tuple(range(depth)), 0.0)
@@ -148,10 +148,11 @@ def greedy(teacher, layers, calibration, dtype, start, save, progress) -> Choice
     return Choice(remaining, kl)
 
 
-def sample_positions(calibration: Calibration) -> Int[Array, " rows"]:
-    """At most `SAMPLE` of the positions that count, numbered through all windows."""
+def sample_positions(calibration: Calibration, vocab: int) -> Int[Array, " rows"]:
+    """Some of the positions that count, numbered through all windows; all with a small vocabulary:
+    where it costs nothing, the choice is not to depend on the sample."""
     counted = np.flatnonzero(np.asarray(calibration.mask))
-    places = np.linspace(0, len(counted) - 1, min(SAMPLE, len(counted)))
+    places = np.linspace(0, len(counted) - 1, min(len(counted), max(LEAST, LOGITS // vocab)))
     return jnp.asarray(counted[places.astype(int)])
 
 
@@ -346,7 +347,7 @@ def solve(student: LanguageModel, name: str, layer: int, equations: Any) -> Lang
 
 def kl_between(teacher: LanguageModel, student: LanguageModel, text: Calibration, dtype: Any):
     """The KL at a sample of positions."""
-    sample = sample_positions(text)
+    sample = sample_positions(text, teacher.config.vocab)
     log_p, log_q = (forward(model, text, sample, dtype)[1] for model in (teacher, student))
     return float(jnp.mean(jnp.sum(divergences.kl(log_p, log_q), 0)))
 

@@ -141,6 +141,20 @@ def test_blocks_that_go_in_one_round_cost_what_they_cost_one_at_a_time(monkeypat
         before = choice.layers
 
 
+def test_a_sample_of_positions_judges_a_large_vocabulary(monkeypatch):
+    text = calibration_of(rows=4)
+    assert len(student.sample_positions(text, 96)) == np.sum(text.mask)
+    monkeypatch.setattr(student, "LOGITS", 96 * 20)
+    monkeypatch.setattr(student, "LEAST", 8)
+    for vocab, count in ((96, 20), (1000, 8)):
+        sample = student.sample_positions(text, vocab)
+        assert len(set(sample.tolist())) == count and np.all(text.mask.reshape(-1)[sample])
+    choice = student.choose_layers(teacher_of(), 4, "greedy", text)
+    mask = jnp.zeros(text.mask.size, bool).at[student.sample_positions(text, 96)].set(True)
+    cost = dense_kl(teacher_of(), choice.layers, text._replace(mask=mask.reshape(4, 24)))
+    assert choice.kl == pytest.approx(cost, rel=1e-4)
+
+
 def test_only_blocks_of_like_cost_go_in_one_round():
     costs = np.array([1.0, 0.1, 0.11, 0.4, 0.15, 0.18, np.nan, 0.12])
     assert student.expendable(costs, 0.0, 1) == [1]
