@@ -24,7 +24,7 @@ METHODS = ("greedy", "influence", "uniform", "first", "last", "random")
 LOGITS, LEAST = 2**24, 256  # of the positions that judge a candidate, and how many these are
 SHARE = 8  # one block of so many may go in a round,
 SPREAD = 2.0  # if it adds at most this times what the cheapest adds to the KL
-
+JUDGED = 8  # blocks that are judged in every round, or half of them if that is more
 Heal = Literal["none", "seams", "all"]
 DAMPING = 0.3  # of a healing solve, as a share of the mean of the diagonal
 PART = 2048  # tokens of healing text that go through a block at a time
@@ -38,20 +38,13 @@ class Calibration(NamedTuple):
     mask: Bool[Array, "batch seq"]
 
 
-class Healing(NamedTuple):
-    """A student, and the KL from its teacher before and after, on text that nothing is solved on.
-    Where it would have been worse, the student is as it was."""
-
-    student: LanguageModel
-    before: float
-    after: float
-
-
 class Choice(NamedTuple):
-    """The teacher's blocks that stay, and the KL from the teacher that they leave, if measured."""
+    """The teacher's blocks that stay, the KL that they leave, if measured, and what each would have
+    added to it when it was judged last."""
 
     layers: tuple[int, ...]
     kl: float | None = None
+    increases: tuple[float, ...] = ()
 
 
 def parse(how: str) -> tuple[int, ...] | None:
@@ -114,13 +107,11 @@ def choose_layers(
 
 
 def greedy(teacher, layers, calibration, dtype, start, save, progress) -> Choice:
-    """The choice of `choose_layers` that removes blocks in rounds, judged by the KL at a sample of
-    positions."""
+    """The choice of `choose_layers` that removes blocks in rounds."""
     sample = sample_positions(calibration, teacher.config.vocab)
     first, log_p, _ = forward(teacher, calibration, sample, dtype)
-    depth = teacher.config.layers
-    remaining, kl = start or Choice(tuple(range(depth)), 0.0)
-    done = 0
+    depth, done = teacher.config.layers, 0
+    remaining, kl, increases = start or Choice(tuple(range(depth)), 0.0)
 
     def kl_without(i: int, x: Hidden) -> tuple[Array, Hidden]:
         # Padded to one length: every candidate of every round runs the same compiled program.
@@ -129,23 +120,29 @@ def greedy(teacher, layers, calibration, dtype, start, save, progress) -> Choice
         return ablate(teacher, x, log_p, calibration, sample, order, *place)
 
     while len(remaining) > layers:
-        rest = [n := len(remaining)]
+        # What a block adds seldom falls as others go: those that added much are not judged again.
+        limit = max(JUDGED, len(remaining) // 2) if increases else depth
+        judged = np.argsort(increases or remaining, kind="stable")[:limit].tolist()
+        x, costs, total, n = first, [np.inf] * len(remaining), done + len(judged), len(remaining)
         while (n := n - max(1, min(n // SHARE, n - layers))) > layers:
-            rest.append(n)
-        x, costs = first, []
-        for i in range(len(remaining)):
-            cost, x = kl_without(i, x)
-            costs.append(cost)
-            progress(done + i + 1, done + sum(rest), f"{len(remaining)} blocks, KL {kl:.3f}")
-        done += len(remaining)
+            total += min(n, max(JUDGED, n // 2))
+        for i, layer in enumerate(remaining):
+            if i not in judged:
+                x = block_states(teacher, jnp.array(layer), x, calibration)[1]
+                continue
+            costs[i], x = kl_without(i, x)
+            done += 1
+            progress(done, total, f"{len(remaining)} blocks, KL {kl:.3f}")
         costs = np.array(jax.device_get(costs))
         if not np.isfinite(costs).any():
             raise UserError("the teacher's output is not finite on the calibration windows")
         removed = expendable(costs, kl, min(len(costs) // SHARE, len(costs) - layers))
-        remaining = tuple(layer for i, layer in enumerate(remaining) if i not in removed)
+        rest = [i for i in range(len(costs)) if i not in removed]
+        increases = tuple(float(costs[i] - kl if i in judged else increases[i]) for i in rest)
+        remaining = tuple(remaining[i] for i in rest)
         kl = float(costs[removed[0]] if len(removed) == 1 else kl_without(-1, first)[0])
-        save(Choice(remaining, kl))
-    return Choice(remaining, kl)
+        save(Choice(remaining, kl, increases))
+    return Choice(remaining, kl, increases)
 
 
 def sample_positions(calibration: Calibration, vocab: int) -> Int[Array, " rows"]:
@@ -160,7 +157,7 @@ def expendable(costs: np.ndarray, kl: float, limit: int) -> list[int]:
     """The places of the blocks that go in one round: the one that costs least, and up to `limit`
     others that cost little more than it. They are no neighbours: those do similar work, and one may
     go only because the other is there."""
-    cheapest, *others = np.argsort(costs, kind="stable").tolist()  # what is not a number is last
+    cheapest, *others = np.argsort(costs, kind="stable").tolist()  # NaN is last
     removed, most = [cheapest], kl + SPREAD * max(costs[cheapest] - kl, 0)
     for i in others:
         if len(removed) < limit and costs[i] <= most and all(abs(i - j) > 1 for j in removed):
@@ -258,11 +255,12 @@ def heal(
     *,
     dtype: Any = None,
     progress: Callable[[int, int, str], None] = lambda done, total, figure: None,
-) -> Healing:
+) -> tuple[LanguageModel, float, float]:
     """Solves output and down projections of a student with these blocks of the teacher, so that the
     states behind each come close to the teacher's: of the blocks before and after what was removed
     (`seams`), or of all from the first of these (`all`). One block after the other, each reads what
-    the healed ones before it give. An eighth of the windows judges the result."""
+    the healed ones before it give. An eighth of the windows tells the KL before and after; where it
+    did not fall, the student is as it was."""
     rows, seq = calibration.tokens.shape
     solved, step = rows - max(1, rows // 8), max(1, PART // seq)
     judge = Calibration(*(x[solved:] for x in calibration))
@@ -288,7 +286,7 @@ def heal(
         first = end
         progress(k + 1, len(layers), "")
     before, after = (kl_between(teacher, model, judge, dtype) for model in (student, healed))
-    return Healing(healed if after < before else student, before, after)
+    return healed if after < before else student, before, after
 
 
 def blocks_to_heal(layers: Sequence[int], teacher: LanguageModel, how: Heal) -> list[bool]:

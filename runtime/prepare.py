@@ -350,13 +350,15 @@ def choose_or_restore_layers(
         saved = processes.gather(saved)[0]
         same, start = saved.get("facts") == facts, None
         if same:
-            start = students.Choice(tuple(saved["remaining"]), saved["kl"])
+            start = students.Choice(
+                tuple(saved["remaining"]), saved["kl"], tuple(saved["increases"])
+            )
             report.say(f"choice    continued at {len(start.layers)} blocks")
 
         def save(choice: students.Choice) -> None:
             if jax.process_index() == 0:
-                remaining = {"remaining": choice.layers, "kl": choice.kl}
-                files.write_json(rounds, {"facts": facts, **remaining})
+                state = {"remaining": choice.layers, "increases": choice.increases}
+                files.write_json(rounds, {"facts": facts, "kl": choice.kl, **state})
 
         with report.progress("choosing blocks") as progress:
             chosen = students.choose_layers(
@@ -385,14 +387,14 @@ def heal(
     begun, windows = time.monotonic(), -(-config.heal_tokens // config.seq_len)
     text = calibration(corpus, windows)
     with report.progress("healing") as progress:
-        healing = students.heal(
+        healed, before, after = students.heal(
             teacher, student, layers, text, config.student_heal,
             dtype=config.compute_dtype, progress=progress,
         )  # fmt: skip
-    figures = f"KL {healing.before:.3f} before, {healing.after:.3f} after"
-    left_out = ": left out, it is no better" if healing.student is student else ""
+    figures = f"KL {before:.3f} before, {after:.3f} after"
+    left_out = ": left out, it is no better" if healed is student else ""
     report.say(f"healing   {figures} ({time.monotonic() - begun:.1f}s){left_out}")
-    return healing.student
+    return healed
 
 
 def calibration(corpus: data.Corpus, windows: int) -> students.Calibration:
