@@ -270,10 +270,10 @@ def heal(
     if tokens < (inputs := max(config.mlp, config.heads * config.head_dim)):
         need = f"solves for {inputs} inputs of a projection, and has {tokens} tokens to do so"
         raise UserError(f"--student-heal {how} {need}: give more text, or raise --heal-tokens")
-    healed, first = student, 0
+    healed = student
     x, goal = ([first_states(m, part.tokens, dtype) for part in parts] for m in (student, teacher))
     ends, solves = [*layers[1:], teacher.config.layers], blocks_to_heal(layers, teacher, how)
-    for k, (layer, end) in enumerate(zip(layers, ends, strict=True)):
+    for k, (first, layer, end) in enumerate(zip([0, *ends[:-1]], layers, ends, strict=True)):
         for block in range(first, end):
             states = map(partial(block_states, teacher, jnp.array(block)), goal, parts)
             after_attention, goal = map(list, zip(*states, strict=True))
@@ -283,7 +283,6 @@ def heal(
             equations = partial(normal_equations, healed, name, jnp.array(k))
             healed = solve(healed, name, k, map(equations, x, target, parts))
         x = [block_states(healed, jnp.array(k), *both)[1] for both in zip(x, parts, strict=True)]
-        first = end
         progress(k + 1, len(layers), "")
     before, after = (kl_between(teacher, model, judge, dtype) for model in (student, healed))
     return healed if after < before else student, before, after
