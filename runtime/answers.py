@@ -100,13 +100,11 @@ def schema(conversations: Sequence[Any]) -> Any:
     """The columns of a parquet file; their messages have every key that one of these has."""
     import pyarrow.parquet
 
-    try:
+    remedy = "give --out a name that ends in .jsonl"
+    with files.library_errors(f"messages of these prompts do not fit into .parquet: {remedy}"):
         column = pyarrow.array([[{"role": "", "content": ""}], *conversations])
         # Not all that fits into a column fits into a file.
         pyarrow.parquet.write_table(pyarrow.table({"messages": column}), io.BytesIO())
-    except (pyarrow.ArrowException, OverflowError) as error:
-        why = f"messages of these prompts do not fit into .parquet ({error})"
-        raise UserError(f"{why}: give --out a name that ends in .jsonl") from error
     columns = {"prompt": "string", "completion": "string", "messages": column.type}
     return pyarrow.schema([*columns.items(), ("finish_reason", "string"), ("n_tokens", "int32")])
 
@@ -141,37 +139,25 @@ def settings_of(out: Path, settings: Settings) -> dict[str, Any] | None:
         return None
 
 
-@contextlib.contextmanager
-def _hub(name: str) -> Iterator[Any]:
-    """The hub, whose refusals become one line."""
-    from huggingface_hub import HfApi, errors
-
-    try:
-        yield HfApi()
-    except (errors.HfHubHTTPError, errors.HTTPError, OSError, ValueError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        hint = ": log in with `hf auth login` or HF_TOKEN, with the right to write there"
-        cause = files.printable(str(error).strip().partition("\n")[0] or error)
-        raise UserError(f"--push {name}: {cause}{hint if status in (401, 403) else ''}") from error
-
-
 def reserve(name: str) -> None:
     """Makes a data set on the hub, private unless it is there: so a refusal comes early."""
-    with _hub(name) as hub:
-        hub.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
+    from huggingface_hub import create_repo
+
+    with files.library_errors(f"--push {name}: cannot be written"):
+        create_repo(name, repo_type="dataset", private=True, exist_ok=True)
 
 
 def upload(name: str, out: Path, settings: Settings) -> str:
     """Puts a data set on the hub, with a card where there is none; returns its address."""
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     file, model = f"train{out.suffix}", settings["model"]
     card = ["---", "configs:", "- config_name: default", f"  data_files: {file}", "---", ""]
     card += [f"Written by {model} for the prompts of {settings['prompts']}.", ""]
     card += ["| setting | value |", "|---|---|"]
     card += [f"| {key} | {value} |" for key, value in settings.items()]
-    with _hub(name) as hub:
-        operations = [CommitOperationAdd(file, str(out))]
+    hub, operations = HfApi(), [CommitOperationAdd(file, str(out))]
+    with files.library_errors(f"--push {name}: cannot be written"):
         if not hub.file_exists(name, "README.md", repo_type="dataset"):
             operations.append(CommitOperationAdd("README.md", "\n".join([*card, ""]).encode()))
         title = f"Text written by {model}"

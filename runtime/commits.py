@@ -31,39 +31,23 @@ def _ask(name: str, revision: str, kind: str) -> str:
     from huggingface_hub import HfApi, constants, errors
 
     folder = f"{kind}s--{name.replace('/', '--')}"
-    ref, cached = Path(constants.HF_HUB_CACHE, folder, "refs", revision or "main"), ""
-    with contextlib.suppress(OSError):
-        cached = ref.read_text(encoding="utf-8").strip()
-    known = COMMIT.fullmatch(cached) is not None
+    ref = Path(constants.HF_HUB_CACHE, folder, "refs", revision or "main")
+    cached = ref.read_text(encoding="utf-8") if ref.is_file() else None
     try:
-        timeout = 3 if known else 10  # seconds
+        timeout = 3 if cached else 10  # seconds
         info = HfApi().repo_info(name, repo_type=kind, revision=revision or None, timeout=timeout)
     except errors.RevisionNotFoundError:
         raise
-    except (errors.HTTPError, OSError, ValueError) as error:
-        if known:
-            CACHED.add(cached)
-            return cached
-        if getattr(error, "response", None) is not None:
+    except (errors.HTTPError, OSError, ValueError):
+        if not cached:
             raise
-        raise ConnectionError(f"Couldn't reach it ({error}) and no cached snapshot") from error
+        CACHED.add(cached)
+        return cached
     if info.sha != cached:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the cache may be somebody else's
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(info.sha, encoding="utf-8")
     return info.sha
-
-
-def answer(error: BaseException) -> str:
-    """What the hub answered, where that is behind an error, and what to do; else the error."""
-    cause: BaseException | None = error
-    while cause is not None and getattr(cause, "response", None) is None:
-        cause = cause.__cause__ or cause.__context__
-    if cause is None:
-        return files.printable(error)
-    remedy = "if it is private or gated, log in with `hf auth login` or HF_TOKEN"
-    refused = cause.response.status_code in (401, 403, 404)
-    return files.printable(cause) + (f" ({remedy})" if refused else "")
 
 
 def restore(folder: Path) -> None:

@@ -42,6 +42,24 @@ def disk_errors(path: Path, remedy: str = RESUME) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def library_errors(problem: str) -> Iterator[None]:
+    """What a library raises over somebody's file, or its panic, is an error in its own words; or in
+    those of the hub, where its answer is behind it."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None and getattr(cause, "response", None) is None:
+            cause = cause.__cause__ or cause.__context__
+        remedy, status = "", cause and cause.response.status_code
+        if status in (401, 403, 404):
+            remedy = "; if it is private or gated, log in with `hf auth login` or HF_TOKEN"
+        raise UserError(f"{problem} ({printable(cause or error)}{remedy})") from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path, remedy: str = RESUME) -> Iterator[Path]:
     """Yields the path of a partial file or folder, which replaces `path` when the body ends well;
     where the body leaves none, nothing is replaced.

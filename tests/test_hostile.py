@@ -237,13 +237,10 @@ def read_length(path: Path, **options) -> int:
     return sum(len(piece.text) for piece in text.pieces(source, tokenizer, **options))
 
 
-LINE = b"a" * 127 + b"\n"
 BLOCKS = {
     "one line": (b"a", "jsonl", {}, "a line in it is longer than 4 MiB"),
     "one line, compressed": (b"a", "jsonl.gz", {}, "a line in it is longer"),
     "one line of text": (b"a", "txt", {"documents": "line"}, "a line in it is longer"),
-    "one paragraph": (LINE, "txt", {"documents": "paragraph"}, "a paragraph in it is longer"),
-    "blanks": (b" ", "txt", {}, "a stretch of blanks in it is longer"),
 }
 
 
