@@ -5,11 +5,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from runtime import files
-
 COMMITS: dict[str, str] = {}  # by kind, `owner/name` and revision
 CACHED: set[str] = set()  # commits of which the hub said nothing, so that the cache must do
-FILE = "commits.json"  # of a run
 REVISION = r"(?:@(?!.*\.\.)\w[\w./-]*)?"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -48,14 +45,3 @@ def _ask(name: str, revision: str, kind: str) -> str:
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(info.sha, encoding="utf-8")
     return info.sha
-
-
-def restore(folder: Path) -> None:
-    """The commits that a run began with count, not what the hub says now."""
-    if (path := folder / FILE).exists():
-        COMMITS.update(files.read_json(path))
-
-
-def write(folder: Path) -> None:
-    if COMMITS:
-        files.write_json(folder / FILE, COMMITS)

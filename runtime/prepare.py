@@ -28,6 +28,7 @@ from runtime import checkpoint, commits, files, processes, report, target_store
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+CHOICE, COMMITS = "choice.json", "commits.json"  # of a run
 
 
 class Placement(NamedTuple):
@@ -142,8 +143,9 @@ def restore_commits(config: Config) -> None:
     or what they mean now to the first process."""
     for source in (*config.data.source, config.data.eval_source or ""):
         text.hub_commit(source)
-    if config.resume:
-        commits.restore(run_folder(config).path)
+    path = run_folder(config).path / COMMITS
+    if config.resume and path.exists():
+        commits.COMMITS.update(files.read_json(path))
     commits.COMMITS.update(processes.gather(commits.COMMITS)[0])
 
 
@@ -211,7 +213,8 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
 def write_config(folder: files.RunFolder) -> None:
     if jax.process_index() == 0:
         folder.write()
-        commits.write(folder.path)
+        if commits.COMMITS:
+            files.write_json(folder.path / COMMITS, commits.COMMITS)
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:
@@ -313,9 +316,6 @@ def teacher_and_student(
     if student is not None:
         student = jax.device_put(student, sharding.specs(student, mesh, layout.params))
     return teacher if needs_teacher(config) else None, student, layers
-
-
-CHOICE = "choice.json"
 
 
 def choose_or_restore_layers(
