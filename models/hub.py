@@ -352,13 +352,9 @@ def abstract(source: Source) -> LanguageModel:
 
 
 def save(
-    model: LanguageModel,
-    folder: Source,
-    *,
-    tokenizer: Source | None = None,
-    notes: Mapping[str, str] | None = None,
-    shard_size: int = 5_000_000_000,
-) -> None:
+    model: LanguageModel, folder: Source, *, tokenizer: Source | None = None,
+    notes: Mapping[str, str] | None = None, shard_size: int = 5_000_000_000,
+) -> None:  # fmt: skip
     """A checkpoint that Hugging Face tools load, with the tokenizer of another folder or hub id and
     `notes` as further files. It appears when it is whole, in place of an older checkpoint."""
     notes = notes or {}

@@ -174,17 +174,13 @@ def text_blocks(file: Path, progress: Progress) -> Iterator[str]:
 
 
 def text_lines(file: Path, progress: Progress) -> Iterator[str]:
-    rest, size = [], 0
+    rest = ""
     for block in text_blocks(file, progress):
-        first, *others = block.split("\n")
-        rest.append(first)
-        size += len(first)
-        if size > LONGEST:
+        *lines, rest = (rest + block).split("\n")
+        yield from lines
+        if len(rest) > LONGEST:
             raise UserError(f"{file}: a line in it is longer than {LONGEST >> 20} MiB: break it up")
-        for line in others:
-            yield "".join(rest)
-            rest, size = [line], len(line)
-    yield "".join(rest)
+    yield rest
 
 
 def records(part: Path | Source, choose: Choose, progress: Progress) -> Iterator[tuple[str, dict]]:
