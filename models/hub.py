@@ -77,7 +77,7 @@ def fetch(source: Source, *, weights: bool = True) -> Path:
         commit = commits.commit(str(source))
         options = {"revision": commit, "local_files_only": commit in commits.CACHED}
         folder = Path(snapshot_download(name, allow_patterns=wanted, **options))
-        if weights and (shards := sorted(set(index(folder, complete=False).values()))):
+        if weights and (shards := sorted(set(index(folder).values()))):
             snapshot_download(name, allow_patterns=shards, **options)
         return folder
 
@@ -216,7 +216,6 @@ def _sha256(path: Path) -> str:
         value = hashlib.file_digest(file, "sha256").hexdigest()
     if time.time() - stat.st_ctime > 2:  # else it may change again before the clock ticks
         with contextlib.suppress(UserError, OSError):
-            memory.parent.mkdir(parents=True, exist_ok=True)
             files.write_json(memory, {"sha256": value})
     return value
 
@@ -250,9 +249,8 @@ def seq_len(asked: int | None, usual: int, *sources: Source) -> int:
     return usual if asked is None else asked
 
 
-def index(folder: Path, *, complete: bool = True) -> dict[str, str]:
-    """The file of each tensor of a checkpoint in shards, all of them there if it is `complete`; of
-    any other checkpoint, nothing."""
+def index(folder: Path) -> dict[str, str]:
+    """The file of each tensor of a checkpoint in shards; of any other checkpoint, nothing."""
     path = folder / INDEX
     if (folder / SINGLE).exists() or not path.exists():
         return {}
@@ -260,8 +258,7 @@ def index(folder: Path, *, complete: bool = True) -> dict[str, str]:
     if not isinstance(shards, dict):
         raise UserError(f"{path}: weight_map must give the file of each tensor")
     for name in shards.values():
-        spelled = isinstance(name, str) and SHARD.fullmatch(name)
-        if not spelled or (complete and not (folder / name).parent.is_dir()):
+        if not (isinstance(name, str) and SHARD.fullmatch(name)):
             what = reprlib.repr(name)
             raise UserError(f"{path}: {what} is not the name of a safetensors file beside it")
     files.check_links(folder, (folder / name for name in set(shards.values())))

@@ -33,11 +33,11 @@ class Journal(contextlib.ExitStack):
 
     def __init__(self, out: Path, settings: Settings, *, resume: bool = True):
         super().__init__()
-        self.path, self.lock = journal_path(out), out.with_name(f".{out.name}.lock")
+        self.path = journal_path(out)
         self.offsets: dict[tuple[int, int], int] = {}  # of the answer to a prompt, by its sample
         end = 0
         with contextlib.ExitStack() as opened, files.disk_errors(self.path, REMEDY):
-            opened.enter_context(files.lock(self.lock, out))
+            opened.enter_context(files.lock(self.path, out))
             # Without a buffer, which closing would write again.
             self.file = opened.enter_context(open(self.path, "ab", 0, opener=files.no_follow))
             with self.path.open("rb") as lines:
@@ -79,7 +79,6 @@ class Journal(contextlib.ExitStack):
     def remove(self) -> None:
         """Once its answers are in the data set."""
         self.path.unlink()
-        self.lock.unlink()
 
 
 def is_journal(line: bytes, settings: Settings) -> bool:

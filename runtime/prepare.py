@@ -189,9 +189,9 @@ def check_processes(folder: files.RunFolder) -> None:
 def last_step(config: Config, folder: files.RunFolder) -> int | None:
     """The step of the last checkpoint of a run, which must have been made by the same settings."""
     check_processes(folder)
-    last = checkpoint.latest(folder.path / "checkpoints")
+    last, previous = checkpoint.latest(folder.path / "checkpoints"), folder.previous()
     changed = folder.changed()
-    if last is not None and folder.previous() is None:
+    if last is not None and previous is None:
         remedy = "restore it, or begin anew with --no-resume"
         raise UserError(f"{folder.path} has checkpoints, but no config.json: {remedy}")
     if last is None:
@@ -204,8 +204,7 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
         raise UserError(f"{folder.path} has other settings ({'; '.join(changed)}): {remedy}")
     if changed:
         report.say(f"continued anyway: {'; '.join(changed)}")
-    steps = (folder.previous() or {}).get("steps")
-    if steps not in (None, config.steps):
+    if (steps := previous.get("steps", config.steps)) != config.steps:
         report.say(f"--steps was {steps}: schedules now end at {config.steps}")
     return last
 

@@ -210,7 +210,6 @@ def open_or_create(targets: Targets) -> Targets:
             remedy = "give the same flags, or another --out"
             raise UserError(f"{folder} has other settings ({changed}): {remedy}")
         return previous
-    folder.mkdir(parents=True, exist_ok=True)
     for path in (*folder.glob(INDEX), *folder.glob("*.targets")):
         remedy = "move it away, or give another --out"
         raise UserError(f"{folder}: {path.name} is in it, but no {MANIFEST}: {remedy}")
