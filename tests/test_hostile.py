@@ -82,7 +82,7 @@ def test_a_shard_that_is_a_link(tmp_path):
     assert "link that leads out of" in refusal(models.load, tmp_path / "model")
 
 
-OUTSIDE = ["../outside.safetensors", "/tmp/outside.safetensors", "a/b.safetensors", "..", "\0"]
+OUTSIDE = ["../outside.safetensors", "/tmp/outside.safetensors", "..", "\0"]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

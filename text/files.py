@@ -18,7 +18,7 @@ from typing import Any
 
 from runtime import commits, report
 from runtime.errors import UserError
-from runtime.files import check_links, digest, library_errors, local_path, resolve
+from runtime.files import check_links, digest, library_errors, local_path
 
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -111,7 +111,7 @@ def find(name: str, *, streaming: bool = False) -> Source:
         if folder:
             # A folder that is a link is not read, but refused where it leads out.
             paths = [x for x in paths if kind(x) or (os.path.islink(x) and os.path.isdir(x))]
-        targets = check_links(folder, paths) if folder else resolve(paths)
+        targets = check_links(folder, paths)
         facts = [  # a file that another replaced may have its size and its date
             (path, target, x.st_size, x.st_mtime_ns, x.st_ctime_ns, x.st_ino)
             for path, (target, x) in zip(paths, targets, strict=True)
