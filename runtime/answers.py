@@ -41,7 +41,8 @@ class Journal(contextlib.ExitStack):
             # Without a buffer, which closing would write again.
             self.file = opened.enter_context(open(self.path, "ab", 0, opener=files.no_follow))
             with self.path.open("rb") as lines:
-                foreign = [] if is_journal(lines.readline(), settings) else [self.path]
+                begins = f"{json.dumps(settings)}\n".encode().startswith(lines.readline())
+                foreign = [] if begins or settings_of(self.path, settings) else [self.path]
                 if out.suffix == ".jsonl" and settings_of(out, settings) is None:
                     foreign += filter(os.path.lexists, [out.with_suffix(SIDECAR)])
                 if foreign:
@@ -56,7 +57,7 @@ class Journal(contextlib.ExitStack):
                     except (ValueError, KeyError, TypeError):
                         break
                     if not end:
-                        check_settings(out, record if isinstance(record, dict) else None, settings)
+                        check_settings(out, record, settings)
                     end += len(line)
             self.file.truncate(end)
             if not end:
@@ -79,16 +80,6 @@ class Journal(contextlib.ExitStack):
     def remove(self) -> None:
         """Once its answers are in the data set."""
         self.path.unlink()
-
-
-def is_journal(line: bytes, settings: Settings) -> bool:
-    """Whether a file that begins with this line, perhaps cut off, is a journal and no other's."""
-    if f"{json.dumps(settings)}\n".encode().startswith(line):
-        return True
-    try:
-        return json.loads(line).keys() == settings.keys()
-    except (ValueError, AttributeError):
-        return False
 
 
 def journal_path(out: Path) -> Path:
@@ -125,12 +116,15 @@ def save(out: Path, rows: Iterable[dict[str, Any]], columns: Any, settings: Sett
 
 
 def settings_of(out: Path, settings: Settings) -> dict[str, Any] | None:
-    """The settings of these names that a data set was written by; None where it has none."""
+    """The settings of these names that a data set or journal is from; None where it has none."""
     import pyarrow.parquet
 
     try:
         if out.suffix == ".jsonl":
             before = json.loads(out.with_suffix(SIDECAR).read_bytes())
+        elif out.suffix == ".journal":
+            with out.open("rb") as lines:
+                before = json.loads(lines.readline())
         else:
             before = json.loads(pyarrow.parquet.read_schema(out).metadata[b"generation"])
         return before if before.keys() == settings.keys() else None
