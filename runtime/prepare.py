@@ -328,9 +328,8 @@ def choose_or_restore_layers(
         ascending = isinstance(layers, list) and [x for x in range(depth) if x in layers]
         if not ascending or layers != ascending or len(layers) != config.student_layers:
             what = f"{config.student_layers} blocks of 0 to {depth - 1}"
-            misfit = f"expected the choice of {what}, found {layers}"
             remedy = "give --student-layers as at the beginning, or begin anew with --no-resume"
-            raise UserError(f"{path}: {misfit}: {remedy}")
+            raise UserError(f"{path}: expected the choice of {what}, found {layers}: {remedy}")
     else:
         begun = time.monotonic()
         windows = data.batch(corpus, 0, min(config.calibration_windows, corpus.windows))
