@@ -74,8 +74,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         arrays, args = _named(state), _orbax().args
         kinds = {key: [list(x.shape), x.dtype.name, checksum(x)] for key, x in arrays.items()}
         manifest = json.dumps({"step": step, "extra": extra, "arrays": kinds})
-        self._writing = self.folder / str(step)
-        if self._cannot_begin(step):
+        self._writing, self._refused = self.folder / str(step), self._obstacle(step)
+        if self._refused:
             return
         if jax.process_index() == 0 and self._writing.exists():  # damaged, or of a run given up
             self._writing.rename(self._writing.with_name(f"{step}.removed"))
@@ -83,30 +83,29 @@ class Checkpoints(contextlib.AbstractContextManager):
         parts = args.Composite(arrays=args.PyTreeSave(arrays), manifest=sealed)
         self._writer.save(self._writing, args=parts)
 
-    def _cannot_begin(self, step: int) -> bool:
-        """Whether no folder can be made here: Orbax would wait for it five minutes, in a thread
-        that outlives the program."""
-        names, self._refused = (f"{step}", f"{step}.removed"), None
+    def _obstacle(self, step: int) -> OSError | None:
+        """Why no folder can be made here: Orbax would wait for it five minutes, in a thread that
+        outlives the program."""
+        error = None
         try:
             if jax.process_index() == 0:
-                for path in (self.folder / name for name in names):
+                for path in (self.folder / f"{step}", self.folder / f"{step}.removed"):
                     if os.path.lexists(path) and not _is_ours(path):
                         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
                 path.mkdir(parents=True, exist_ok=True)
                 path.rmdir()
-        except OSError as error:
-            self._refused = error
-        refused = process_allgather(self._refused is not None).any()
-        if refused and self._refused is None:
-            self._refused = OSError("the first process cannot make it")
-        return bool(refused)
+        except OSError as caught:
+            error = caught
+        if process_allgather(error is not None).any():
+            return error or OSError("the first process cannot make it")
+        return None
 
     def wait(self) -> None:
         """Returns once the last save is on disk; a `UserError` if it could not be written."""
         path, self._writing = self._writing, None
         try:
-            if refused := self._refused:
-                self._refused = None
+            refused, self._refused = self._refused, None
+            if refused:
                 raise refused
             self._writer.wait_until_finished()
             if path is not None and jax.process_index() == 0:  # before older ones are removed
