@@ -58,14 +58,10 @@ def _sums(model, teacher, batch, *, dtype, chunk) -> dict[str, jax.Array]:
 
 
 def evaluate(
-    model: LanguageModel,
-    teacher: LanguageModel | None,
-    batches: Iterable[data.Batch],
-    *,
+    model: LanguageModel, teacher: LanguageModel | None, batches: Iterable[data.Batch], *,
     to_device: Callable[[data.Batch], data.Batch] = lambda batch: batch,
-    dtype: Any = None,
-    chunk: int | None = None,
-) -> dict[str, int | float]:
+    dtype: Any = None, chunk: int | None = None,
+) -> dict[str, int | float]:  # fmt: skip
     """Means over all counted tokens of all batches; exact however they are cut into batches.
 
     The teacher's side is that of the batch's signal where `to_device` adds one.

@@ -1,10 +1,10 @@
 """A training step against the same step written plainly in PyTorch with transformers.
 
-    python -m benchmarks.step [--shapes L B] [--steps 8]
+    python -m benchmarks.step [--shapes L B] [--steps 8] [--rows 4] [--seq 256]
 
 Each side runs in a process of its own and measures the peak of a matrix product there. Shape L is a
 Llama (vocabulary 32000, hidden 512, 8 to 4 layers), B a BLOOM (vocabulary 250880, hidden 256, 8 to
-4 layers); batch 4 x 256, float32, AdamW, half divergence and half cross entropy.
+4 layers); float32, AdamW, half divergence and half cross entropy.
 """
 
 import argparse
@@ -160,13 +160,16 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--child", choices=["ours", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, default=BATCH)
+    parser.add_argument("--seq", type=int, default=SEQ)
     args = parser.parse_args()
+    globals().update(BATCH=args.rows, SEQ=args.seq)
     if args.child:
         print(json.dumps({"ours": ours, "plain": plain}[args.child](args.shapes[0], args.steps)))
         return
     print("| shape | figure | ours | PyTorch | ratio |\n|---|---|---:|---:|---:|")
     for shape in args.shapes:
-        compare("benchmarks.step", shape, steps=args.steps)
+        compare("benchmarks.step", shape, steps=args.steps, rows=args.rows, seq=args.seq)
 
 
 if __name__ == "__main__":

@@ -46,16 +46,19 @@ class Cache(eqx.Module):
         self, layer: Int[Array, ""], index: Int[Array, "batch seq"], keys: Array, values: Array
     ) -> "Cache":
         """With the keys and values of one layer put at `index`; past the capacity they are lost."""
+        at = jnp.stack([jnp.broadcast_to(layer, index.shape), index], axis=-1)
 
-        def write_row(old_keys, old_values, index, keys, values):
-            keys = old_keys.at[layer, :, :, index].set(keys, mode="drop")
-            return keys, old_values.at[layer, :, index].set(values, mode="drop")
+        def put(old, new, where):
+            # The batch is a dimension of the scatter, no index: else it would be gathered where it
+            # is split. By `jax.vmap`, GPUs would transpose the whole cache.
+            axes = jax.lax.ScatterDimensionNumbers(
+                update_window_dims=(2, 3), inserted_window_dims=(0, where),
+                operand_batching_dims=(1,), scatter_indices_batching_dims=(0,),
+                scatter_dims_to_operand_dims=(0, where),
+            )  # fmt: skip
+            return jax.lax.scatter(old, at, new.astype(old.dtype), axes, mode="drop")
 
-        # Row by row: with indices of rows, all rows would be gathered where they are split.
-        old = self.keys, self.values
-        new = keys.astype(self.keys.dtype), values.astype(self.values.dtype)
-        keys, values = jax.vmap(write_row, (1, 1, 0, 0, 0), 1)(*old, index, *new)
-        return Cache(keys, values, self.length)
+        return Cache(put(self.keys, keys, 4), put(self.values, values, 3), self.length)
 
 
 class Positions(eqx.Module):

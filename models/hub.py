@@ -61,32 +61,25 @@ def fetch(source: Source, *, weights: bool = True) -> Path:
     """The local folder of a folder or a hub id (`owner/name`, `owner/name@revision`), downloaded
     where the cache lacks it; without `weights` only config and tokenizer."""
     wanted = ["config.json", GENERATION, *TOKENIZER, *((SINGLE, INDEX) if weights else ())]
-    try:
-        path = files.local_path(source)
-        if path.is_dir():
-            # A folder may come from a stranger, and what it holds is copied into a student's.
-            names = (*wanted, INDEX, "*.safetensors")
-            files.check_links(path, (file for name in names for file in path.glob(name)))
-            return path
-    except (OSError, ValueError):
-        pass  # a path as no file can have it
+    path = files.local_path(source)
+    if os.path.isdir(path):
+        # A folder may come from a stranger, and what it holds is copied into a student's.
+        names = (*wanted, INDEX, "*.safetensors")
+        files.check_links(path, (file for name in names for file in path.glob(name)))
+        return path
     if not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?" + commits.REVISION, str(source)):
         what = files.printable(source)
         raise UserError(f"{what}: no such folder, and no hub id (owner/name, owner/name@revision)")
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    name = str(source).partition("@")[0]
-    try:
-        with report.progress(f"fetching {name}"):
-            commit = commits.commit(str(source))
-            options = {"revision": commit, "local_files_only": commit in commits.CACHED}
-            folder = Path(snapshot_download(name, allow_patterns=wanted, **options))
-            if weights and (shards := sorted(set(index(folder, complete=False).values()))):
-                snapshot_download(name, allow_patterns=shards, **options)
-            return folder
-    except (errors.HTTPError, OSError, ValueError) as error:
-        why = f"could not be fetched: {commits.answer(error)}"
-        raise UserError(f"{source} is no folder here and {why}") from None
+    name, problem = str(source).partition("@")[0], "is no folder here and could not be fetched"
+    with files.library_errors(f"{source} {problem}"), report.progress(f"fetching {name}"):
+        commit = commits.commit(str(source))
+        options = {"revision": commit, "local_files_only": commit in commits.CACHED}
+        folder = Path(snapshot_download(name, allow_patterns=wanted, **options))
+        if weights and (shards := sorted(set(index(folder).values()))):
+            snapshot_download(name, allow_patterns=shards, **options)
+        return folder
 
 
 class Tensor(NamedTuple):
@@ -106,11 +99,9 @@ class Tensor(NamedTuple):
     def read(self, rows: range) -> np.ndarray:
         width = math.prod(self.shape[1:])
         start = self.start + rows.start * width * self.dtype.itemsize
-        try:
+        with files.library_errors(f"{self.file} changed while it was read"):
             numbers = np.fromfile(self.file, self.dtype, len(rows) * width, offset=start)
             return numbers.reshape(len(rows), *self.shape[1:])
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.file} changed while it was read, {error}") from None
 
 
 class Leaf(NamedTuple):
@@ -225,7 +216,6 @@ def _sha256(path: Path) -> str:
         value = hashlib.file_digest(file, "sha256").hexdigest()
     if time.time() - stat.st_ctime > 2:  # else it may change again before the clock ticks
         with contextlib.suppress(UserError, OSError):
-            memory.parent.mkdir(parents=True, exist_ok=True)
             files.write_json(memory, {"sha256": value})
     return value
 
@@ -259,9 +249,8 @@ def seq_len(asked: int | None, usual: int, *sources: Source) -> int:
     return usual if asked is None else asked
 
 
-def index(folder: Path, *, complete: bool = True) -> dict[str, str]:
-    """The file of each tensor of a checkpoint in shards, all of them there if it is `complete`; of
-    any other checkpoint, nothing."""
+def index(folder: Path) -> dict[str, str]:
+    """The file of each tensor of a checkpoint in shards; of any other checkpoint, nothing."""
     path = folder / INDEX
     if (folder / SINGLE).exists() or not path.exists():
         return {}
@@ -269,8 +258,7 @@ def index(folder: Path, *, complete: bool = True) -> dict[str, str]:
     if not isinstance(shards, dict):
         raise UserError(f"{path}: weight_map must give the file of each tensor")
     for name in shards.values():
-        spelled = isinstance(name, str) and SHARD.fullmatch(name)
-        if not spelled or (complete and not (folder / name).parent.is_dir()):
+        if not (isinstance(name, str) and SHARD.fullmatch(name)):
             what = reprlib.repr(name)
             raise UserError(f"{path}: {what} is not the name of a safetensors file beside it")
     files.check_links(folder, (folder / name for name in set(shards.values())))
@@ -300,15 +288,15 @@ def read_index(folder: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def read_header(path: Path) -> list[Tensor]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, "numpy") as file:
-            parts = {name: file.get_slice(name) for name in file.offset_keys()}
-            described = [(name, x.get_dtype(), tuple(x.get_shape())) for name, x in parts.items()]
+    with (
+        files.library_errors(f"{path}: not a whole safetensors file"),
+        safe_open(path, "numpy") as file,
+    ):
+        parts = {name: file.get_slice(name) for name in file.offset_keys()}
+        described = [(name, x.get_dtype(), tuple(x.get_shape())) for name, x in parts.items()]
         end = path.stat().st_size
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a whole safetensors file, {files.printable(error)}") from None
     tensors = []
     for name, code, shape in reversed(described):
         if code not in DTYPES:
@@ -361,13 +349,9 @@ def abstract(source: Source) -> LanguageModel:
 
 
 def save(
-    model: LanguageModel,
-    folder: Source,
-    *,
-    tokenizer: Source | None = None,
-    notes: Mapping[str, str] | None = None,
-    shard_size: int = 5_000_000_000,
-) -> None:
+    model: LanguageModel, folder: Source, *, tokenizer: Source | None = None,
+    notes: Mapping[str, str] | None = None, shard_size: int = 5_000_000_000,
+) -> None:  # fmt: skip
     """A checkpoint that Hugging Face tools load, with the tokenizer of another folder or hub id and
     `notes` as further files. It appears when it is whole, in place of an older checkpoint."""
     notes = notes or {}
@@ -400,23 +384,18 @@ def save(
 
 def check_replaceable(folder: Source, notes: Iterable[str] = ()) -> Path:
     """Where `save` would write a checkpoint: a link is followed; what is not ours is refused."""
+    ours = ("config.json", GENERATION, "README.md", *TOKENIZER, *WEIGHTS, *notes)
     with files.disk_errors(Path(folder), ""):
         folder = Path(os.path.realpath(files.local_path(folder)))  # of a loop, the link
-        if not replaceable(folder, notes):
+        is_folder, present = folder.is_dir(), set()
+        if is_folder:
+            present = {path.name for path in folder.iterdir()}
+        whole = "config.json" in present and not present.isdisjoint(WEIGHTS)
+        foreign = [x for x in present if not any(fnmatch(x, own) for own in ours)]
+        if (present and not whole) or foreign or (not is_folder and os.path.lexists(folder)):
             what = "more than a checkpoint, so not replaced"
             raise UserError(f"{folder}: {what}: move it away, or choose another name")
     return folder
-
-
-def replaceable(folder: Path, notes: Iterable[str] = ()) -> bool:
-    """There is nothing, or a checkpoint alone: a clone, a run, or somebody's own file is more."""
-    if not folder.is_dir():
-        return not os.path.lexists(folder)
-    present = {path.name: path.is_file() for path in folder.iterdir()}
-    ours = ("config.json", GENERATION, "README.md", *TOKENIZER, *WEIGHTS, *notes)
-    alone = all(is_file and any(fnmatch(x, own) for own in ours) for x, is_file in present.items())
-    whole = "config.json" in present and not present.keys().isdisjoint(WEIGHTS)
-    return not present or (alone and whole)
 
 
 def separate(model: LanguageModel) -> Iterator[jax.Array]:

@@ -33,15 +33,16 @@ class Journal(contextlib.ExitStack):
 
     def __init__(self, out: Path, settings: Settings, *, resume: bool = True):
         super().__init__()
-        self.path, self.lock = journal_path(out), out.with_name(f".{out.name}.lock")
+        self.path = journal_path(out)
         self.offsets: dict[tuple[int, int], int] = {}  # of the answer to a prompt, by its sample
         end = 0
         with contextlib.ExitStack() as opened, files.disk_errors(self.path, REMEDY):
-            opened.enter_context(files.lock(self.lock, out))
+            opened.enter_context(files.lock(self.path, out))
             # Without a buffer, which closing would write again.
             self.file = opened.enter_context(open(self.path, "ab", 0, opener=files.no_follow))
             with self.path.open("rb") as lines:
-                foreign = [] if is_journal(lines.readline(), settings) else [self.path]
+                begins = f"{json.dumps(settings)}\n".encode().startswith(lines.readline())
+                foreign = [] if begins or settings_of(self.path, settings) else [self.path]
                 if out.suffix == ".jsonl" and settings_of(out, settings) is None:
                     foreign += filter(os.path.lexists, [out.with_suffix(SIDECAR)])
                 if foreign:
@@ -56,7 +57,7 @@ class Journal(contextlib.ExitStack):
                     except (ValueError, KeyError, TypeError):
                         break
                     if not end:
-                        check_settings(out, record if isinstance(record, dict) else None, settings)
+                        check_settings(out, record, settings)
                     end += len(line)
             self.file.truncate(end)
             if not end:
@@ -79,17 +80,6 @@ class Journal(contextlib.ExitStack):
     def remove(self) -> None:
         """Once its answers are in the data set."""
         self.path.unlink()
-        self.lock.unlink()
-
-
-def is_journal(line: bytes, settings: Settings) -> bool:
-    """Whether a file that begins with this line, perhaps cut off, is a journal and no other's."""
-    if f"{json.dumps(settings)}\n".encode().startswith(line):
-        return True
-    try:
-        return json.loads(line).keys() == settings.keys()
-    except (ValueError, AttributeError):
-        return False
 
 
 def journal_path(out: Path) -> Path:
@@ -100,13 +90,11 @@ def schema(conversations: Sequence[Any]) -> Any:
     """The columns of a parquet file; their messages have every key that one of these has."""
     import pyarrow.parquet
 
-    try:
+    remedy = "give --out a name that ends in .jsonl"
+    with files.library_errors(f"messages of these prompts do not fit into .parquet: {remedy}"):
         column = pyarrow.array([[{"role": "", "content": ""}], *conversations])
         # Not all that fits into a column fits into a file.
         pyarrow.parquet.write_table(pyarrow.table({"messages": column}), io.BytesIO())
-    except (pyarrow.ArrowException, OverflowError) as error:
-        why = f"messages of these prompts do not fit into .parquet ({error})"
-        raise UserError(f"{why}: give --out a name that ends in .jsonl") from error
     columns = {"prompt": "string", "completion": "string", "messages": column.type}
     return pyarrow.schema([*columns.items(), ("finish_reason", "string"), ("n_tokens", "int32")])
 
@@ -128,12 +116,15 @@ def save(out: Path, rows: Iterable[dict[str, Any]], columns: Any, settings: Sett
 
 
 def settings_of(out: Path, settings: Settings) -> dict[str, Any] | None:
-    """The settings of these names that a data set was written by; None where it has none."""
+    """The settings of these names that a data set or journal is from; None where it has none."""
     import pyarrow.parquet
 
     try:
         if out.suffix == ".jsonl":
             before = json.loads(out.with_suffix(SIDECAR).read_bytes())
+        elif out.suffix == ".journal":
+            with out.open("rb") as lines:
+                before = json.loads(lines.readline())
         else:
             before = json.loads(pyarrow.parquet.read_schema(out).metadata[b"generation"])
         return before if before.keys() == settings.keys() else None
@@ -141,37 +132,25 @@ def settings_of(out: Path, settings: Settings) -> dict[str, Any] | None:
         return None
 
 
-@contextlib.contextmanager
-def _hub(name: str) -> Iterator[Any]:
-    """The hub, whose refusals become one line."""
-    from huggingface_hub import HfApi, errors
-
-    try:
-        yield HfApi()
-    except (errors.HfHubHTTPError, errors.HTTPError, OSError, ValueError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        hint = ": log in with `hf auth login` or HF_TOKEN, with the right to write there"
-        cause = files.printable(str(error).strip().partition("\n")[0] or error)
-        raise UserError(f"--push {name}: {cause}{hint if status in (401, 403) else ''}") from error
-
-
 def reserve(name: str) -> None:
     """Makes a data set on the hub, private unless it is there: so a refusal comes early."""
-    with _hub(name) as hub:
-        hub.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
+    from huggingface_hub import HfApi
+
+    with files.library_errors(f"--push {name}: cannot be written"):
+        HfApi().create_repo(name, repo_type="dataset", private=True, exist_ok=True)
 
 
 def upload(name: str, out: Path, settings: Settings) -> str:
     """Puts a data set on the hub, with a card where there is none; returns its address."""
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     file, model = f"train{out.suffix}", settings["model"]
     card = ["---", "configs:", "- config_name: default", f"  data_files: {file}", "---", ""]
     card += [f"Written by {model} for the prompts of {settings['prompts']}.", ""]
     card += ["| setting | value |", "|---|---|"]
     card += [f"| {key} | {value} |" for key, value in settings.items()]
-    with _hub(name) as hub:
-        operations = [CommitOperationAdd(file, str(out))]
+    hub, operations = HfApi(), [CommitOperationAdd(file, str(out))]
+    with files.library_errors(f"--push {name}: cannot be written"):
         if not hub.file_exists(name, "README.md", repo_type="dataset"):
             operations.append(CommitOperationAdd("README.md", "\n".join([*card, ""]).encode()))
         title = f"Text written by {model}"

@@ -29,12 +29,10 @@ from jaxtyping import Array, PyTree, Shaped, UInt32
 from runtime import files
 from runtime.errors import UserError
 
-# While a step is saved again, its older checkpoint is `<step>.old`: second choice, but it counts.
-FINISHED = re.compile(r"(\d+)(\.old)?")
 PART = re.compile(r"(arrays|manifest|_CHECKPOINT_METADATA|commit_success.txt)(\..*tmp.*)?")
 UNREADABLE = {getattr(errno, x) for x in "EACCES EPERM EIO ESTALE ENOTDIR ELOOP".split()}
 LARGEST = 1 << 28  # bytes of a file that holds no arrays: it is read at once
-LEFTOVER = re.compile(r"\d+(\.old)?\.(orbax-checkpoint-tmp.*|removed)")
+LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|removed)")
 
 
 def lock(folder: str | Path) -> contextlib.AbstractContextManager[None]:
@@ -76,41 +74,38 @@ class Checkpoints(contextlib.AbstractContextManager):
         arrays, args = _named(state), _orbax().args
         kinds = {key: [list(x.shape), x.dtype.name, checksum(x)] for key, x in arrays.items()}
         manifest = json.dumps({"step": step, "extra": extra, "arrays": kinds})
-        self._writing = self.folder / str(step)
-        if self._cannot_begin(step):
+        self._writing, self._refused = self.folder / str(step), self._obstacle(step)
+        if self._refused:
             return
-        if jax.process_index() == 0 and self._writing.exists():
-            old = self._writing.with_name(f"{step}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            self._writing.rename(old)
+        if jax.process_index() == 0 and self._writing.exists():  # damaged, or of a run given up
+            self._writing.rename(self._writing.with_name(f"{step}.removed"))
         sealed = args.JsonSave({"text": manifest, "digest": _digest(manifest)})
         parts = args.Composite(arrays=args.PyTreeSave(arrays), manifest=sealed)
         self._writer.save(self._writing, args=parts)
 
-    def _cannot_begin(self, step: int) -> bool:
-        """Whether no folder can be made here: Orbax would wait for it five minutes, in a thread
-        that outlives the program."""
-        names, self._refused = (f"{step}", f"{step}.old", f"{step}.removed"), None
+    def _obstacle(self, step: int) -> OSError | None:
+        """Why no folder can be made here: Orbax would wait for it five minutes, in a thread that
+        outlives the program."""
+        error = None
         try:
             if jax.process_index() == 0:
-                for path in (self.folder / name for name in names):
+                for path in (self.folder / f"{step}", self.folder / f"{step}.removed"):
                     if os.path.lexists(path) and not _is_ours(path):
                         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
                 path.mkdir(parents=True, exist_ok=True)
                 path.rmdir()
-        except OSError as error:
-            self._refused = error
-        refused = process_allgather(self._refused is not None).any()
-        if refused and self._refused is None:
-            self._refused = OSError("the first process cannot make it")
-        return bool(refused)
+        except OSError as caught:
+            error = caught
+        if process_allgather(error is not None).any():
+            return error or OSError("the first process cannot make it")
+        return None
 
     def wait(self) -> None:
         """Returns once the last save is on disk; a `UserError` if it could not be written."""
         path, self._writing = self._writing, None
         try:
-            if refused := self._refused:
-                self._refused = None
+            refused, self._refused = self._refused, None
+            if refused:
                 raise refused
             self._writer.wait_until_finished()
             if path is not None and jax.process_index() == 0:  # before older ones are removed
@@ -130,7 +125,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if path is not None and jax.process_index() == 0:
             # Later ones are those of a run that was given up.
             paths, step = _finished(self.folder), int(path.name)
-            newest = [x for x in paths if not x.suffix and int(x.name) <= step][: self.keep]
+            newest = [x for x in paths if int(x.name) <= step][: self.keep]
             for other in set(paths) - set(newest):
                 other.rename(other.with_name(f"{other.name}.removed"))  # at once, for its readers
             _clean(self.folder)
@@ -177,12 +172,11 @@ def restore(folder: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any], i
                     misfit = f"{wanted.get(name, 'none')}, found {kinds.get(name, 'none')}"
                     remedy = "continue with the model and optimizer it was made with"
                     raise UserError(f"{path}: expected {name} to be {misfit}: {remedy}")
-            arrays = {name: _load(path, name, leaf) for name, leaf in leaves.items()}
+            with _readable(path):
+                arrays = {name: _load(path, name, leaf) for name, leaf in leaves.items()}
         except (UserError, MemoryError, jax.errors.JaxRuntimeError):
             raise  # no fault of the file's
         except Exception as error:  # a broken file may raise anything
-            if number := re.search(r"\[os_error_code='(\d+)'\]", str(error)):
-                _check_damaged(path, int(number[1]))
             reason = _reason(error)
         if not process_allgather(reason is None).all():
             reason = reason or "another process cannot read it"
@@ -200,27 +194,18 @@ def restore(folder: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any], i
 def _finished(folder: str | Path) -> list[Path]:
     """The checkpoints that were written to their end, newest first."""
     folder, names = Path(folder).absolute(), []
-    try:
+    with contextlib.suppress(FileNotFoundError), _readable(folder):
         names = os.listdir(folder)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        _check_damaged(folder, error.errno)
-        raise
-    paths = [folder / name for name in names if FINISHED.fullmatch(name)]
-    paths = [path for path in paths if _is_ours(path)]
-    return sorted(paths, key=lambda path: (int(path.stem), not path.suffix), reverse=True)
+    paths = [folder / name for name in names if re.fullmatch(r"\d+", name)]
+    return sorted(filter(_is_ours, paths), key=lambda path: int(path.name), reverse=True)
 
 
 def _is_ours(path: Path) -> bool:
     """Whether this is a folder that holds nothing but parts of a checkpoint, none if it is torn."""
-    try:
-        return not path.is_symlink() and all(map(PART.fullmatch, os.listdir(path)))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        _check_damaged(path, error.errno)
-        raise
+    with contextlib.suppress(FileNotFoundError), _readable(path):
+        is_folder = path.is_dir() and not path.is_symlink()
+        return is_folder and all(map(PART.fullmatch, os.listdir(path)))
+    return False
 
 
 def _newest_first(folder: str | Path) -> Iterator[Path]:
@@ -232,33 +217,36 @@ def _newest_first(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"{folder}: expected a checkpoint, {damaged}: {remedy}")
 
 
-def _check_damaged(path: Path, number: int | None) -> None:
-    """Refuses what may be whole, but cannot be read now, by the number of an `OSError`."""
-    if number in UNREADABLE:
-        remedy = "give permission or mount its disk anew; to do without it, move it away"
-        raise UserError(f"{path}: cannot be read ({os.strerror(number)}): {remedy}")
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Refuses what may be whole, but cannot be read now: an `OSError`, or one of tensorstore's."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+        number = getattr(error, "errno", None) or (number and int(number[1]))
+        if number in UNREADABLE:
+            remedy = "give permission or mount its disk anew; to do without it, move it away"
+            raise UserError(f"{path}: cannot be read ({os.strerror(number)}): {remedy}") from error
+        raise
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself; a `ValueError` where that cannot be trusted."""
     try:
-        for entry in (path, *path.rglob("*")):
-            if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-                raise ValueError(f"{entry.name} is neither a file nor a folder")
-            if entry.is_file():
+        with _readable(path):
+            for entry in (path, *path.rglob("*")):
+                if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+                    raise ValueError(f"{entry.name} is neither a file nor a folder")
                 if entry.parent.name != "d" and entry.stat().st_size > LARGEST:
                     raise ValueError(f"{entry.name} is too large")
-                open(entry, "rb").close()
-            else:
-                os.listdir(entry)  # rglob passes over a folder that it may not read
-        stored = json.loads((path / "manifest" / "metadata").read_text(encoding="utf-8"))
-        manifest = json.loads(stored["text"])
-        if _digest(stored["text"]) != stored["digest"] or manifest["step"] != int(path.stem):
-            raise ValueError("it is not the one that was written")
+            stored = json.loads((path / "manifest" / "metadata").read_text(encoding="utf-8"))
+            manifest = json.loads(stored["text"])
+            if _digest(stored["text"]) != stored["digest"] or manifest["step"] != int(path.name):
+                raise ValueError("it is not the one that was written")
+            return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        _check_damaged(path, getattr(error, "errno", None))
         raise ValueError(f"no manifest can be read ({_reason(error)})") from error
-    return manifest
 
 
 def _load(path: Path, name: str, like) -> Array:

@@ -22,11 +22,8 @@ class UserError(Exception):
 
 def run(main: Callable[[], object]) -> None:
     """Calls `main`; a `UserError` ends the program with one line and status 2, Ctrl-C with 130."""
-    for number in range(3):  # a closed one would be the next file opened, and libraries print there
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    while os.open(os.devnull, os.O_RDWR) < 3:  # else a closed one would be the next file opened,
+        pass  # and libraries print there
     screens = _Screen(sys.stdout, BrokenPipeError), _Screen(sys.stderr, OSError)
     with contextlib.redirect_stdout(screens[0]), contextlib.redirect_stderr(screens[1]):
         try:

@@ -42,6 +42,24 @@ def disk_errors(path: Path, remedy: str = RESUME) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def library_errors(problem: str) -> Iterator[None]:
+    """What a library raises over somebody's file, or its panic, is an error in its own words; or in
+    those of the hub, where its answer is behind it."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None and getattr(cause, "response", None) is None:
+            cause = cause.__cause__ or cause.__context__
+        remedy, status = "", cause and cause.response.status_code
+        if status in (401, 403, 404):
+            remedy = "; if it is private or gated, log in with `hf auth login` or HF_TOKEN"
+        raise UserError(f"{problem} ({printable(cause or error)}{remedy})") from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path, remedy: str = RESUME) -> Iterator[Path]:
     """Yields the path of a partial file or folder, which replaces `path` when the body ends well;
     where the body leaves none, nothing is replaced.
@@ -145,15 +163,23 @@ def read_json(path: Path, remedy: str = RESTORE) -> dict[str, Any]:
     raise UserError(f"{path} is damaged ({printable(why)}){remedy}")
 
 
-def resolve(paths: Iterable[str | Path]) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Where paths lead, and what the system says of that; None where nothing is there.
+def check_links(
+    folder: Path | None, paths: Iterable[str | Path]
+) -> list[tuple[str, os.stat_result | None]]:
+    """Where paths lead, and what the system says of that, None where nothing is there. It is asked
+    once for each: there may be many, and on another machine.
 
-    It is asked once for each file: a folder may have many, and be on another machine.
+    A folder may come from a stranger: links that lead out of it, and pipes, are refused. The cache
+    of the hub is made of links from `snapshots` to `blobs`, which are followed.
     """
-    real = functools.cache(os.path.realpath)
+    real, allowed, targets = functools.cache(os.path.realpath), ("",), []
+    if folder is not None:
+        root = folder.resolve()
+        blobs = (x.parent / "blobs" for x in (root, *root.parents) if x.name == "snapshots")
+        allowed = tuple(os.path.join(place, "") for place in (root, *blobs))
     for path in map(os.fspath, paths):
-        folder, name = os.path.split(path)
-        target, facts = os.path.join(real(folder), name), None
+        parent, name = os.path.split(path)
+        target, facts = os.path.join(real(parent), name), None
         try:
             facts = os.lstat(path)
             if stat.S_ISLNK(facts.st_mode):
@@ -162,25 +188,12 @@ def resolve(paths: Iterable[str | Path]) -> Iterator[tuple[str, os.stat_result |
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise
-        yield target, facts
-
-
-def check_links(
-    folder: Path, paths: Iterable[str | Path]
-) -> list[tuple[str, os.stat_result | None]]:
-    """Refuses links that lead out of a folder, and pipes; the folder may come from a stranger.
-
-    The cache of the hub is made of links from `snapshots` to `blobs`, which are followed.
-    """
-    root, targets = folder.resolve(), list(resolve(paths := list(paths)))
-    blobs = (place.parent / "blobs" for place in (root, *root.parents) if place.name == "snapshots")
-    allowed = tuple(os.path.join(place, "") for place in (root, *blobs))
-    for path, (target, facts) in zip(paths, targets, strict=True):
         if not f"{target}/".startswith(allowed):
             why = f"it is a link that leads out of {folder}"
             raise UserError(f"{printable(path)}: {why}: put what it leads to there")
         if facts and not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
             raise UserError(f"{printable(path)}: it is no file that can be read")
+        targets.append((target, facts))
     return targets
 
 

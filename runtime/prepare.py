@@ -29,6 +29,8 @@ from runtime import checkpoint, commits, files, processes, report, target_store,
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+CHOICE, COMMITS = "choice.json", "commits.json"  # of a run
+ROUNDS = "choice-rounds.json"  # what remains after each round of a choice that goes on
 
 
 class Placement(NamedTuple):
@@ -147,8 +149,9 @@ def restore_commits(config: Config) -> None:
     or what they mean now to the first process."""
     for source in (*config.data.source, config.data.eval_source or ""):
         text.hub_commit(source)
-    if config.resume:
-        commits.restore(run_folder(config).path)
+    path = run_folder(config).path / COMMITS
+    if config.resume and path.exists():
+        commits.COMMITS.update(files.read_json(path))
     commits.COMMITS.update(processes.gather(commits.COMMITS)[0])
 
 
@@ -192,9 +195,9 @@ def check_processes(folder: files.RunFolder) -> None:
 def last_step(config: Config, folder: files.RunFolder) -> int | None:
     """The step of the last checkpoint of a run, which must have been made by the same settings."""
     check_processes(folder)
-    last = checkpoint.latest(folder.path / "checkpoints")
+    last, previous = checkpoint.latest(folder.path / "checkpoints"), folder.previous()
     changed = folder.changed()
-    if last is not None and folder.previous() is None:
+    if last is not None and previous is None:
         remedy = "restore it, or begin anew with --no-resume"
         raise UserError(f"{folder.path} has checkpoints, but no config.json: {remedy}")
     if last is None:
@@ -208,8 +211,7 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
         raise UserError(f"{folder.path} has other settings ({'; '.join(changed)}): {remedy}")
     if changed:
         report.say(f"continued anyway: {'; '.join(changed)}")
-    steps = (folder.previous() or {}).get("steps")
-    if steps not in (None, config.steps):
+    if (steps := previous.get("steps", config.steps)) != config.steps:
         report.say(f"--steps was {steps}: schedules now end at {config.steps}")
     return last
 
@@ -217,7 +219,8 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
 def write_config(folder: files.RunFolder) -> None:
     if jax.process_index() == 0:
         folder.write()
-        commits.write(folder.path)
+        if commits.COMMITS:
+            files.write_json(folder.path / COMMITS, commits.COMMITS)
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:
@@ -322,10 +325,6 @@ def teacher_and_student(
     return teacher if needs_teacher(config) else None, student, layers
 
 
-CHOICE = "choice.json"
-ROUNDS = "choice-rounds.json"  # what remains after each round of a choice that goes on
-
-
 def choose_or_restore_layers(
     config: Config, teacher: LanguageModel | None, corpus: data.Corpus, out: Path,
     facts: dict[str, str | None] | None = None,
@@ -339,9 +338,8 @@ def choose_or_restore_layers(
         ascending = isinstance(layers, list) and [x for x in range(depth) if x in layers]
         if not ascending or layers != ascending or len(layers) != config.student_layers:
             what = f"{config.student_layers} blocks of 0 to {depth - 1}"
-            misfit = f"expected the choice of {what}, found {layers}"
             remedy = "give --student-layers as at the beginning, or begin anew with --no-resume"
-            raise UserError(f"{path}: {misfit}: {remedy}")
+            raise UserError(f"{path}: expected the choice of {what}, found {layers}: {remedy}")
     else:
         begun = time.monotonic()
         text = calibration(corpus, config.calibration_windows)

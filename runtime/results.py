@@ -195,7 +195,6 @@ def samples(run: Run, student: LanguageModel) -> Iterator[str]:
         if model is not None and len(prompts):
             with sharding.use_mesh(where, layout):
                 key = jax.random.key(0)  # on these devices
-                key = jax.random.key(0)  # on these devices
                 tokens_and_counts = sample(model, prompts, lengths, key, greedy)
                 written[name] = tuple(map(sharding.to_host, tokens_and_counts))
     for row, prompt in enumerate(prompts):

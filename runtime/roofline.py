@@ -138,9 +138,9 @@ def traffic(at: Instruction, computation: Computation, computations: dict) -> in
         if x.opcode in ("dynamic-slice", "gather"):
             spared.add(x.operands[0])
             total += size(x.shape)
-        elif x.opcode == "dynamic-update-slice":
+        elif x.opcode in ("dynamic-update-slice", "scatter"):
             spared.add(x.operands[0])
-            total += 2 * size(inner[x.operands[1]].shape)
+            total += 2 * size(inner[x.operands[1 if x.opcode[0] == "d" else 2]].shape)
             in_place = True
     arrays = (x for x in inner.values() if x.opcode == "parameter" and x.name not in spared)
     return total + sum(size(x.shape) for x in arrays) + (0 if in_place else size(at.shape))

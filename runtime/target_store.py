@@ -210,7 +210,6 @@ def open_or_create(targets: Targets) -> Targets:
             remedy = "give the same flags, or another --out"
             raise UserError(f"{folder} has other settings ({changed}): {remedy}")
         return previous
-    folder.mkdir(parents=True, exist_ok=True)
     for path in (*folder.glob(INDEX), *folder.glob("*.targets")):
         remedy = "move it away, or give another --out"
         raise UserError(f"{folder}: {path.name} is in it, but no {MANIFEST}: {remedy}")
@@ -267,10 +266,8 @@ def read(targets: Targets, windows: Int[np.ndarray, " rows"]) -> losses.Targets:
     rows, size, positions = [], targets.record.itemsize, _positions(targets, windows).tolist()
     for window, position in zip(windows.tolist(), positions, strict=True):
         path, i = targets.path(position // targets.shard), position % targets.shard
-        try:
+        with files.library_errors(f"{path}: cannot be read"):
             rows.append(np.fromfile(path, np.uint8, size, offset=i * size).tobytes())
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read, {error.strerror}") from None
         if not targets.is_intact(rows[-1], window):
             remedy = "remove the file, and the command that made it makes it anew"
             raise UserError(f"{path}: the targets of window {window} were altered: {remedy}")

@@ -375,7 +375,10 @@ def test_two_shards_are_one_model(shards, tmp_path):
 
 
 def test_a_shard_that_is_cut_or_missing(shards):
-    folder, _ = shards
+    folder, where = shards
+    write_index(folder, where | {"model.norm.weight": "sub/x.safetensors"})
+    refused(folder, folder / "sub" / "x.safetensors", "No such file")
+    write_index(folder, where)
     (folder / PARTS[1]).write_bytes((folder / PARTS[1]).read_bytes()[:-1])
     refused(folder, folder / PARTS[1])
     (folder / PARTS[1]).unlink()
@@ -384,7 +387,7 @@ def test_a_shard_that_is_cut_or_missing(shards):
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.safetensors", "/etc/passwd", "/tmp/x.safetensors", "sub/x.safetensors", "", "."]
+    ["../outside.safetensors", "/etc/passwd", "/tmp/x.safetensors", "", "."]
     + ["..", "pytorch_model.bin", "a\0.safetensors", "\ud800.safetensors", "x\ny.safetensors"]
     + ["x" * 5000 + ".safetensors", ".safetensors", 7, None, ["a"], {"a": "b"}, True],
     ids=lambda name: repr(name)[:20],

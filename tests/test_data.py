@@ -515,7 +515,7 @@ def test_a_store_that_others_finished_meanwhile_is_used(tokenizer, tmp_path, sto
         build(folder, *args)
         with monkeypatch.context() as patch:  # another host, that does not see the lock
             patch.setattr(store, "build", build)
-            patch.setattr(store, "lock", lambda *_, **__: contextlib.nullcontext())
+            patch.setattr(files, "lock", lambda *_, **__: contextlib.nullcontext())
             inodes.append(
                 opened(tokenizer, tmp_path, stories).held_out[0].store.folder.stat().st_ino
             )

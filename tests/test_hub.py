@@ -235,7 +235,7 @@ def test_a_fetched_model_comes_from_the_cache(hub, online, offline, unreachable,
 def test_a_revision(hub, online, offline, small, other):
     hub.add("owner/revised", main=small[0], old=other[0])
     assert online("load", "owner/revised@old") == other[1]
-    refused(offline, "load", "owner/revised", words=["owner/revised ", "cached snapshot"])
+    refused(offline, "load", "owner/revised", words=["owner/revised ", "offline mode"])
     assert online("load", "owner/revised") == small[1]
     assert online("load", f"owner/revised@{commit('owner/revised', 'old')}") == other[1]
     assert offline("load", "owner/revised@old") == other[1]

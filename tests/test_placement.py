@@ -17,6 +17,7 @@ import losses
 import models
 import optim
 import sharding
+from models.base import linear
 from models.bloom import Bloom
 from models.bloom import Config as BloomConfig
 from models.llama import Config as LlamaConfig
@@ -157,6 +158,8 @@ def test_weights_are_gathered_and_heads_and_logits_stay_where_they_are():
     whole = [(kind, shape) for kind, shape in found if vocab in shape]
     assert not whole
     reduced = {shape for kind, shape in found if kind in ("reduce-scatter", "all-reduce")}
+    # Rows of the embedding are exchanged by columns: nobody adds up those of all devices.
+    assert (8, 32, embed) not in reduced
     assert any(np.prod(shape) in (4 * embed * embed, 4 * embed * embed // 8) for shape in reduced)
 
 
@@ -197,3 +200,14 @@ def test_a_teacher_on_devices_of_its_own_teaches_the_same(config, monkeypatch):
         with pytest.raises(UserError, match=message):
             distill.train(dataclasses.replace(config, teacher_devices=count, mesh=distill.Mesh(
                 fsdp=1, data=-1 if count == 8 else 1, tensor=1 if count == 8 else 5)))  # fmt: skip
+
+
+def test_gradients_of_weights_are_sums_in_float32():
+    """In bfloat16 the parts of many devices would be rounded before they are added."""
+    x, d_y = jax.random.normal(jax.random.key(0), (2, 512, 24)), jnp.ones((2, 512, 8))
+    x, d_y = x.astype(jnp.bfloat16), d_y.astype(jnp.bfloat16)
+    weight = jnp.zeros((2, 4, 24))
+    _, pull = jax.vjp(lambda weight: linear("bse,hde->bshd", x, weight), weight)
+    (d_weight,) = pull(d_y.reshape(2, 512, 2, 4))
+    exact = np.asarray(x, np.float64).reshape(-1, 24).sum(0)
+    np.testing.assert_allclose(d_weight, np.broadcast_to(exact, (2, 4, 24)), rtol=2e-5, atol=1e-4)

@@ -518,7 +518,7 @@ def test_sources_that_are_not_there(monkeypatch, tmp_path):
         assert "\n" not in str(it.value)
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="nobody/nothing: cannot be read .Couldn't reach") as it:
+    with pytest.raises(UserError, match="nobody/nothing: cannot be read .Cannot reach") as it:
         text.find("nobody/nothing")
     assert "\n" not in str(it.value)
 

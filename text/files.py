@@ -1,7 +1,6 @@
 """Files and hub data sets, as text and as records."""
 
 import codecs
-import contextlib
 import dataclasses
 import functools
 import glob
@@ -19,7 +18,7 @@ from typing import Any
 
 from runtime import commits, report
 from runtime.errors import UserError
-from runtime.files import check_links, digest, local_path, resolve
+from runtime.files import check_links, digest, library_errors, local_path
 
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -77,17 +76,6 @@ def canonical(name: str) -> str:
     return str(path.absolute()) if glob.has_magic(name) else name
 
 
-@contextlib.contextmanager
-def library_errors(problem: str) -> Iterator[None]:
-    """What a library raises over somebody's file, or its panic, is an error in its own words."""
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise UserError(f"{problem} ({commits.answer(error)})") from error
-
-
 def hub_commit(name: str) -> tuple[str, str, str, str] | None:
     """Repository, commit, config and split of a hub data set; None for a path."""
     match = HUB.fullmatch(name)
@@ -105,11 +93,11 @@ def find(name: str, *, streaming: bool = False) -> Source:
         if path.is_dir():
             folder, paths, root = path, [], str(path.absolute()).rstrip("/")
             for place, folders, names in os.walk(root or "/"):
-                if "/." in place[len(root) :]:
-                    hidden += sum(kind(x) is not None for x in names)
-                    continue
-                hidden += sum(kind(x) is not None for x in names if x[0] == ".")
-                paths += [os.path.join(place, x) for x in (*folders, *names) if x[0] != "."]
+                for x in (os.path.join(place, name) for name in (*folders, *names)):
+                    if "/." not in x[len(root) :]:
+                        paths.append(x)
+                    elif kind(x):
+                        hidden += 1
         elif path.is_file():
             paths = [str(path)]
         elif hub := hub_commit(name):
@@ -123,7 +111,7 @@ def find(name: str, *, streaming: bool = False) -> Source:
         if folder:
             # A folder that is a link is not read, but refused where it leads out.
             paths = [x for x in paths if kind(x) or (os.path.islink(x) and os.path.isdir(x))]
-        targets = check_links(folder, paths) if folder else resolve(paths)
+        targets = check_links(folder, paths)
         facts = [  # a file that another replaced may have its size and its date
             (path, target, x.st_size, x.st_mtime_ns, x.st_ctime_ns, x.st_ino)
             for path, (target, x) in zip(paths, targets, strict=True)
@@ -186,21 +174,13 @@ def text_blocks(file: Path, progress: Progress) -> Iterator[str]:
 
 
 def text_lines(file: Path, progress: Progress) -> Iterator[str]:
-    rest, size = [], 0
+    rest = ""
     for block in text_blocks(file, progress):
-        first, *others = block.split("\n")
-        rest.append(first)
-        size += len(first)
-        check_length("a line", size, file)
-        for line in others:
-            yield "".join(rest)
-            rest, size = [line], len(line)
-    yield "".join(rest)
-
-
-def check_length(what: str, size: int, where: Any) -> None:
-    if size > LONGEST:
-        raise UserError(f"{where}: {what} in it is longer than {LONGEST >> 20} MiB: break it up")
+        *lines, rest = (rest + block).split("\n")
+        yield from lines
+        if len(rest) > LONGEST:
+            raise UserError(f"{file}: a line in it is longer than {LONGEST >> 20} MiB: break it up")
+    yield rest
 
 
 def records(part: Path | Source, choose: Choose, progress: Progress) -> Iterator[tuple[str, dict]]:

@@ -55,7 +55,7 @@ def pieces(
             yield from _document_pieces(files.text_blocks(part, progress), mask, part)
         else:
             lines = files.text_lines(part, progress)
-            for text in lines if documents == "line" else _paragraphs(lines, part):
+            for text in lines if documents == "line" else _paragraphs(lines):
                 yield from _document_pieces([text], mask, part)
 
 
@@ -100,15 +100,10 @@ def _columns(choices: list[list[str]], flag: str, names: Iterable[str], where: A
     raise UserError(f"{where}: no column {expected}; it has {present}: choose one with {flag}")
 
 
-def _paragraphs(lines: Iterable[str], file: Any) -> Iterator[str]:
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
     for blank, group in itertools.groupby(lines, lambda line: not line.strip()):
         if not blank:
-            paragraph, size = [], 0
-            for line in group:
-                paragraph.append(line)
-                size += len(line) + 64  # what a line takes beside its characters
-                files.check_length("a paragraph", size, file)
-            yield "\n".join(paragraph)
+            yield "\n".join(group)
 
 
 # Cuts that leave the tokens of byte-level tokenizers as they are: these join no letter with the
@@ -131,7 +126,6 @@ def _document_pieces(blocks: Iterable[str], mask: str, where: Any) -> Iterator[P
             yield Piece(rest[at:cut], starts, ends=False)
             at, starts = cut, False
         rest = rest[at:]
-        files.check_length("a stretch of blanks", len(rest), where)
     if not starts or rest.strip():
         yield Piece(rest, starts)
 

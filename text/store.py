@@ -22,21 +22,10 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from runtime import errors, report
+from runtime import errors, files, report
 from runtime.errors import LOCAL, UserError, above
-from runtime.files import (
-    atomic_write,
-    cache_folder,
-    digest,
-    disk_errors,
-    file_digest,
-    flock,
-    local_path,
-    lock,
-    read_json,
-    remove,
-)
-from text import files, records
+from text import records
+from text.files import Source, find
 from text.records import Piece
 from text.tokenizer import Tokenizer
 
@@ -68,21 +57,21 @@ def open_store(name: str, tokenizer: Tokenizer, config: Any) -> Store:
 
     `config.held_out` is the share of the documents that are not to train on.
     """
-    source = files.find(name, streaming=config.streaming)
+    source = find(name, streaming=config.streaming)
     options = [config.text_field, config.documents, config.mask, config.held_out]
     facts = [VERSION, source.fingerprint, tokenizer.fingerprint, options]
-    cache = local_path(config.cache or cache_folder())
-    folder = cache / digest(facts)
-    with disk_errors(cache, REMEDY):
+    cache = files.local_path(config.cache or files.cache_folder())
+    folder = cache / files.digest(facts)
+    with files.disk_errors(cache, REMEDY):
         if store := load(folder):
             return store
         # Each builder takes all cores.
         with contextlib.ExitStack() as stack:
             with report.progress("waiting for another process that tokenizes"):
-                stack.enter_context(lock(cache / ".lock", wait=True, remedy=REMEDY))
+                stack.enter_context(files.lock(cache / ".lock", wait=True, remedy=REMEDY))
             if store := load(folder):  # another process has built it meanwhile
                 return store
-            with atomic_write(folder, REMEDY) as partial:
+            with files.atomic_write(folder, REMEDY) as partial:
                 partial.mkdir(0o777 if config.cache else 0o700)  # text may be private
                 build(partial, source, tokenizer, config)
                 if load(folder):  # by another host, where it does not see this lock
@@ -96,17 +85,18 @@ def load(folder: Path) -> Store | None:
     As long as there is such an object, the folder is locked and not removed.
     """
     try:
-        manifest = read_json(folder / "store.json")
+        manifest = files.read_json(folder / "store.json")
         manifest.pop("source", None)
-        intact = manifest.pop("digest") == (checksum := digest(manifest))
+        intact = manifest.pop("digest") == (checksum := files.digest(manifest))
         version, hashes = manifest.pop("version"), manifest.pop("files")
         store = Store(folder, **manifest, digest=checksum)
         file = os.open(folder / "store.json", os.O_RDONLY)
         weakref.finalize(store, os.close, file)
-        flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        files.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         with contextlib.suppress(OSError):  # somebody else's
             os.utime(file)  # it is used now
-        intact &= all(file_digest(folder / name) == hashes[name] for name in (*FILES[1:], "sums"))
+        for name in (*FILES[1:], "sums"):
+            intact &= files.file_digest(folder / name) == hashes[name]
         size = store.tokens * np.dtype(store.dtype).itemsize
         intact &= version == VERSION and (folder / "tokens").stat().st_size == size
         return store if intact else None
@@ -128,16 +118,17 @@ def stores(cache: Path) -> list[tuple[float, int, Path]]:
 def prune(cache: str | os.PathLike | None, limit: float) -> None:
     """Removes stores from a cache until the others take `limit` GB: those that were used longest
     ago go first, none that a process uses now, or may use where no file can be locked."""
-    cache = local_path(cache or cache_folder())
+    cache = files.local_path(cache or files.cache_folder())
     entries = stores(cache)
     total = sum(size for _, size, _ in entries)
     for _, size, folder in entries:
-        with contextlib.suppress(OSError, UserError), lock(cache / ".lock"):  # nobody builds one
+        # While nobody builds one.
+        with contextlib.suppress(OSError, UserError), files.lock(cache / ".lock"):
             if total <= limit * 1e9:
                 return
             with open(folder / "store.json", "rb+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove(folder)
+                files.remove(folder)
             total -= size
             report.say(f"removed {folder}, {report.size(size)}: more than {limit:g} GB are cached")
 
@@ -175,7 +166,7 @@ class TokenFiles(contextlib.ExitStack):
         self.tokens += other.tokens
 
 
-def build(folder: Path, source: files.Source, tokenizer: Tokenizer, config: Any) -> None:
+def build(folder: Path, source: Source, tokenizer: Tokenizer, config: Any) -> None:
     """Tokenizes a source into an empty folder."""
     dtype = "uint16" if tokenizer.size <= 1 << 16 else "uint32"
     with TokenFiles(folder, dtype) as training:
@@ -194,10 +185,9 @@ def build(folder: Path, source: files.Source, tokenizer: Tokenizer, config: Any)
     facts = (training.tokens, count, documents, size, masked)
     manifest = {"version": VERSION} | dataclasses.asdict(Store(folder, dtype, *facts, digest=""))
     del manifest["folder"], manifest["digest"]
-    manifest["files"] = {name: file_digest(folder / name) for name in (*FILES, "sums")}
-    (folder / "store.json").write_text(
-        json.dumps(manifest | {"digest": digest(manifest), "source": source.name}), encoding="utf-8"
-    )
+    manifest["files"] = {name: files.file_digest(folder / name) for name in (*FILES, "sums")}
+    manifest |= {"digest": files.digest(manifest), "source": source.name}
+    (folder / "store.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def write_sums(folder: Path) -> None:
@@ -208,7 +198,7 @@ def write_sums(folder: Path) -> None:
 
 
 def _tokenize(
-    source: files.Source, tokenizer: Tokenizer, config: Any,
+    source: Source, tokenizer: Tokenizer, config: Any,
     training: TokenFiles, held_out: TokenFiles,
 ) -> int:  # fmt: skip
     """Writes the tokens of a source; returns the bytes of the text to learn."""
@@ -287,9 +277,9 @@ def main() -> None:
     config = errors.cli(Config)
     if config.cache_limit is not None:
         prune(config.cache, config.cache_limit)
-    for used, size, folder in stores(local_path(config.cache or cache_folder())):
+    for used, size, folder in stores(files.local_path(config.cache or files.cache_folder())):
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(used))
-        source = read_json(folder / "store.json").get("source", "")
+        source = files.read_json(folder / "store.json").get("source", "")
         print(f"{day}  {report.size(size):>8}  {folder}  {source}")
 
 

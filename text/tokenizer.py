@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.files import digest, printable, read_json
+from runtime.files import digest, library_errors, printable, read_json
 from text.chat import environment, split_marks
-from text.files import library_errors
 from text.records import Piece
 
 Messages = Sequence[Mapping[str, Any]]
@@ -156,18 +155,12 @@ def load_tokenizer(folder: Path | str, vocab: int | None = None) -> Tokenizer:
 def _encoder(path: Path) -> Any:
     import tokenizers
 
-    stderr = os.dup(2)
-    try:
-        with open(os.devnull, "w") as null, library_errors(f"{path}: not a tokenizer"):
-            os.dup2(null.fileno(), 2)  # a panic prints lines of its own
-            encoder = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-            encoder.no_truncation()  # either may have been saved with it
-            encoder.no_padding()
-            encoder.encode("a")
-            return encoder
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+    with library_errors(f"{path}: not a tokenizer"):
+        encoder = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        encoder.no_truncation()  # either may have been saved with it
+        encoder.no_padding()
+        encoder.encode("a")
+        return encoder
 
 
 def _config(path: Path) -> dict[str, Any]:
