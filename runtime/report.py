@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from runtime.errors import UserError
 from runtime.files import append_json, atomic_write, disk_errors
 
 Metrics = Mapping[str, Any]
@@ -199,11 +200,18 @@ def phase_line(name: str, done: int, total: int | None, remark: str, seconds: fl
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one that a crash cut off is left out."""
-    entries = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            entries.append(json.loads(line))
+    """The lines of a metrics file; a last line that a crash cut off is left out."""
+    lines, entries = path.read_bytes().split(b"\n") if path.exists() else [b""], []
+    for number, line in enumerate(lines, 1):
+        entry = None
+        with suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+        elif number < len(lines):
+            start = line[:40].decode(errors="replace")
+            misfit = f"expected a JSON object with its step, found {start!r}"
+            raise UserError(f"{path}, line {number}: {misfit}; remove it, or give --no-resume")
     return entries
 
 

@@ -133,6 +133,13 @@ def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert report.read_metrics(path) == [step(1), step(2)]
 
 
+def test_a_broken_line_that_is_not_the_last_is_named(tmp_path):
+    path = tmp_path / "m"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"m, line 2: .*'\{\"step\": '"):
+        report.read_metrics(path)
+
+
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     with report.Log(tmp_path / "m", steps=10) as log:
         log.step(step(2), mfu=0.414)
