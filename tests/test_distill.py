@@ -628,16 +628,23 @@ def test_what_differs_between_processes_is_named(quick, monkeypatch, name):
             prepare.check_processes(prepare.make_folder(quick))
 
 
-def test_with_another_batch_size_a_run_reads_on(quick, monkeypatch):
+def watched_windows(monkeypatch) -> list:
+    """What every later call of `data.windows` gives."""
     read, windows = [], data.windows
 
-    def noted(*args, **options):
+    def watch(*args, **options):
         read.append(windows(*args, **options).tolist())
         return windows(*args, **options)
 
+    monkeypatch.setattr(data, "windows", watch)
+    return read
+
+
+def test_with_another_batch_size_a_run_reads_on(quick, monkeypatch):
+    windows = data.windows
     with pytest.raises(SystemExit):
         distill.train(dataclasses.replace(quick, time_limit=1e-9))
-    monkeypatch.setattr(data, "windows", noted)
+    read = watched_windows(monkeypatch)
     again = {"batch_size": 16, "steps": 3, "resume_anyway": True}
     distill.train(dataclasses.replace(quick, **again))
     first = windows(prepare.open_corpus(quick, Path(quick.teacher), 2048), 0, 40).tolist()
@@ -649,15 +656,10 @@ def test_with_another_batch_size_a_run_reads_on(quick, monkeypatch):
 
 
 def test_with_another_length_of_its_windows_a_run_reads_on(quick, monkeypatch):
-    read, windows = [], data.windows
-
-    def noted(*args, **options):
-        read.append(windows(*args, **options).tolist())
-        return windows(*args, **options)
-
+    windows = data.windows
     with pytest.raises(SystemExit):
         distill.train(dataclasses.replace(quick, time_limit=1e-9))
-    monkeypatch.setattr(data, "windows", noted)
+    read = watched_windows(monkeypatch)
     shorter = dataclasses.replace(quick, seq_len=12, steps=3, resume_anyway=True)
     distill.train(shorter)
     first = windows(prepare.open_corpus(shorter, Path(quick.teacher), 2048), 0, 40).tolist()

@@ -11,7 +11,8 @@ from test_distill import config, teacher, text  # noqa: F401
 
 import distill
 import sharding
-from runtime import errors, roofline, topology
+from config import with_defaults
+from runtime import errors, prepare, roofline, topology
 from runtime.errors import UserError
 
 PEAK, BANDWIDTH = 1e12, 1e9
@@ -97,6 +98,15 @@ def test_gpus_stand_in_nodes(monkeypatch):
 def test_flags_that_do_not_go_together(words, message):
     with pytest.raises(UserError, match=message):
         errors.cli(distill.Config, words)
+
+
+def test_gpus_add_in_one_order_where_that_is_asked_for(config, monkeypatch):
+    asked = dataclasses.replace(with_defaults(config), deterministic=True)
+    layout = prepare.placement(asked).layout
+    monkeypatch.setattr(sharding, "device", lambda: ("gpu", "NVIDIA H100"))
+    assert sharding.compiler_options() == {}
+    with sharding.in_scope(layout):
+        assert sharding.compiler_options() == {"xla_gpu_deterministic_ops": True}
 
 
 def test_a_plan_for_chips_of_another_kind(config, monkeypatch, capsys):
