@@ -233,11 +233,13 @@ def torch(shape: str) -> dict:
 
 
 def decode() -> dict:
-    """Greedy tokens/s of the shape of Llama-3.2-1B, 64 rows of 256 new tokens."""
+    """Greedy tokens/s of the shape of Llama-3.2-1B, 64 rows of 256 new tokens after 256."""
     import jax
     import jax.numpy as jnp
 
+    import generate
     import models
+    from models.base import unstacked
     from models.hf_config import HFConfig
 
     settings = SHAPES["Llama-3.2-1B to 8 blocks, 8 x 4096"][3]
@@ -245,22 +247,23 @@ def decode() -> dict:
     model = family(family.Config.read(HFConfig(dict(settings))), jax.random.key(0))
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
     rows, new, prompt = 64, 256, 256
-
-    @jax.jit
-    def run(model, tokens):
-        hidden, cache = model.hidden(tokens, cache=model.cache(rows, prompt + new))
-
-        def step(carry, _):
-            hidden, cache = carry
-            token = jnp.argmax(hidden[:, -1] @ model.unembedding.T, axis=-1)[:, None]
-            return model.hidden(token, cache=cache), token
-
-        return jax.lax.scan(step, (hidden[:, -1:], cache), None, new)[1]
-
     tokens = jax.random.randint(jax.random.key(1), (rows, prompt), 0, model.config.vocab)
-    seconds = median_seconds(lambda: run(model, tokens), 2)
-    weights = sum(x.nbytes for x in jax.tree.leaves(model))
-    return {"tokens/s": rows * new / seconds, "GB/s of weights": weights * new / seconds / 1e9}
+    lengths, weights = jnp.full(rows, prompt), sum(x.nbytes for x in jax.tree.leaves(model))
+    figures = {}
+    for name, form in (("stacked", model), ("apart", unstacked(model))):
+
+        def seconds(count: int) -> float:
+            greedy = generate.Sampling(temperature=0.0)
+            decoding = generate.Decoding(count, greedy, (), "bfloat16")
+            arguments = form, tokens, lengths, jax.random.key(0), decoding  # noqa: B023
+            return median_seconds(lambda: generate.sample(*arguments), 3)
+
+        first = seconds(1)
+        each = (seconds(new + 1) - first) / new
+        figures |= {f"{name}: tokens/s": rows / each, f"{name}: ms a token": 1e3 * each}
+        figures[f"{name}: GB/s of weights"] = weights / each / 1e9
+        figures[f"{name}: ms of the prompts"] = 1e3 * first
+    return figures
 
 
 def cases(devices: int) -> dict[str, list]:
