@@ -53,15 +53,16 @@ class Config:
     """Tokens of text that --student-heal reads, or all where there are fewer."""
 
     student_embed: Annotated[int | None, at_least(1)] = None
-    """Width of a random student; by default the teacher's."""
+    """Width of the student, by default the teacher's: a cut keeps the channels that norms make the
+    largest. With this or one of the next three, --student-layers is by default the teacher's."""
     student_mlp: Annotated[int | None, at_least(1)] = None
-    """MLP width of a random student."""
+    """MLP width of the student: a cut keeps in each block the channels that add most."""
     student_heads: Annotated[int | None, at_least(1)] = None
-    """Attention heads of a random student."""
+    """Attention heads of the student, of a cut as many for each key and value head."""
     student_kv_heads: Annotated[int | None, at_least(1)] = None
-    """Key and value heads of a random student."""
+    """Key and value heads of the student: a cut loses the others with all of their heads."""
     calibration_windows: Annotated[int, at_least(1)] = 4
-    """Windows of text by which greedy and influence judge blocks."""
+    """Windows of text by which blocks, channels and heads are judged."""
     eval_teacher: bool = False
     """Keep the teacher for held-out figures even if the loss does not need it (alpha 0)."""
     seq_len: Annotated[int | None, at_least(1)] = None
@@ -273,25 +274,30 @@ def _student_layers(config: Config, teacher: Any) -> int:
         return layers
     method = config.student_init or "greedy"
     layers = config.student_layers or len(students.parse(method) or ())
-    layers = layers or max(1, teacher.layers // 2)
+    narrower = method != "random" and any(student_widths(config).values())
+    layers = layers or (teacher.layers if narrower else max(1, teacher.layers // 2))
     if method != "random":
         students.check(teacher.layers, layers, method)
     return layers
 
 
+def student_widths(config: Config) -> dict[str, int]:
+    """The widths of the student that flags give."""
+    widths = {x: getattr(config, f"student_{x}") for x in ("embed", "mlp", "heads", "kv_heads")}
+    return {axis: width for axis, width in widths.items() if width is not None}
+
+
 def student_config(config: Config) -> Any:
     """The model a run trains, before blocks are chosen."""
-    names = ("embed", "mlp", "heads", "kv_heads")
-    widths = {name: getattr(config, f"student_{name}") for name in names}
+    widths = student_widths(config)
     if config.student_init == "random":
         return students.resized(models.config(config.teacher), config.student_layers, **widths)
-    for name in names:
-        if widths[name] is not None:
-            remedy = "add --student-init random"
-            remedy = remedy if config.student is None else "leave it out beside --student"
-            flag = name.replace("_", "-")
-            raise UserError(f"--student-{flag} is for fresh weights: {remedy}")
-    return models.config(config.teacher if config.student is None else config.student)
+    if config.student is None:
+        return students.narrowed(models.config(config.teacher), **widths)
+    for axis in widths:
+        remedy = "that student has widths of its own, leave it out beside --student"
+        raise UserError(f"--student-{axis.replace('_', '-')}: {remedy}")
+    return models.config(config.student)
 
 
 def run_folder(config: Config) -> files.RunFolder:

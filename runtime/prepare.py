@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -313,8 +314,7 @@ def teacher_and_student(
         if cuts:
             layers = choose_or_restore_layers(config, teacher, corpus, out, facts)
         if cuts and not begun:
-            student = students.cut(teacher, {"layers": tuple(layers)})
-            student = heal(config, teacher, student, layers, corpus)
+            student = cut(config, teacher, layers, corpus)
     if not begun and config.student is not None:
         student = models.load(config.student, dtype=jnp.float32, mesh=mesh)
     elif not begun and not cuts:
@@ -374,19 +374,30 @@ def choose_or_restore_layers(
     return choice["kept"]
 
 
+def cut(
+    config: Config, teacher: LanguageModel, layers: list[int], corpus: data.Corpus
+) -> LanguageModel:
+    """The student that has these blocks and the widths of its flags, healed. It is the same each
+    time, and so is not kept for a run that dies before its first checkpoint."""
+    shape, text = student_config(config), calibration(corpus, config.calibration_windows)
+    indices = students.choose_widths(teacher, shape, layers, text, config.compute_dtype)
+    student = students.cut(teacher, indices)
+    return heal(config, teacher, student, layers, corpus, embed=indices.get("embed"))
+
+
 def heal(
     config: Config, teacher: LanguageModel, student: LanguageModel, layers: list[int],
-    corpus: data.Corpus,
+    corpus: data.Corpus, embed: np.ndarray | None = None,
 ) -> LanguageModel:  # fmt: skip
-    """The student with its seams repaired, where that makes it better. It is the same each time,
-    and so is not kept for a run that dies before its first checkpoint."""
-    if config.student_heal == "none" or len(layers) == teacher.config.layers:
+    """The student with what was cut repaired, where that makes it better; `embed` are the teacher's
+    channels that its stream has."""
+    if config.student_heal == "none" or student.config == teacher.config:
         return student
     begun, windows = time.monotonic(), -(-config.heal_tokens // config.seq_len)
     text = calibration(corpus, windows)
     with report.progress("healing") as progress:
         healed, before, after = students.heal(
-            teacher, student, layers, text, config.student_heal,
+            teacher, student, layers, text, config.student_heal, embed=embed,
             dtype=config.compute_dtype, progress=progress,
         )  # fmt: skip
     figures = f"KL {before:.3f} before, {after:.3f} after"

@@ -511,4 +511,6 @@ def test_every_program_gets_the_compiler_options_of_a_step(monkeypatch):
     # Reloaded, its classes would be others for the rest of the tests.
     copy = importlib.util.module_from_spec(student.__spec__)
     student.__spec__.loader.exec_module(copy)
-    assert programs == {"forward", "ablate", "first_states", "block_states", "normal_equations"}
+    assert programs == {
+        "forward", "ablate", "importance", "first_states", "block_states", "normal_equations",
+    }  # fmt: skip
