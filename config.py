@@ -16,7 +16,7 @@ import text
 from losses import features
 from models import kernels
 from runtime import files, on_policy, target_store
-from runtime.errors import LOCAL, SEED, UserError, above, at_least, between, check
+from runtime.errors import LOCAL, SEED, UserError, above, at_least, between, check, inside
 
 # A field hides the module it is named after.
 Data, Optim, OnPolicy = data.Config, optim.Config, on_policy.Config
@@ -61,6 +61,9 @@ class Config:
     """Attention heads of the student, of a cut as many for each key and value head."""
     student_kv_heads: Annotated[int | None, at_least(1)] = None
     """Key and value heads of the student: a cut loses the others with all of their heads."""
+    student_params: Annotated[float | None, inside(0, 1)] = None
+    """Share of the parameters of the teacher's blocks: a few students with fewer blocks, narrower
+    MLPs or both are cut and healed, and the one with the lowest KL is trained."""
     calibration_windows: Annotated[int, at_least(1)] = 4
     """Windows of text by which blocks, channels and heads are judged."""
     eval_teacher: bool = False
@@ -184,6 +187,11 @@ class Config:
              "it says how many"),
             (self.student_heal != "none" and (self.student or self.student_init == "random"),
              "--student-heal", "it is for a student that is cut from the teacher"),
+            (self.student_params is not None and (
+                self.student is not None or self.student_layers is not None
+                or bool(student_widths(self)) or self.student_init == "random"
+                or students.parse(self.student_init or "greedy") is not None),
+             "--student-params", "it decides which blocks and widths a cut of the teacher keeps"),
             (self.student is not None and self.student_init is not None,
              "--student-init with --student", "that student is whole already"),
         ):  # fmt: skip
@@ -228,19 +236,21 @@ def with_defaults(config: Config) -> Config:
     several = [teacher] if config.student is None else [teacher, config.student]
     seq_len = models.seq_len(asked, 128 if embedded else 1024, *several)
     if config.loss.features != "off":
-        features.pairs(config.loss.feature_pairs, layers, models.config(teacher).layers)
+        depth = models.config(teacher).layers
+        features.pairs(config.loss.feature_pairs, layers or depth, depth)
     if config.on_policy.fraction:
         config.on_policy.lengths(seq_len)
     name = files.local_path(named or "demo")
     name = (name.resolve() if name.exists() else Path(str(name).partition("@")[0])).name
     compute = sharding.compute_dtype(config.compute_dtype)
+    size = f"{layers}L" if layers else f"{config.student_params:g}"
     elsewhere = config.devices or config.device_memory or config.topology
     if config.compute_dtype == "auto" and config.plan and elsewhere:
         compute = "bfloat16"  # for accelerators elsewhere
     return dataclasses.replace(
         config, teacher=teacher, student_layers=layers, seq_len=seq_len, compute_dtype=compute,
         student_init=config.student_init or ("greedy" if config.student is None else None),
-        out=config.out or f"runs/{name}-{layers}L", data=_data(config.data, stored, embedded),
+        out=config.out or f"runs/{name}-{size}", data=_data(config.data, stored, embedded),
     )  # fmt: skip
 
 
@@ -262,8 +272,12 @@ def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> 
     )
 
 
-def _student_layers(config: Config, teacher: Any) -> int:
-    """Blocks of the student, in agreement with the flags that say which."""
+def _student_layers(config: Config, teacher: Any) -> int | None:
+    """Blocks of the student, in agreement with the flags that say which; None where a choice among
+    `candidates` is to say."""
+    if config.student_params is not None:
+        students.sizes(teacher, config.student_params)  # what none can have is refused
+        return None
     if config.student is not None:
         layers = models.config(config.student).layers
         if config.student_layers not in (None, layers):
@@ -279,6 +293,17 @@ def _student_layers(config: Config, teacher: Any) -> int:
     if method != "random":
         students.check(teacher.layers, layers, method)
     return layers
+
+
+def candidates(config: Config) -> list[Config]:
+    """The configurations among which --student-params chooses, the deepest first; or this one."""
+    if config.student_params is None:
+        return [config]
+    sizes = students.sizes(models.config(config.teacher), config.student_params)
+    return [
+        dataclasses.replace(config, student_params=None, student_layers=depth, student_mlp=width)
+        for depth, width in sizes
+    ]
 
 
 def student_widths(config: Config) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """How a student is born from a teacher: which of its blocks stay, or fresh weights in its image."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
 
+import models
 import sharding
 from losses import divergences, features, signal
 from models.attention import Hidden, positions
@@ -26,6 +28,7 @@ LOGITS, LEAST = 2**24, 256  # of the positions that judge a candidate, and how m
 SHARE = 8  # one block of so many may go in a round,
 SPREAD = 2.0  # if it adds at most this times what the cheapest adds to the KL
 JUDGED = 8  # blocks that are judged in every round, or half of them if that is more
+CANDIDATES, MULTIPLE = 4, 16  # students of a size that are compared; divides their MLP widths
 WIDTHS = ("embed", "mlp", "heads")  # that can be cut; heads of keys and values with their heads
 Heal = Literal["none", "seams", "all"]
 DAMPING = 0.3  # of a healing solve, as a share of the mean of the diagonal
@@ -232,9 +235,8 @@ def ablate(
 def importance(
     teacher: LanguageModel, calibration: Calibration, dtype: Any
 ) -> dict[str, Float32[Array, "layers channels"]]:
-    """Of the MLP channels, the heads and the channels of the stream of each block: the mean over
-    tokens of how much a channel's term of the down projection, or a head's of the output
-    projection, adds to the stream; and of what norms give the block to read."""
+    """Means over tokens for each block: of the size of its MLP's channels, of what each head adds
+    to the stream, and of the size of the stream's channels behind the block's norms."""
     apply, weight = block_fn(teacher, calibration), calibration.mask.astype(jnp.float32)[..., None]
 
     def mean(x):
@@ -243,14 +245,12 @@ def importance(
     def one(x, layer):
         with intermediates() as values:
             y = apply(layer, x)
-        w = jax.tree.map(lambda leaf: leaf[layer].astype(jnp.float32), teacher.blocks)
-        mixed, gram = (
-            values["output"].astype(jnp.float32),
-            jnp.einsum("ehd,ehk->hdk", w.output, w.output),
-        )
+        mixed, output = values["output"], teacher.blocks.output[layer]
+        mixed, output = mixed.astype(jnp.float32), output.astype(jnp.float32)
+        gram = jnp.einsum("ehd,ehk->hdk", output, output)
         squared = jnp.einsum("bshd,hdk,bshk->bsh", mixed, gram, mixed)
         return y, {
-            "mlp": mean(values["down"]) * jnp.linalg.norm(w.down, axis=0),
+            "mlp": mean(values["down"]),
             "heads": mean(jnp.sqrt(jnp.maximum(squared, 0))),
             "embed": mean(values["query"]) + mean(values["gate"]),
         }
@@ -280,6 +280,29 @@ def narrowed(config: Any, **widths: int) -> Any:
     if heads < config.heads:
         indices["heads"] = [i for i in range(kv_heads * group) if i % group < heads // kv_heads]
     return config.select(indices)
+
+
+def sizes(config: Any, share: float) -> list[tuple[int, int]]:
+    """Depths and MLP widths of a few students whose blocks have at most this share of the teacher's
+    parameters: from all blocks, as narrow as that takes, to the fewest."""
+    family = models.FAMILIES[config.model_type]
+    model = eqx.filter_eval_shape(lambda: family(config, jax.random.key(0)))
+    leaves, axes_of = jax.tree.leaves(model.blocks), sharding.axes(model.blocks)
+    axes_of = jax.tree.structure(model.blocks).flatten_up_to(axes_of)
+    total = sum(leaf.size for leaf in leaves)
+    mlp = sum(leaf.size for leaf, axes in zip(leaves, axes_of, strict=True) if "mlp" in axes)
+    step = math.gcd(config.mlp, MULTIPLE) if "mlp" in config.SELECTABLE else config.mlp
+    fewest, candidates = max(1, int(share * config.layers + 1e-9)), []
+    for depth in np.linspace(config.layers, fewest, CANDIDATES).round().astype(int).tolist():
+        steps = (share * total * config.layers / depth - (total - mlp)) / mlp * config.mlp / step
+        width = min(config.mlp, int(steps + 1e-9) * step)
+        if width > 0 and (depth, width) not in candidates:
+            candidates.append((depth, width))
+    if not candidates:
+        least = (total - mlp + mlp * step / config.mlp) / total / config.layers
+        reason = f"a student of one block has {math.ceil(1e4 * least) / 1e4:g} of the parameters"
+        raise UserError(f"--student-params {share:g}: {reason}, which is the least")
+    return candidates
 
 
 def choose_widths(

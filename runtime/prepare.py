@@ -22,7 +22,14 @@ import optim
 import sharding
 import student as students
 import text
-from config import Config, needs_teacher, run_folder, student_config, uses_teacher_loss
+from config import (
+    Config,
+    candidates,
+    needs_teacher,
+    run_folder,
+    student_config,
+    uses_teacher_loss,
+)
 from losses import features
 from models import kernels
 from models.base import LanguageModel
@@ -245,7 +252,7 @@ def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, Langu
     facts = {"teacher": targets and targets.digest, "data": corpus.digest}
     held_out = [[part.store.digest, part.start, part.stop] for part in corpus.held_out]
     facts["held_out"] = files.digest(held_out)
-    teacher, student, layers = teacher_and_student(config, out, placement, corpus, facts)
+    config, teacher, student, layers = teacher_and_student(config, out, placement, corpus, facts)
     head = None
     if teacher is not None and placement.teacher_mesh is not None:
         places = sharding.specs(teacher, placement.mesh, placement.layout.params)
@@ -294,9 +301,10 @@ def continued(run: Run, step: int, extra: dict[str, Any]) -> Run:
 def teacher_and_student(
     config: Config, out: Path, placement: Placement, corpus: data.Corpus,
     facts: dict[str, str | None],
-) -> tuple[LanguageModel | None, LanguageModel | None, list[int] | None]:  # fmt: skip
-    """The teacher, if the run looks at it; the student, if there is no checkpoint of it; and the
-    teacher's blocks that it began as, if it was cut. Adds the teacher's fingerprint to `facts`."""
+) -> tuple[Config, LanguageModel | None, LanguageModel | None, list[int] | None]:  # fmt: skip
+    """The configuration with the size that was chosen; the teacher, if the run looks at it; the
+    student, if there is no checkpoint of it; and the teacher's blocks that it began as, if it was
+    cut. Adds the teacher's fingerprint to `facts`."""
     mesh, layout, teacher_mesh = placement
     begun = checkpoint.latest(out / "checkpoints") is not None
     cuts = config.student is None and config.student_init != "random"
@@ -311,6 +319,8 @@ def teacher_and_student(
         processes.check_same({f"the content of --{name}": compared[name] for name in compared})
         if reads:
             teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
+        if config.student_params is not None:
+            config = choose_or_restore_size(config, teacher, corpus, out, facts)
         if cuts:
             layers = choose_or_restore_layers(config, teacher, corpus, out, facts)
         if cuts and not begun:
@@ -322,7 +332,80 @@ def teacher_and_student(
         student = students.fresh(models.FAMILIES[shape.model_type], shape, key)
     if student is not None:
         student = jax.device_put(student, sharding.specs(student, mesh, layout.params))
-    return teacher if needs_teacher(config) else None, student, layers
+    return config, teacher if needs_teacher(config) else None, student, layers
+
+
+def choose_or_restore_size(
+    config: Config, teacher: LanguageModel | None, corpus: data.Corpus, out: Path,
+    facts: dict[str, str | None],
+) -> Config:  # fmt: skip
+    """The configuration of the student whose KL was the lowest among `candidates`; decided once in
+    the life of a run. No two of them have the same depth."""
+    path, sized = out / CHOICE, candidates(config)
+    if not path.exists():
+        begun, state = time.monotonic(), restore_rounds(config, out, facts)
+        table = state.setdefault("candidates", [])
+        read = max(config.calibration_windows, -(-config.heal_tokens // config.seq_len))
+        text = calibration(corpus, config.calibration_windows, first=read)  # which no other reads
+        for candidate in sized[len(table) :]:
+            layers = list(choose_layers(candidate, teacher, corpus, out, state).layers)
+            student = cut(candidate, teacher, layers, corpus)
+            kl = students.kl_between(teacher, student, text, config.compute_dtype)
+            size, width = sum(leaf.size for leaf in jax.tree.leaves(student)), student.config.mlp
+            table.append({"kept": layers, "mlp": width, "parameters": size, "kl": kl})
+            write_first(out / ROUNDS, state)
+            shape = f"{len(layers)} blocks, MLPs of {width}, {report.count(size)} parameters"
+            report.say(f"candidate {shape}: KL {kl:.3f}")
+        seconds = round(time.monotonic() - begun, 1)
+        best = min(table, key=lambda entry: entry["kl"])
+        write_first(path, best | {"seconds": seconds, "candidates": table})
+        write_first(out / ROUNDS, None)
+    kept = files.read_json(path).get("kept")
+    depth = len(kept) if isinstance(kept, list) else None
+    return next((x for x in sized if x.student_layers == depth), sized[0])
+
+
+def restore_rounds(
+    config: Config, out: Path, facts: dict[str, str | None] | None
+) -> dict[str, Any]:
+    """What a choice that was interrupted had decided, if it was of the same `facts`."""
+    path = out / ROUNDS
+    facts = json.loads(json.dumps([facts, config.student_init, config.compute_dtype]))
+    saved = processes.gather(files.read_json(path) if path.exists() else {})[0]
+    if saved.get("facts") != facts:
+        return {"facts": facts}
+    if "remaining" in saved:
+        report.say(f"choice    continued at {len(saved['remaining'])} blocks")
+    return saved
+
+
+def choose_layers(
+    config: Config, teacher: LanguageModel, corpus: data.Corpus, out: Path, state: dict[str, Any]
+) -> students.Choice:
+    """The teacher's blocks that stay. What each round decides is added to `state`, from which a
+    choice goes on, and written."""
+    start = None
+    if "remaining" in state:
+        start = students.Choice(tuple(state["remaining"]), state["kl"], tuple(state["increases"]))
+
+    def save(choice: students.Choice) -> None:
+        state.update(remaining=choice.layers, kl=choice.kl, increases=choice.increases)
+        write_first(out / ROUNDS, state)
+
+    text = calibration(corpus, config.calibration_windows)
+    with report.progress("choosing blocks") as progress:
+        return students.choose_layers(
+            teacher, config.student_layers, config.student_init, text, start=start, save=save,
+            dtype=config.compute_dtype, progress=progress,
+        )  # fmt: skip
+
+
+def write_first(path: Path, content: dict[str, Any] | None) -> None:
+    """From the first process alone; without a content the file goes."""
+    if jax.process_index() == 0 and content is None:
+        path.unlink(missing_ok=True)
+    elif jax.process_index() == 0:
+        files.write_json(path, content)
 
 
 def choose_or_restore_layers(
@@ -331,7 +414,7 @@ def choose_or_restore_layers(
 ) -> list[int]:  # fmt: skip
     """Which of the teacher's blocks the student begins as; decided once in the life of a run. A
     choice that was interrupted goes on where `facts` are the same."""
-    path, rounds = out / CHOICE, out / ROUNDS
+    path = out / CHOICE
     if path.exists():
         choice = files.read_json(path)
         layers, depth = choice.get("kept"), models.config(config.teacher).layers
@@ -342,34 +425,13 @@ def choose_or_restore_layers(
             raise UserError(f"{path}: expected the choice of {what}, found {layers}: {remedy}")
     else:
         begun = time.monotonic()
-        text = calibration(corpus, config.calibration_windows)
-        facts = json.loads(json.dumps([facts, config.student_init, config.compute_dtype]))
-        saved = files.read_json(rounds) if rounds.exists() else {}
-        saved = processes.gather(saved)[0]
-        same, start = saved.get("facts") == facts, None
-        if same:
-            start = students.Choice(
-                tuple(saved["remaining"]), saved["kl"], tuple(saved["increases"])
-            )
-            report.say(f"choice    continued at {len(start.layers)} blocks")
-
-        def save(choice: students.Choice) -> None:
-            if jax.process_index() == 0:
-                state = {"remaining": choice.layers, "increases": choice.increases}
-                files.write_json(rounds, {"facts": facts, "kl": choice.kl, **state})
-
-        with report.progress("choosing blocks") as progress:
-            chosen = students.choose_layers(
-                teacher, config.student_layers, config.student_init, text, start=start, save=save,
-                dtype=config.compute_dtype, progress=progress,
-            )  # fmt: skip
+        chosen = choose_layers(config, teacher, corpus, out, restore_rounds(config, out, facts))
         seconds = round(time.monotonic() - begun, 1)
         choice = {"kept": list(chosen.layers), "kl": chosen.kl, "seconds": seconds}
-        if jax.process_index() == 0:
-            files.write_json(path, choice)
-            rounds.unlink(missing_ok=True)
+        write_first(path, choice)
+        write_first(out / ROUNDS, None)
     kl, blocks = choice.get("kl"), " ".join(map(str, choice["kept"]))
-    cost = "" if kl is None else f", which leaves a KL of {kl:.3f}"
+    cost = f", which leaves a KL of {kl:.3f}" if kl else ""
     report.say(f"student   blocks {blocks}{cost} (chosen in {choice.get('seconds')}s)")
     return choice["kept"]
 
@@ -406,9 +468,10 @@ def heal(
     return healed
 
 
-def calibration(corpus: data.Corpus, windows: int) -> students.Calibration:
-    """The first windows of the text, or all where there are fewer."""
-    batch = data.batch(corpus, 0, min(windows, corpus.windows))
+def calibration(corpus: data.Corpus, windows: int, first: int = 0) -> students.Calibration:
+    """Some windows of the text, or all where there are fewer."""
+    rows = data.windows(corpus, 0, min(windows, corpus.windows), first_row=first)
+    batch = data.read(corpus, rows)
     return students.Calibration(batch.tokens[:, :-1], batch.segments[:, :-1], batch.mask)
 
 
