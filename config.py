@@ -16,7 +16,7 @@ import text
 from losses import features
 from models import kernels
 from runtime import files, on_policy, target_store
-from runtime.errors import LOCAL, SEED, UserError, above, at_least, between, check, inside
+from runtime.errors import LOCAL, SEED, UserError, above, at_least, below, between, check
 
 # A field hides the module it is named after.
 Data, Optim, OnPolicy = data.Config, optim.Config, on_policy.Config
@@ -61,7 +61,7 @@ class Config:
     """Attention heads of the student, of a cut as many for each key and value head."""
     student_kv_heads: Annotated[int | None, at_least(1)] = None
     """Key and value heads of the student: a cut loses the others with all of their heads."""
-    student_params: Annotated[float | None, inside(0, 1)] = None
+    student_params: Annotated[float | None, below(0, 1)] = None
     """Share of the parameters of the teacher's blocks: a few students with fewer blocks, narrower
     MLPs or both are cut and healed, and the one with the lowest KL is trained."""
     calibration_windows: Annotated[int, at_least(1)] = 4
@@ -187,10 +187,9 @@ class Config:
              "it says how many"),
             (self.student_heal != "none" and (self.student or self.student_init == "random"),
              "--student-heal", "it is for a student that is cut from the teacher"),
-            (self.student_params is not None and (
-                self.student is not None or self.student_layers is not None
-                or bool(student_widths(self)) or self.student_init == "random"
-                or students.parse(self.student_init or "greedy") is not None),
+            (self.student_params is not None and bool(
+                self.student or self.student_layers or student_widths(self)
+                or self.student_init not in (None, *students.METHODS[:-1])),
              "--student-params", "it decides which blocks and widths a cut of the teacher keeps"),
             (self.student is not None and self.student_init is not None,
              "--student-init with --student", "that student is whole already"),
@@ -293,17 +292,6 @@ def _student_layers(config: Config, teacher: Any) -> int | None:
     if method != "random":
         students.check(teacher.layers, layers, method)
     return layers
-
-
-def candidates(config: Config) -> list[Config]:
-    """The configurations among which --student-params chooses, the deepest first; or this one."""
-    if config.student_params is None:
-        return [config]
-    sizes = students.sizes(models.config(config.teacher), config.student_params)
-    return [
-        dataclasses.replace(config, student_params=None, student_layers=depth, student_mlp=width)
-        for depth, width in sizes
-    ]
 
 
 def student_widths(config: Config) -> dict[str, int]:

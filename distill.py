@@ -22,16 +22,7 @@ import models
 import optim
 import sharding
 import text
-from config import (
-    Config,
-    Data,
-    Mesh,
-    Optim,
-    candidates,
-    run_folder,
-    uses_teacher_loss,
-    with_defaults,
-)
+from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, with_defaults
 from losses import features
 from models.base import LanguageModel, add_rows
 from runtime import (
@@ -273,8 +264,9 @@ def train(config: Config) -> Path:
         sharding.use_mesh(placement.mesh, placement.layout),
         report.quietly(config.quiet or jax.process_index() > 0),
     ):
+        deepest = prepare.candidates(config)[0]
         if config.plan:
-            print_plan(candidates(config)[0], placement)
+            print_plan(deepest, placement)
             return out
         folder = prepare.make_folder(config)
         with checkpoint.lock(out):
@@ -286,7 +278,6 @@ def train(config: Config) -> Path:
             if config.keep_best:
                 models.hub.check_replaceable(out / "student-best")
             if not config.force:
-                deepest = candidates(config)[0]
                 optimizer, _ = prepare.optimizer_and_objective(deepest)
                 arguments = abstract_arguments(deepest, placement)
                 plan.refuse(config, plan.resident_bytes(config, placement, *arguments, optimizer))

@@ -265,18 +265,17 @@ def narrowed(config: Any, **widths: int) -> Any:
     for axis, width in widths.items():
         flag, most = f"--student-{axis.replace('_', '-')}", getattr(config, axis)
         if axis not in config.SELECTABLE:
-            remedy = f"its config cannot say so; it is cut along {', '.join(config.SELECTABLE)}"
-            raise UserError(f"{flag} with a {config.model_type} teacher: {remedy}")
+            reason = f"its config cannot say so; it is cut along {', '.join(config.SELECTABLE)}"
+            raise UserError(f"{flag} with a {config.model_type} teacher: {reason}")
         if width > most:
             more = "--student-init random can have more"
             raise UserError(f"{flag} is {width}: the teacher has {most} ({more})")
-    group = config.heads // config.kv_heads
-    kv_heads = widths.get("kv_heads", config.kv_heads)
+    group, kv_heads = config.heads // config.kv_heads, widths.get("kv_heads", config.kv_heads)
     heads = widths.get("heads", kv_heads * group)
     if heads % kv_heads or heads > kv_heads * group:
         each = f"each of {kv_heads} key and value heads (--student-kv-heads) must have as many"
         raise UserError(f"--student-heads is {heads}: {each}, 1 to {group}")
-    indices = {axis: range(widths[axis]) for axis in ("embed", "mlp", "kv_heads") if axis in widths}
+    indices = {axis: range(width) for axis, width in widths.items()}
     if heads < config.heads:
         indices["heads"] = [i for i in range(kv_heads * group) if i % group < heads // kv_heads]
     return config.select(indices)
@@ -286,23 +285,18 @@ def sizes(config: Any, share: float) -> list[tuple[int, int]]:
     """Depths and MLP widths of a few students whose blocks have at most this share of the teacher's
     parameters: from all blocks, as narrow as that takes, to the fewest."""
     family = models.FAMILIES[config.model_type]
-    model = eqx.filter_eval_shape(lambda: family(config, jax.random.key(0)))
-    leaves, axes_of = jax.tree.leaves(model.blocks), sharding.axes(model.blocks)
-    axes_of = jax.tree.structure(model.blocks).flatten_up_to(axes_of)
-    total = sum(leaf.size for leaf in leaves)
-    mlp = sum(leaf.size for leaf, axes in zip(leaves, axes_of, strict=True) if "mlp" in axes)
+    blocks = eqx.filter_eval_shape(lambda: family(config, jax.random.key(0))).blocks
+    total = sum(leaf.size for leaf in jax.tree.leaves(blocks)) / config.layers
+    mlp = jax.tree.map(lambda x, axes: x.size * ("mlp" in axes), blocks, sharding.axes(blocks))
+    mlp = sum(jax.tree.leaves(mlp)) / config.layers
     step = math.gcd(config.mlp, MULTIPLE) if "mlp" in config.SELECTABLE else config.mlp
-    fewest, candidates = max(1, int(share * config.layers + 1e-9)), []
+    fewest, widths = max(1, int(share * config.layers + 1e-9)), {}
     for depth in np.linspace(config.layers, fewest, CANDIDATES).round().astype(int).tolist():
-        steps = (share * total * config.layers / depth - (total - mlp)) / mlp * config.mlp / step
-        width = min(config.mlp, int(steps + 1e-9) * step)
-        if width > 0 and (depth, width) not in candidates:
-            candidates.append((depth, width))
-    if not candidates:
-        least = (total - mlp + mlp * step / config.mlp) / total / config.layers
-        reason = f"a student of one block has {math.ceil(1e4 * least) / 1e4:g} of the parameters"
-        raise UserError(f"--student-params {share:g}: {reason}, which is the least")
-    return candidates
+        left = share * total * config.layers / depth - (total - mlp)
+        widths[depth] = min(config.mlp, int(left / mlp * config.mlp / step + 1e-9) * step)
+    if widths[fewest] <= 0:
+        raise UserError(f"--student-params {share:g}: a student of one block is larger than that")
+    return [(depth, width) for depth, width in widths.items() if width > 0]
 
 
 def choose_widths(
@@ -312,11 +306,11 @@ def choose_widths(
     """The indices of these blocks and, where `shape` is narrower than the teacher, of what matters
     most in them. Each block has its own MLP channels and heads, the same number of each group."""
     config, indices = teacher.config, {"layers": tuple(layers)}
-    narrower = [x for x in WIDTHS if getattr(shape, x) < getattr(config, x)]
+    narrower = [axis for axis in WIDTHS if getattr(shape, axis) < getattr(config, axis)]
     if not narrower:
         return indices
     scores = jax.tree.map(sharding.to_host, importance(teacher, calibration, dtype))
-    # From one process: all are to keep the same, and another machine may round otherwise.
+    # From one process: the libraries of another machine may round otherwise.
     scores = {axis: np.asarray(broadcast_one_to_all(x))[list(layers)] for axis, x in scores.items()}
 
     def largest(x: np.ndarray, count: int) -> np.ndarray:
@@ -328,11 +322,11 @@ def choose_widths(
         indices["embed"] = largest(scores["embed"].sum(0), shape.embed)
     if "heads" in narrower:
         groups = scores["heads"].reshape(len(layers), config.kv_heads, -1)
-        indices["kv_heads"] = kv_heads = largest(groups.sum(-1), shape.kv_heads)
+        kv_heads = largest(groups.sum(-1), shape.kv_heads)
         heads = largest(groups, shape.heads // shape.kv_heads)
         heads += groups.shape[-1] * np.arange(config.kv_heads)[:, None]
-        heads = np.take_along_axis(heads, kv_heads[..., None], axis=1)
-        indices["heads"] = heads.reshape(len(layers), -1)
+        heads = np.take_along_axis(heads, kv_heads[..., None], axis=1).reshape(len(layers), -1)
+        indices |= {"kv_heads": kv_heads, "heads": heads}
     return indices
 
 

@@ -83,10 +83,6 @@ def between(low: float | int, high: float | int) -> Constraint:
     return Constraint(f"from {low:g} to {high:g}", lambda x: low <= x <= high)
 
 
-def inside(low: float | int, high: float | int) -> Constraint:
-    return Constraint(f"above {low:g} and below {high:g}", lambda x: low < x < high)
-
-
 def below(low: float | int, high: float | int) -> Constraint:
     return Constraint(f"from {low:g} to below {high:g}", lambda x: low <= x < high)
 

@@ -22,14 +22,7 @@ import optim
 import sharding
 import student as students
 import text
-from config import (
-    Config,
-    candidates,
-    needs_teacher,
-    run_folder,
-    student_config,
-    uses_teacher_loss,
-)
+from config import Config, needs_teacher, run_folder, student_config, uses_teacher_loss
 from losses import features
 from models import kernels
 from models.base import LanguageModel
@@ -319,10 +312,8 @@ def teacher_and_student(
         processes.check_same({f"the content of --{name}": compared[name] for name in compared})
         if reads:
             teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
-        if config.student_params is not None:
-            config = choose_or_restore_size(config, teacher, corpus, out, facts)
         if cuts:
-            layers = choose_or_restore_layers(config, teacher, corpus, out, facts)
+            config, layers = choose_or_restore_layers(config, teacher, corpus, out, facts)
         if cuts and not begun:
             student = cut(config, teacher, layers, corpus)
     if not begun and config.student is not None:
@@ -335,105 +326,97 @@ def teacher_and_student(
     return config, teacher if needs_teacher(config) else None, student, layers
 
 
-def choose_or_restore_size(
-    config: Config, teacher: LanguageModel | None, corpus: data.Corpus, out: Path,
-    facts: dict[str, str | None],
-) -> Config:  # fmt: skip
-    """The configuration of the student whose KL was the lowest among `candidates`; decided once in
-    the life of a run. No two of them have the same depth."""
-    path, sized = out / CHOICE, candidates(config)
-    if not path.exists():
-        begun, state = time.monotonic(), restore_rounds(config, out, facts)
-        table = state.setdefault("candidates", [])
-        read = max(config.calibration_windows, -(-config.heal_tokens // config.seq_len))
-        text = calibration(corpus, config.calibration_windows, first=read)  # which no other reads
-        for candidate in sized[len(table) :]:
-            layers = list(choose_layers(candidate, teacher, corpus, out, state).layers)
-            student = cut(candidate, teacher, layers, corpus)
-            kl = students.kl_between(teacher, student, text, config.compute_dtype)
-            size, width = sum(leaf.size for leaf in jax.tree.leaves(student)), student.config.mlp
-            table.append({"kept": layers, "mlp": width, "parameters": size, "kl": kl})
-            write_first(out / ROUNDS, state)
-            shape = f"{len(layers)} blocks, MLPs of {width}, {report.count(size)} parameters"
-            report.say(f"candidate {shape}: KL {kl:.3f}")
-        seconds = round(time.monotonic() - begun, 1)
-        best = min(table, key=lambda entry: entry["kl"])
-        write_first(path, best | {"seconds": seconds, "candidates": table})
-        write_first(out / ROUNDS, None)
-    kept = files.read_json(path).get("kept")
-    depth = len(kept) if isinstance(kept, list) else None
-    return next((x for x in sized if x.student_layers == depth), sized[0])
-
-
-def restore_rounds(
-    config: Config, out: Path, facts: dict[str, str | None] | None
-) -> dict[str, Any]:
-    """What a choice that was interrupted had decided, if it was of the same `facts`."""
-    path = out / ROUNDS
-    facts = json.loads(json.dumps([facts, config.student_init, config.compute_dtype]))
-    saved = processes.gather(files.read_json(path) if path.exists() else {})[0]
-    if saved.get("facts") != facts:
-        return {"facts": facts}
-    if "remaining" in saved:
-        report.say(f"choice    continued at {len(saved['remaining'])} blocks")
-    return saved
-
-
-def choose_layers(
-    config: Config, teacher: LanguageModel, corpus: data.Corpus, out: Path, state: dict[str, Any]
-) -> students.Choice:
-    """The teacher's blocks that stay. What each round decides is added to `state`, from which a
-    choice goes on, and written."""
-    start = None
-    if "remaining" in state:
-        start = students.Choice(tuple(state["remaining"]), state["kl"], tuple(state["increases"]))
-
-    def save(choice: students.Choice) -> None:
-        state.update(remaining=choice.layers, kl=choice.kl, increases=choice.increases)
-        write_first(out / ROUNDS, state)
-
-    text = calibration(corpus, config.calibration_windows)
-    with report.progress("choosing blocks") as progress:
-        return students.choose_layers(
-            teacher, config.student_layers, config.student_init, text, start=start, save=save,
-            dtype=config.compute_dtype, progress=progress,
-        )  # fmt: skip
-
-
-def write_first(path: Path, content: dict[str, Any] | None) -> None:
-    """From the first process alone; without a content the file goes."""
-    if jax.process_index() == 0 and content is None:
-        path.unlink(missing_ok=True)
-    elif jax.process_index() == 0:
-        files.write_json(path, content)
+def candidates(config: Config) -> list[Config]:
+    """The configurations among which --student-params chooses, the deepest first; or this one."""
+    if config.student_params is None:
+        return [config]
+    sizes = students.sizes(models.config(config.teacher), config.student_params)
+    return [
+        dataclasses.replace(config, student_params=None, student_layers=depth, student_mlp=width)
+        for depth, width in sizes
+    ]
 
 
 def choose_or_restore_layers(
     config: Config, teacher: LanguageModel | None, corpus: data.Corpus, out: Path,
     facts: dict[str, str | None] | None = None,
-) -> list[int]:  # fmt: skip
-    """Which of the teacher's blocks the student begins as; decided once in the life of a run. A
-    choice that was interrupted goes on where `facts` are the same."""
-    path = out / CHOICE
+) -> tuple[Config, list[int]]:  # fmt: skip
+    """Which of the teacher's blocks the student begins as, and the one of `candidates` that says
+    so; decided once in the life of a run."""
+    path, sized = out / CHOICE, {x.student_layers: x for x in candidates(config)}
     if path.exists():
         choice = files.read_json(path)
         layers, depth = choice.get("kept"), models.config(config.teacher).layers
         ascending = isinstance(layers, list) and [x for x in range(depth) if x in layers]
-        if not ascending or layers != ascending or len(layers) != config.student_layers:
-            what = f"{config.student_layers} blocks of 0 to {depth - 1}"
+        if not ascending or layers != ascending or len(layers) not in sized:
+            what = f"{' or '.join(map(str, sized))} blocks of 0 to {depth - 1}"
             remedy = "give --student-layers as at the beginning, or begin anew with --no-resume"
             raise UserError(f"{path}: expected the choice of {what}, found {layers}: {remedy}")
     else:
-        begun = time.monotonic()
-        chosen = choose_layers(config, teacher, corpus, out, restore_rounds(config, out, facts))
-        seconds = round(time.monotonic() - begun, 1)
-        choice = {"kept": list(chosen.layers), "kl": chosen.kl, "seconds": seconds}
-        write_first(path, choice)
-        write_first(out / ROUNDS, None)
+        choice = choose(config, teacher, corpus, out / ROUNDS, facts)
+        if jax.process_index() == 0:
+            files.write_json(path, choice)
+            (out / ROUNDS).unlink(missing_ok=True)
     kl, blocks = choice.get("kl"), " ".join(map(str, choice["kept"]))
     cost = f", which leaves a KL of {kl:.3f}" if kl else ""
     report.say(f"student   blocks {blocks}{cost} (chosen in {choice.get('seconds')}s)")
-    return choice["kept"]
+    return sized[len(choice["kept"])], choice["kept"]
+
+
+def choose(
+    config: Config, teacher: LanguageModel, corpus: data.Corpus, rounds: Path,
+    facts: dict[str, str | None] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The blocks that stay, of several candidates those with the lowest KL. What was decided is
+    written to `rounds`, from which a choice that was interrupted goes on for the same `facts`."""
+    begun, text = time.monotonic(), calibration(corpus, config.calibration_windows)
+    facts = json.loads(json.dumps([facts, config.student_init, config.compute_dtype]))
+    state = processes.gather(files.read_json(rounds) if rounds.exists() else {})[0]
+    if state.get("facts") != facts:
+        state = {"facts": facts}
+    table = state.setdefault("candidates", [])
+    if "remaining" in state:
+        report.say(f"choice    continued at {len(state['remaining'])} blocks")
+
+    def save(choice: students.Choice | None = None) -> None:
+        if choice is not None:
+            state.update(zip(("remaining", "kl", "increases"), choice, strict=True))
+        if jax.process_index() == 0:
+            files.write_json(rounds, state)
+
+    for candidate in candidates(config)[len(table) :]:
+        start = None
+        if "remaining" in state:  # deeper candidates are first, and choose in the same rounds
+            start = students.Choice(
+                tuple(state["remaining"]), state["kl"], tuple(state["increases"])
+            )
+        with report.progress("choosing blocks") as progress:
+            choice = students.choose_layers(
+                teacher, candidate.student_layers, config.student_init, text, start=start,
+                save=save, dtype=config.compute_dtype, progress=progress,
+            )  # fmt: skip
+        table.append({"kept": list(choice.layers), "kl": choice.kl})
+        if config.student_params is not None:
+            table[-1] |= judge(candidate, teacher, list(choice.layers), corpus)
+            save()
+    best = min(table, key=lambda entry: entry["kl"]) if len(table) > 1 else table[0]
+    return best | {"seconds": round(time.monotonic() - begun, 1), "candidates": table}
+
+
+def judge(
+    config: Config, teacher: LanguageModel, layers: list[int], corpus: data.Corpus
+) -> dict[str, Any]:
+    """Size and KL of the student with these blocks, on text that no choice and no healing reads."""
+    windows = config.calibration_windows
+    text = calibration(
+        corpus, windows, first=max(windows, -(-config.heal_tokens // config.seq_len))
+    )
+    student = cut(config, teacher, layers, corpus)
+    kl = students.kl_between(teacher, student, text, config.compute_dtype)
+    size, mlp = sum(leaf.size for leaf in jax.tree.leaves(student)), student.config.mlp
+    shape = f"{len(layers)} blocks, MLPs of {mlp}, {report.count(size)} parameters"
+    report.say(f"candidate {shape}: KL {kl:.3f}")
+    return {"kl": kl, "mlp": mlp, "parameters": size}
 
 
 def cut(
