@@ -56,7 +56,7 @@ class Config:
     """Width of the student, by default the teacher's: a cut keeps the channels that norms make the
     largest. With this or one of the next three, --student-layers is by default the teacher's."""
     student_mlp: Annotated[int | None, at_least(1)] = None
-    """MLP width of the student: a cut keeps in each block the channels that add most."""
+    """MLP width of the student: a cut keeps each block's channels of the largest activations."""
     student_heads: Annotated[int | None, at_least(1)] = None
     """Attention heads of the student, of a cut as many for each key and value head."""
     student_kv_heads: Annotated[int | None, at_least(1)] = None
@@ -97,7 +97,7 @@ class Config:
     """Give the teacher the last so many devices: it reads a batch while the student trains on the
     one before."""
     out: Annotated[str | None, LOCAL] = None
-    """Folder of the run; by default runs/<teacher>-<layers>L."""
+    """Folder of the run; by default runs/<teacher>-<layers>L, or -<share> of --student-params."""
     resume: bool = True
     """Continue the run in that folder; --no-resume moves it aside and starts anew."""
     resume_anyway: bool = False
@@ -287,7 +287,7 @@ def _student_layers(config: Config, teacher: Any) -> int | None:
         return layers
     method = config.student_init or "greedy"
     layers = config.student_layers or len(students.parse(method) or ())
-    narrower = method != "random" and any(student_widths(config).values())
+    narrower = method != "random" and bool(student_widths(config))
     layers = layers or (teacher.layers if narrower else max(1, teacher.layers // 2))
     if method != "random":
         students.check(teacher.layers, layers, method)

@@ -375,42 +375,40 @@ def choose(
     if state.get("facts") != facts:
         state = {"facts": facts}
     table = state.setdefault("candidates", [])
-    if "remaining" in state:
-        report.say(f"choice    continued at {len(state['remaining'])} blocks")
+    if "round" in state:
+        report.say(f"choice    continued at {len(state['round'][0])} blocks")
 
-    def save(choice: students.Choice | None = None) -> None:
-        if choice is not None:
-            state.update(zip(("remaining", "kl", "increases"), choice, strict=True))
+    def save(**changes: Any) -> None:
+        state.update(changes)
         if jax.process_index() == 0:
             files.write_json(rounds, state)
 
     for candidate in candidates(config)[len(table) :]:
         start = None
-        if "remaining" in state:  # deeper candidates are first, and choose in the same rounds
-            start = students.Choice(
-                tuple(state["remaining"]), state["kl"], tuple(state["increases"])
-            )
+        if "round" in state:  # of a deeper one, perhaps: those are first
+            layers, kl, increases = state["round"]
+            start = students.Choice(tuple(layers), kl, tuple(increases))
         with report.progress("choosing blocks") as progress:
             choice = students.choose_layers(
                 teacher, candidate.student_layers, config.student_init, text, start=start,
-                save=save, dtype=config.compute_dtype, progress=progress,
+                save=lambda choice: save(round=choice), dtype=config.compute_dtype,
+                progress=progress,
             )  # fmt: skip
         table.append({"kept": list(choice.layers), "kl": choice.kl})
         if config.student_params is not None:
             table[-1] |= judge(candidate, teacher, list(choice.layers), corpus)
             save()
-    best = min(table, key=lambda entry: entry["kl"]) if len(table) > 1 else table[0]
-    return best | {"seconds": round(time.monotonic() - begun, 1), "candidates": table}
+    best = min(table, key=lambda entry: entry["kl"])
+    compared = {} if config.student_params is None else {"candidates": table}
+    return best | {"seconds": round(time.monotonic() - begun, 1)} | compared
 
 
 def judge(
     config: Config, teacher: LanguageModel, layers: list[int], corpus: data.Corpus
 ) -> dict[str, Any]:
     """Size and KL of the student with these blocks, on text that no choice and no healing reads."""
-    windows = config.calibration_windows
-    text = calibration(
-        corpus, windows, first=max(windows, -(-config.heal_tokens // config.seq_len))
-    )
+    read = max(config.calibration_windows, -(-config.heal_tokens // config.seq_len))
+    text = calibration(corpus, config.calibration_windows, first=read)
     student = cut(config, teacher, layers, corpus)
     kl = students.kl_between(teacher, student, text, config.compute_dtype)
     size, mlp = sum(leaf.size for leaf in jax.tree.leaves(student)), student.config.mlp
