@@ -1,4 +1,4 @@
-"""How a student is born from a teacher: which of its blocks stay, or fresh weights in its image."""
+"""How a student is born from a teacher: which blocks and channels stay, or fresh weights."""
 
 import dataclasses
 import math
