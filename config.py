@@ -291,6 +291,7 @@ def _student_layers(config: Config, teacher: Any) -> int | None:
     layers = layers or (teacher.layers if narrower else max(1, teacher.layers // 2))
     if method != "random":
         students.check(teacher.layers, layers, method)
+        students.narrowed(teacher, **student_widths(config))
     return layers
 
 
