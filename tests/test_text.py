@@ -397,6 +397,67 @@ def test_records_become_conversations(encoder, tmp_path):
     assert texts(path.with_suffix(".jsonl"), chatml, text_field="text") == ["a"]
 
 
+def test_the_first_column_that_has_a_value_counts_and_empty_records_are_counted(
+    plain, tmp_path, capsys
+):
+    records = [{"messages": None, "text": "a"}, {"messages": [], "text": "b"}, {"text": " "}]
+    records += [{"messages": None, "prompt": "c", "completion": "d", "text": ""}, {"text": None}]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    columns = ("messages", "prompt", "completion", "text")
+    rows = [{name: record.get(name) or None for name in columns} for record in records]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, path.with_suffix(".parquet"))
+    for file in (path, path.with_suffix(".parquet")):
+        assert texts(file, plain) == ["a", "b", "cd<eos>"]
+        assert f"{file}: 2 of 5 records left out: no text" in capsys.readouterr().err
+        assert len(list(text.prompts(text.find(str(file)), plain))) == 3
+        assert "2 of 5 records left out" in capsys.readouterr().err
+
+
+SHAPES = {
+    "ShareGPT": {"conversations": [
+        {"from": "human", "value": "one?", "weight": None}, {"from": "gpt", "value": "uno"}]},
+    "Alpaca": {"instruction": "one?", "input": "", "output": "uno"},
+    "Alpaca without inputs": {"instruction": "one?", "output": "uno", "text": "Below is"},
+    "DPO": {"prompt": "one?", "chosen": "uno", "rejected": "due"},
+    "DPO of messages": {
+        "prompt": "one?", "chosen": [TALK[1], said("uno")], "rejected": [TALK[1], said("due")]},
+    "DPO of answers": {"prompt": [TALK[1]], "chosen": [said("uno")], "rejected": [said("due")]},
+    "DPO without prompts": {"chosen": [TALK[1], said("uno")], "rejected": [said("due")]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_of_other_tools_are_conversations(encoder, tmp_path, shape, kind):
+    chatml, path = tokenizer(encoder, tmp_path, chat_template=CHATML), tmp_path / f"x{kind}"
+    if kind == ".jsonl":
+        path.write_text(json.dumps(SHAPES[shape]))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([SHAPES[shape]]), path)
+    (piece,) = text.pieces(text.find(str(path)), chatml, mask="assistant")
+    asked = "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
+    assert piece.text == asked + "uno<|im_end|>\n"
+    assert [piece.text[a:b] for a, b in piece.spans] == ["uno<|im_end|>"]
+
+
+def test_the_input_of_an_instruction_follows_it(plain, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"instruction": "add", "input": "1 2", "output": "3"}))
+    assert texts(path, plain) == ["add\n\n1 23<eos>"]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_an_answer_is_learned_without_a_template(encoder, tmp_path, bos):
+    chats = tokenizer(encoder, tmp_path, add_bos_token=bos)
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"prompt": "one? ", "completion": "uno"}))
+    (piece,) = text.pieces(text.find(str(path)), chats, mask="assistant")
+    assert piece.text == "<bos>" * bos + "one? uno<eos>"
+    assert [piece.text[a:b] for a, b in piece.spans] == ["uno<eos>"]
+
+
 def test_masks_reach_the_batch(encoder, tmp_path):
     folder = saved(encoder, tmp_path / "tokenizer", chat_template=CHATML)
     path = tmp_path / "x.jsonl"
