@@ -311,6 +311,17 @@ def test_a_repository_of_pickles_alone(hub, online, small):
     assert {file for _, file, *_ in hub.asked("owner/pickles")} == {"config.json"}
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "gemma2"])
+def test_a_model_of_another_family_is_refused_by_its_id_before_its_weights(
+    hub, online, small, kind
+):
+    files = small[0] | {"config.json": json.dumps({"model_type": kind}).encode()}
+    hub.add(f"owner/{kind}", main=files)
+    words = [f"owner/{kind}: model_type '{kind}' is not supported, only bloom, llama, mistral"]
+    assert refused(online, "load", f"owner/{kind}", words=words).startswith("owner/")
+    assert "model.safetensors" not in {file for _, file, *_ in hub.asked(f"owner/{kind}")}
+
+
 def test_the_tokenizer_of_a_model_is_fetched_without_its_weights(hub, online, small, tmp_path):
     files, bits = small
     more = {"merges.txt": b"a b", "chat_template.jinja": b"{{ x }}"}

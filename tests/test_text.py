@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -543,6 +545,8 @@ REFUSED = {
     "half.txt.gz": (gzip.compress(os.urandom(999))[:-20], "cannot be read to its end"),
     "other.txt.gz": (b"not gzip", "cannot be read to its end"),
     "other.txt.zst": (b"not zstd at all", "cannot be read to its end"),
+    "x.csv": (b"text\na\n", "expected .txt.*python -c .*from_csv.*x.csv.*to_parquet"),
+    "folder/x.json": (b"[]", "no file to read in it.*python -c .*from_json.*folder/x.json"),
     "story.md": (b"text", r"expected .txt, .jsonl, .parquet, each also with .gz or .zst"),
     "folder/story.md": (b"text", "no file to read in it"),
 }
@@ -559,6 +563,22 @@ def test_bad_files(encoder, tmp_path, name):
         data.open_corpus(config, folder, seq_len=4, seed=0, vocab=300)
     assert "\n" not in str(caught.value) and str(source) in str(caught.value)
     assert not [path for path in tmp_path.glob("cache/*") if path.name != ".lock"]
+
+
+@pytest.mark.parametrize(
+    "name, content", [("it's.csv", 'text\n"a\nb"\n'), ("x y.json", '[{"text": "a\\nb", "id": 1}]')]
+)
+def test_the_remedy_for_tables_of_other_kinds_is_a_command_that_works(
+    plain, tmp_path, name, content
+):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        text.find(str(tmp_path / name))
+    command = str(caught.value).partition("once by: ")[2]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    command = command.replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, env=environment)
+    assert texts((tmp_path / name).with_suffix(".parquet"), plain) == ["a\nb"]
 
 
 def test_plain_text_has_no_assistant(plain, tmp_path):

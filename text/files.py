@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from runtime.errors import UserError
 from runtime.files import check_links, digest, library_errors, local_path
 
 KINDS = (".txt", ".jsonl", ".parquet")
+CONVERTERS = {".json": "from_json", ".csv": "from_csv"}  # of `datasets.Dataset`
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 HUB = re.compile(rf"(\w[\w.-]*/\w[\w.-]*{commits.REVISION})(?::([^:]*))?(?::(.*))?")
 BLOCK = 1 << 20  # bytes read at once
@@ -108,6 +110,7 @@ def find(name: str, *, streaming: bool = False) -> Source:
         else:
             raise UserError(f"{name}: no such file or folder, and not a hub data set (owner/name)")
         paths = sorted((os.path.join(os.getcwd(), x) for x in paths), key=lambda x: x.split("/"))
+        convertible = [x for x in paths if os.path.splitext(x)[1].lower() in CONVERTERS]
         if folder:
             # A folder that is a link is not read, but refused where it leads out.
             paths = [x for x in paths if kind(x) or (os.path.islink(x) and os.path.isdir(x))]
@@ -122,10 +125,19 @@ def find(name: str, *, streaming: bool = False) -> Source:
         if not facts or not all(kind(x[0]) for x in facts):
             kinds = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSION)}"
             pull = f" ({left_out}; git lfs pull fetches them)" if count > len(facts) else ""
-            raise UserError(f"{name}: no file to read in it; expected {kinds}{pull}")
+            convert = f"; {conversion(convertible[0])}" if convertible else ""
+            raise UserError(f"{name}: no file to read in it; expected {kinds}{pull}{convert}")
         if hidden or count > len(facts):
             report.say(f"{name}: {left_out}")
     return Source(name, digest(facts), tuple(Path(x[0]) for x in facts))
+
+
+def conversion(path: str) -> str:
+    """How to make a table of another kind one that is read."""
+    stem, suffix = os.path.splitext(path)
+    one, other = json.dumps(path), json.dumps(f"{stem}.parquet")
+    call = f"datasets.Dataset.{CONVERTERS[suffix.lower()]}({one}).to_parquet({other})"
+    return f"convert it once by: python -c {shlex.quote(f'import datasets; {call}')}"
 
 
 def is_pointer(path: str, size: int) -> bool:

@@ -76,10 +76,10 @@ def prompts(source: Source, tokenizer: "Tokenizer", column: str | None = None) -
     """The prompts of a source in order: lines of plain text, or a column of records.
 
     A column holds text, or messages: then what the assistant said last is left out. Without a
-    column, it is `messages`, `conversations`, `prompt` (for a model that chats the words of its
-    user) or `text`, the first of these that a record has.
+    column, it is `messages`, `prompt` (for a model that chats the words of its user), `text` or
+    `conversations`, the first of these that a record has.
     """
-    names = ("messages", "conversations", "prompt", "text") if column is None else (column,)
+    names = ("messages", "prompt", "text", "conversations") if column is None else (column,)
     shapes, counts = [(name,) for name in names], Counter()
     choose = partial(_columns, shapes, "--column")
     for part in source.files or [source]:
