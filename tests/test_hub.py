@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 import models
 import sharding
+import student
 from models.llama import Config, Llama
 from runtime.errors import UserError
 
@@ -621,6 +622,16 @@ def test_a_fingerprint_is_of_every_byte_and_reads_them_once(tmp_path, monkeypatc
     assert models.fingerprint(folder) == now
     monkeypatch.undo()
     assert models.fingerprint(cached) == now
+
+
+def test_bloom_keeps_the_length_it_was_trained_at(tmp_path):
+    """The converter of llama.cpp takes it for the context, and without it the hidden size."""
+    teacher = shutil.copytree(ROOT / "tests" / "fixtures" / "bloom", tmp_path / "teacher")
+    config = json.loads((teacher / "config.json").read_text()) | {"seq_length": 2048}
+    (teacher / "config.json").write_text(json.dumps(config))
+    models.save(student.cut(models.load(teacher), {"layers": (1,)}), tmp_path / "out")
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (exported["n_layer"], exported["seq_length"]) == (1, 2048)
 
 
 def test_tokenizer_and_generation_settings_are_kept(tmp_path):
