@@ -111,6 +111,8 @@ def export(
     dtype = jnp.dtype(run.config.export_dtype)
     exported = jax.tree.map(lambda leaf: leaf.astype(dtype), student)
     notes = {"README.md": model_card(run, step, metrics)}
+    if run.corpus.chat_template is not None:
+        notes["chat_template.jinja"] = run.corpus.chat_template
     with report.progress("exporting"):
         models.save(exported, folder, tokenizer=run.tokenizer, notes=notes)
 

@@ -40,6 +40,7 @@ from runtime import (
     results,
 )
 from runtime.errors import UserError
+from text.chat import CHATML
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -355,6 +356,24 @@ def test_a_run_may_start_from_a_student(trained, config, one_device):
     distill.train(dataclasses.replace(config, student=str(first), student_layers=None, steps=2))
     ends, begins = metrics_of(trained[0])[-1], metrics_of(config.out)[0]
     assert begins["eval/kl"] == pytest.approx(ends["eval/kl"], rel=1e-5)
+
+
+def test_a_student_has_the_template_that_it_was_taught_with(config, tmp_path, one_device):
+    turns = [("user", "one?"), ("assistant", "one and two and three and four. " * 9)]
+    talk = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (tmp_path / "talk.jsonl").write_text((json.dumps(talk) + "\n") * 40)
+    text = dataclasses.replace(
+        config.data, source=(str(tmp_path / "talk.jsonl"),), mask="assistant",
+        chat_template="chatml", held_out=0.5,
+    )  # fmt: skip
+    folder = distill.train(dataclasses.replace(config, data=text, steps=1))
+    assert (folder / "chat_template.jinja").read_text() == CHATML
+    text = dataclasses.replace(text, chat_template=None)  # it takes such text by itself now
+    again = dataclasses.replace(
+        config, data=text, steps=1, student=str(folder), student_layers=None, out=config.out + "-2",
+        loss=losses.Config(alpha=0.0),
+    )  # fmt: skip
+    assert (distill.train(again) / "chat_template.jinja").read_text() == CHATML
 
 
 def test_a_run_stops_when_nothing_is_finite(config, teacher, tmp_path, one_device):

@@ -1,6 +1,8 @@
 """Sources, records and chat templates: what becomes of them, and what is refused."""
 
+import dataclasses
 import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -476,6 +478,27 @@ def test_masks_reach_the_batch(encoder, tmp_path):
     assert corpus.bytes == len(expected.encode())
 
 
+def test_a_chat_template_that_is_asked_for(encoder, tmp_path):
+    (tmp_path / "mine.jinja").write_text("mine {{ messages[0].content }}")
+    path = write(tmp_path / "x.jsonl", json.dumps({"messages": TALK}).encode())
+    config = data.Config(source=(str(path),), cache=str(tmp_path / "cache"), held_out=1.0)
+    asked = {"chatml": CHATML, str(tmp_path / "mine.jinja"): "mine be short"}
+    for name, own in itertools.product(asked, (None, "of the tokenizer")):
+        folder = saved(encoder, tmp_path / "tokenizer", chat_template=own)
+        config = dataclasses.replace(config, chat_template=name)
+        corpus = data.open_corpus(config, folder, seq_len=200, seed=0, vocab=300)
+        (batch,) = data.evaluation(corpus, 1)
+        tokens = batch.tokens[0][batch.segments[0] > 0].tolist()
+        expected = asked[name]
+        if name == "chatml":
+            turns = (f"<|im_start|>{x['role']}\n{x['content']}<|im_end|>\n" for x in TALK)
+            expected = "".join(turns)
+        assert encoder.decode(tokens, skip_special_tokens=False) == expected
+    config = dataclasses.replace(config, chat_template="nowhere.jinja")
+    with pytest.raises(UserError, match="--data.chat-template nowhere.jinja: cannot be read"):
+        data.open_corpus(config, folder, seq_len=200, seed=0, vocab=300)
+
+
 def test_templates_may_do_what_published_ones_do(encoder, tmp_path):
     template = (
         "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}"
@@ -495,7 +518,10 @@ def test_templates_may_do_what_published_ones_do(encoder, tmp_path):
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[9].content.x }}", "refuses it"),
-        (None, "no chat template: put a chat_template.jinja beside"),
+        (
+            None,
+            "no chat template: put a chat_template.jinja beside .* --data.chat-template .*chatml",
+        ),
         ("{% for %}", "malformed"),
     ],
 )

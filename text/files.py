@@ -19,12 +19,13 @@ from typing import Any
 
 from runtime import commits, report
 from runtime.errors import UserError
-from runtime.files import check_links, digest, library_errors, local_path
+from runtime.files import check_links, digest, library_errors, local_path, read_json
 
 KINDS = (".txt", ".jsonl", ".parquet")
 CONVERTERS = {".json": "from_json", ".csv": "from_csv"}  # of `datasets.Dataset`
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 HUB = re.compile(rf"(\w[\w.-]*/\w[\w.-]*{commits.REVISION})(?::([^:]*))?(?::(.*))?")
+SIDECAR = ".settings.json"  # of a jsonl file, which holds records only
 BLOCK = 1 << 20  # bytes read at once
 LONGEST = 1 << 26  # characters of a line: it is held in memory
 
@@ -138,6 +139,19 @@ def conversion(path: str) -> str:
     one, other = json.dumps(path), json.dumps(f"{stem}.parquet")
     call = f"datasets.Dataset.{CONVERTERS[suffix.lower()]}({one}).to_parquet({other})"
     return f"convert it once by: python -c {shlex.quote(f'import datasets; {call}')}"
+
+
+def written_settings(file: Path) -> dict[str, Any]:
+    """The settings by which generate.py wrote a file; of any other file, none."""
+    import pyarrow.parquet
+
+    try:
+        if file.suffix != ".parquet":
+            return read_json(file.with_suffix(SIDECAR))
+        settings = json.loads(pyarrow.parquet.read_schema(file).metadata[b"generation"])
+        return settings if isinstance(settings, dict) else {}
+    except (UserError, OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+        return {}
 
 
 def is_pointer(path: str, size: int) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 from runtime import errors, files, report
 from runtime.errors import LOCAL, UserError, above
 from text import records
-from text.files import Source, find
+from text.files import Source
 from text.records import Piece
 from text.tokenizer import Tokenizer
 
@@ -52,12 +52,11 @@ class Store:
     """Of all the above but the folder, and of the files."""
 
 
-def open_store(name: str, tokenizer: Tokenizer, config: Any) -> Store:
+def open_store(source: Source, tokenizer: Tokenizer, config: Any) -> Store:
     """The store of a source in the cache of a `data.Config`; built if there is none that is whole.
 
     `config.held_out` is the share of the documents that are not to train on.
     """
-    source = find(name, streaming=config.streaming)
     options = [config.text_field, config.documents, config.mask, config.held_out]
     facts = [VERSION, source.fingerprint, tokenizer.fingerprint, options]
     cache = files.local_path(config.cache or files.cache_folder())
