@@ -437,12 +437,18 @@ def heal(
     if config.student_heal == "none" or student.config == teacher.config:
         return student
     begun, windows = time.monotonic(), -(-config.heal_tokens // config.seq_len)
-    text = calibration(corpus, windows)
-    with report.progress("healing") as progress:
-        healed, before, after = students.heal(
-            teacher, student, layers, text, config.student_heal, embed=embed,
-            dtype=config.compute_dtype, progress=progress,
-        )  # fmt: skip
+    text, how = calibration(corpus, windows), config.student_heal or "seams"
+    try:
+        with report.progress("healing") as progress:
+            healed, before, after = students.heal(
+                teacher, student, layers, text, how, embed=embed, dtype=config.compute_dtype,
+                progress=progress,
+            )  # fmt: skip
+    except UserError as error:
+        if config.student_heal is not None:
+            raise
+        report.say(f"healing   left out: {error}")
+        return student
     figures = f"KL {before:.3f} before, {after:.3f} after"
     left_out = ": left out, it is no better" if healed is student else ""
     report.say(f"healing   {figures} ({time.monotonic() - begun:.1f}s){left_out}")
