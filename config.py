@@ -149,10 +149,8 @@ class Config:
     def __post_init__(self):
         check(self)
         if self.batch_size % self.microbatches:
-            raise UserError(
-                f"--batch-size {self.batch_size} does not divide into {self.microbatches}"
-                " --microbatches"
-            )
+            parts = f"{self.microbatches} --microbatches"
+            raise UserError(f"--batch-size {self.batch_size} does not divide into {parts}")
         if self.student_init is not None:
             students.parse(self.student_init)
         sharding.Layout(self.zero, self.mesh.rules)
@@ -266,10 +264,8 @@ def _student_layers(config: Config, teacher: Any) -> int:
     if config.student is not None:
         layers = models.config(config.student).layers
         if config.student_layers not in (None, layers):
-            raise UserError(
-                f"--student-layers {config.student_layers}: the student in {config.student} has"
-                f" {layers}; leave the flag out"
-            )
+            flag, has = f"--student-layers {config.student_layers}", f"has {layers}"
+            raise UserError(f"{flag}: the student in {config.student} {has}; leave the flag out")
         return layers
     method = config.student_init or "greedy"
     layers = config.student_layers or len(students.parse(method) or ())

@@ -27,9 +27,8 @@ def start(
     *, distributed: bool = False, coordinator: str | None = None, processes: int | None = None,
     process_id: int | None = None, devices: int | None = None,
 ) -> None:  # fmt: skip
-    """Prepares the devices, before any is touched: joins the other processes, or emulates
-    `devices` of them on the CPU. Programs are kept for the next start, but for several processes on
-    CPUs."""
+    """Prepares the devices, before any is touched: joins the other processes, or emulates `devices`
+    on the CPU. Programs are cached for the next start, but those of several processes on CPUs."""
     together = (coordinator, processes, process_id)
     if any(flag is not None for flag in together) and None in together:
         raise UserError("--coordinator, --processes and --process-id are given together")
@@ -180,8 +179,7 @@ class Interruption(contextlib.ExitStack):
 
 
 def block_on_cpu(result: Any) -> Any:
-    """Blocks on the result on CPUs: two programs in flight there, on several processes, could enter
-    different collectives."""
+    """Blocks on CPUs: two programs of several processes could enter different collectives there."""
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(result)
     return result
