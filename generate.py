@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -21,7 +22,7 @@ import models
 import sharding
 import text
 from models.attention import Cache, einsum_f32
-from models.base import LanguageModel
+from models.base import LanguageModel, unstacked
 from runtime import answers, errors, files, processes, report
 from runtime.errors import LOCAL, SEED, Constraint, UserError, above, at_least, between
 
@@ -36,6 +37,7 @@ OUT = Constraint(
     lambda path: LOCAL.holds(path) and Path(path).suffix in (".parquet", ".jsonl"),
 )
 PART = 256  # tokens of a prompt read at once
+LEAST = 64  # places of a cache that are always read
 STEPS = 64  # tokens between two looks of the host at the rows
 WIDTH = 64  # prompts are padded to a multiple of it, so that texts of many sets need one program
 
@@ -175,8 +177,9 @@ def read_prompts(
 
     state = idle_state(model, keys, prompts.shape[1] + room, decoding)
     last = jnp.zeros((batch, model.config.embed), state.cache.keys.dtype)
-    first = (jnp.zeros((), jnp.int32), state.cache, last)
+    first = (jnp.zeros((), jnp.int32), state.cache.first(prompts.shape[1]), last)
     _, cache, last = jax.lax.while_loop(lambda carry: carry[0] < jnp.max(lengths), read_part, first)
+    cache = state.cache.with_first(cache)
     occurred = state.occurred
     if occurred is not None:
         real = jnp.arange(prompts.shape[1]) < lengths[:, None]
@@ -213,10 +216,12 @@ def decode(
     frozen: tuple[LanguageModel, Any], state: DecodeState, decoding: Decoding, steps: int
 ) -> DecodeState:
     """Up to `steps` more tokens for each row, until so many rows are idle; consumes the state."""
-    model, idle = frozen
+    (model, idle), capacity = frozen, state.cache.keys.shape[-1]
 
-    def goes_on(carry):
-        return (carry[0] < steps) & (jnp.sum(~carry[1].active) < idle)
+    def goes_on(size, carry):
+        step, state = carry
+        longest = jnp.max(jnp.where(state.active, state.cache.length, 0))
+        return (step < steps) & (jnp.sum(~state.active) < idle) & (longest < size)
 
     def advance(carry):
         step, state = carry
@@ -227,7 +232,16 @@ def decode(
         state = dataclasses.replace(state, cache=cache)
         return step + 1, append_token(model, state, hidden[:, 0], decoding)
 
-    return jax.lax.while_loop(goes_on, advance, (0, state))[1]
+    # What no row has filled is not read: each loop has a cache of its own size.
+    part, step = max(LEAST, -(-capacity // 4)), jnp.array(0)
+    for size in [*range(part, capacity, part), capacity]:
+        cache, first = state.cache, state.cache.first(size)
+        if isinstance(model.blocks, tuple):
+            first = first.replace(tuple(first.keys), tuple(first.values))
+        carry = step, dataclasses.replace(state, cache=first)
+        step, state = jax.lax.while_loop(partial(goes_on, size), advance, carry)
+        state = dataclasses.replace(state, cache=cache.with_first(state.cache))
+    return state
 
 
 @sharding.jit
@@ -393,6 +407,7 @@ def write(config: Config, jobs: list[Job], decoding: Decoding, folder: Path, add
     """Lets the model do these jobs, and adds them as they are finished."""
     mesh = sharding.make_mesh(**config.mesh.sizes)
     model = models.load(folder, dtype=decoding.dtype, mesh=mesh)
+    model = model if mesh.devices.flat[0].platform == "cpu" else unstacked(model)
     key, start, done, tokens = jax.random.key(config.seed), time.monotonic(), 0, 0
     with sharding.use_mesh(mesh), report.progress("generating", len(jobs)) as advance:
         for finished in generate(model, jobs, key, decoding, slots=config.batch_size):

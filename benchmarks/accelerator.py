@@ -1,6 +1,6 @@
 """What only an accelerator can show, in under eight minutes on one card and without a network.
 
-    python -m benchmarks.accelerator [--only demo attention step decode torch] [--results FILE]
+    python -m benchmarks.accelerator [--only demo attention step …] [--results FILE]
 
 Each figure is measured in a process of its own; what fails leaves a row that says so. A dated
 section is appended to benchmarks/RESULTS.md.
@@ -130,16 +130,15 @@ def attention(seq: int, documents: int, alibi: bool = False) -> dict:
     return row
 
 
-def step(shape: str) -> dict:
+def step(shape: str, deterministic: bool = False) -> dict:
     """The compiled step with random weights: its speed, and its memory beside the compiler's."""
-    import equinox as eqx
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     import distill
     import models
     import sharding
+    import student
     from config import Config, with_defaults
     from runtime import plan, prepare
 
@@ -150,6 +149,7 @@ def step(shape: str) -> dict:
         config = with_defaults(Config(
             teacher=folder, student_layers=layers, student_init="uniform", seq_len=seq,
             batch_size=rows, out="unused", compute_dtype="bfloat16",
+            deterministic=deterministic,
         ))  # fmt: skip
         placement = prepare.placement(config)
         with sharding.use_mesh(placement.mesh, placement.layout):
@@ -158,11 +158,14 @@ def step(shape: str) -> dict:
             begun = time.perf_counter()
             program = plan.compile_abstract(distill.step, arguments, optimizer, objective)
             compiled = time.perf_counter() - begun
-            shapes = eqx.filter(arguments, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-            (teacher, batch), state = jax.tree.map(
-                lambda x: jax.device_put(jnp.full(x.shape, 0.01, x.dtype), x.sharding), shapes
-            )
-            ids = rng.integers(0, models.config(folder).vocab, batch.tokens.shape, np.int32)
+            (teacher, batch), state = arguments
+            vocab, places = models.config(folder).vocab, plan.state_shardings(state, *placement[:2])
+            whole = student.fresh(type(teacher), models.config(folder), jax.random.key(0))
+            state = distill.init_state(student.cut(whole, {"layers": range(layers)}), optimizer)
+            state = jax.device_put(state, places)
+            teacher = jax.tree.map(lambda x, y: x.astype(y.dtype), whole, teacher)
+            del whole
+            ids = rng.integers(0, vocab, batch.tokens.shape, np.int32)
             segments = np.broadcast_to(np.arange(seq + 1, dtype=np.int32) // 512 + 1, ids.shape)
             host = batch._replace(tokens=ids, segments=segments, mask=np.ones((rows, seq), bool))
             batch = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), host, batch)
@@ -172,6 +175,7 @@ def step(shape: str) -> dict:
                 state, metrics = program((teacher, batch), state)
                 return metrics
 
+            losses = [float(once()["loss"]).hex() for _ in range(4)]
             seconds = median_seconds(once, 6)
             held = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
             (teacher, _), state = arguments
@@ -183,7 +187,11 @@ def step(shape: str) -> dict:
         "share of the peak": flops / seconds / peak / jax.device_count(),
         "measured peak TFLOP/s": peak / 1e12, "compile s": compiled, "GB held at most": held / 1e9,
         "GB by the compiler": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
+        "loss of the fourth step": losses[-1],
     }  # fmt: skip
+
+
+deterministic = step
 
 
 def torch(shape: str) -> dict:
@@ -233,11 +241,13 @@ def torch(shape: str) -> dict:
 
 
 def decode() -> dict:
-    """Greedy tokens/s of the shape of Llama-3.2-1B, 64 rows of 256 new tokens."""
+    """Greedy tokens/s of the shape of Llama-3.2-1B, 64 rows of 256 new tokens after 256."""
     import jax
     import jax.numpy as jnp
 
+    import generate
     import models
+    from models.base import unstacked
     from models.hf_config import HFConfig
 
     settings = SHAPES["Llama-3.2-1B to 8 blocks, 8 x 4096"][3]
@@ -245,22 +255,23 @@ def decode() -> dict:
     model = family(family.Config.read(HFConfig(dict(settings))), jax.random.key(0))
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
     rows, new, prompt = 64, 256, 256
-
-    @jax.jit
-    def run(model, tokens):
-        hidden, cache = model.hidden(tokens, cache=model.cache(rows, prompt + new))
-
-        def step(carry, _):
-            hidden, cache = carry
-            token = jnp.argmax(hidden[:, -1] @ model.unembedding.T, axis=-1)[:, None]
-            return model.hidden(token, cache=cache), token
-
-        return jax.lax.scan(step, (hidden[:, -1:], cache), None, new)[1]
-
     tokens = jax.random.randint(jax.random.key(1), (rows, prompt), 0, model.config.vocab)
-    seconds = median_seconds(lambda: run(model, tokens), 2)
-    weights = sum(x.nbytes for x in jax.tree.leaves(model))
-    return {"tokens/s": rows * new / seconds, "GB/s of weights": weights * new / seconds / 1e9}
+    lengths, weights = jnp.full(rows, prompt), sum(x.nbytes for x in jax.tree.leaves(model))
+    figures = {}
+    for name, form in (("stacked", model), ("apart", unstacked(model))):
+
+        def seconds(count: int) -> float:
+            greedy = generate.Sampling(temperature=0.0)
+            decoding = generate.Decoding(count, greedy, (), "bfloat16")
+            arguments = form, tokens, lengths, jax.random.key(0), decoding  # noqa: B023
+            return median_seconds(lambda: generate.sample(*arguments), 3)
+
+        first = seconds(1)
+        each = (seconds(new + 1) - first) / new
+        figures |= {f"{name}: tokens/s": rows / each, f"{name}: ms a token": 1e3 * each}
+        figures[f"{name}: GB/s of weights"] = weights / each / 1e9
+        figures[f"{name}: ms of the prompts"] = 1e3 * first
+    return figures
 
 
 def cases(devices: int) -> dict[str, list]:
@@ -269,6 +280,7 @@ def cases(devices: int) -> dict[str, list]:
         "demo": [[]],
         "attention": [[2048, 1], [2048, 16], [8192, 16], [32768, 16], [2048, 4, True]],
         "step": [[shape] for shape in shapes],
+        "deterministic": [[shapes[0], True]] * 2,
         "decode": [[]],
         "torch": [[shape] for shape in shapes if shape != LARGE],
     }

@@ -1,6 +1,5 @@
 """Attention: where tokens stand and whom they may see, values weighted, and the cache."""
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -33,22 +32,45 @@ einsum_f32.defvjp(lambda *args: (einsum_f32(*args), args[1:]), einsum_f32_backwa
 
 
 class Cache(eqx.Module):
-    """The keys and values read so far, stacked over layers; each row has a length of its own.
+    """The keys and values read so far; each row has a length of its own. They are stacked over
+    layers, as the leaves of blocks are, or tuples with an array for each layer.
 
     What one head of one row attends to lies together, in the order in which it is summed.
     """
 
-    keys: Float[Array, "layers batch kv_heads head_dim capacity"]
-    values: Float[Array, "layers batch kv_heads capacity head_dim"]
+    keys: Float[Array, "batch kv_heads head_dim capacity"]
+    values: Float[Array, "batch kv_heads capacity head_dim"]
     length: Int[Array, " batch"]
 
+    def replace(self, keys: PyTree, values: PyTree) -> "Cache":
+        return eqx.tree_at(lambda cache: (cache.keys, cache.values), self, (keys, values))
+
+    def first(self, size: int) -> "Cache":
+        """Only so many places of each row, of stacked layers."""
+        return self.replace(self.keys[..., :size], self.values[..., :size, :])
+
+    def with_first(self, cache: "Cache") -> "Cache":
+        """With the first places and the lengths of a smaller cache."""
+
+        def put(old, new):
+            new = jnp.stack(new) if isinstance(new, tuple) else new
+            return jax.lax.dynamic_update_slice(old, new, [0] * old.ndim)
+
+        return cache.replace(put(self.keys, cache.keys), put(self.values, cache.values))
+
     def write(
-        self, layer: Int[Array, ""], index: Int[Array, "batch seq"], keys: Array, values: Array
+        self,
+        layer: Int[Array, ""] | int,
+        index: Int[Array, "batch seq"],
+        keys: Array,
+        values: Array,
     ) -> "Cache":
         """With the keys and values of one layer put at `index`; past the capacity they are lost."""
-        at = jnp.stack([jnp.broadcast_to(layer, index.shape), index], axis=-1)
 
         def put(old, new, where):
+            if isinstance(old, tuple):
+                return *old[:layer], put(old[layer][None], new, where)[0], *old[layer + 1 :]
+            at = jnp.stack([jnp.full_like(index, layer if len(old) > 1 else 0), index], axis=-1)
             # The batch is a dimension of the scatter, no index: else it would be gathered where it
             # is split. By `jax.vmap`, GPUs would transpose the whole cache.
             axes = jax.lax.ScatterDimensionNumbers(
@@ -58,7 +80,7 @@ class Cache(eqx.Module):
             )  # fmt: skip
             return jax.lax.scatter(old, at, new.astype(old.dtype), axes, mode="drop")
 
-        return Cache(put(self.keys, keys, 4), put(self.values, values, 3), self.length)
+        return self.replace(put(self.keys, keys, 4), put(self.values, values, 3))
 
 
 class Positions(eqx.Module):
@@ -100,7 +122,7 @@ def positions(
         query_index, length = cache.length[:, None] + index, cache.length + new
         final = length if doc_length is None else jnp.maximum(length, doc_length)
         final = jnp.broadcast_to(final[:, None], query_index.shape)
-        keys = jnp.arange(cache.keys.shape[4])
+        keys = jnp.arange(cache.keys[0].shape[3])
         return Positions(query_index, keys, query_index, final, False, length)
     if segments is None:
         return Positions(index[None], index, index[None], jnp.full((1, seq), seq), False)
@@ -117,7 +139,7 @@ def attention(
     key: Float[Array, "batch seq kv_heads head_dim"],
     value: Float[Array, "batch seq kv_heads head_dim"],
     positions: Positions,
-    layer: Int[Array, ""],
+    layer: Int[Array, ""] | int,
     cache: Cache | None,
     *,
     windows: Sequence[int | None] = (),
@@ -155,19 +177,8 @@ def attention(
         mixed = attention_values(grouped, keys, values, mask_and_bias(positions))
     else:
         cache = cache.write(layer, positions.query_index, key, value)
-
-        def over_first(size: int) -> Array:
-            first = dataclasses.replace(positions, key_index=positions.key_index[:size])
-            keys, values = cache.keys[layer, ..., :size], cache.values[layer, ..., :size, :]
-            return cached_attention(grouped, keys, values, mask_and_bias(first))
-
-        # What is still empty is not read, nor what only rows without a new token have. Each size is
-        # compiled: they are few, and not small.
-        capacity, length = len(positions.key_index), positions.cache_length
-        filled = jnp.max(jnp.where(length > positions.query_index[:, 0], length, 0))
-        part = max(32, -(-capacity // 8))
-        sizes = [min(size, capacity) for size in range(part, capacity + part, part)]
-        mixed = jax.lax.switch((filled - 1) // part, [partial(over_first, size) for size in sizes])
+        keys, values = cache.keys[layer], cache.values[layer]
+        mixed = cached_attention(grouped, keys, values, mask_and_bias(positions))
     return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape), cache
 
 

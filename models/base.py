@@ -132,7 +132,7 @@ class LanguageModel(Tensors):
         x: Hidden,
         positions: Positions,
         position_inputs: PyTree,
-        layer: Int[Array, ""],
+        layer: Int[Array, ""] | int,
         cache: Cache | None,
     ) -> tuple[Hidden, Cache | None]:
         """One block; `weights` is `blocks` at `layer`."""
@@ -199,7 +199,13 @@ class LanguageModel(Tensors):
         if taps:
             rest = taps[-1] + 1 < len(layers)  # blocks behind the last, which need a place too
             states = jnp.zeros((len(taps) + rest, *x.shape), x.dtype)
-        (x, cache, states), _ = jax.lax.scan(step, (x, cache, states), (layers, self.blocks))
+        carry = x, cache, states
+        if isinstance(self.blocks, tuple):
+            for scanned in enumerate(self.blocks):
+                carry, _ = step(carry, scanned)
+        else:
+            carry, _ = jax.lax.scan(step, carry, (layers, self.blocks))
+        x, cache, states = carry
         x = constrain(self.final_norm(x), "batch seq embed")
         if states is not None:
             return x, states[: len(taps)]
@@ -227,11 +233,19 @@ class LanguageModel(Tensors):
     def cache(self, batch: int, capacity: int, dtype: Any = None) -> Cache:
         """An empty cache for `batch` rows of up to `capacity` tokens each."""
         config = self.config
-        outer = config.layers, batch, config.kv_heads
-        dtype = self.dtype if dtype is None else dtype
+        dtype, outer = self.dtype if dtype is None else dtype, (batch, config.kv_heads)
         keys = jnp.zeros((*outer, config.head_dim, capacity), dtype)
         values = jnp.zeros((*outer, capacity, config.head_dim), dtype)
-        return Cache(keys, values, jnp.zeros(batch, jnp.int32))
+        stacked = (jnp.broadcast_to(x, (config.layers, *x.shape)) for x in (keys, values))
+        return Cache(keys, values, jnp.zeros(batch, jnp.int32)).replace(*stacked)
+
+
+def unstacked(model: LanguageModel) -> LanguageModel:
+    """A model whose blocks are a tuple, each with arrays of its own. To write a token costs an
+    accelerator what it reads: a loop over stacked blocks would copy the weights of each before."""
+    layers = range(model.config.layers)
+    blocks = tuple(jax.tree.map(lambda leaf: leaf[i], model.blocks) for i in layers)  # noqa: B023
+    return eqx.tree_at(lambda model: model.blocks, model, blocks)
 
 
 # Where rows of the embedding lie when they are looked up, and on their way: XLA by itself would

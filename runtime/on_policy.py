@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 import data
 import sharding
 from generate import Decoding, Sampling, sample
-from models.base import LanguageModel
+from models.base import LanguageModel, unstacked
 from optim import is_matrix
 from runtime.errors import UserError, at_least, between
 
@@ -91,12 +91,14 @@ def generation_layout() -> sharding.Layout:
 
 
 def generation_copy(writer: LanguageModel, dtype: Any = None) -> LanguageModel:
-    """A writer whose matrices are in the dtype that it computes in, cast once for all tokens."""
+    """A writer whose matrices are in the dtype that it computes in, cast once for all tokens; on
+    accelerators its blocks are apart."""
     dtype = writer.dtype if dtype is None else dtype
     cast = jax.tree.map(
         lambda leaf, names: leaf.astype(dtype) if is_matrix(names) else leaf,
         writer, sharding.axes(writer),
     )  # fmt: skip
+    cast = cast if sharding.device()[0] == "cpu" else unstacked(cast)
     return jax.lax.optimization_barrier(cast)  # or XLA would cast in the loop
 
 

@@ -26,6 +26,7 @@ import models
 import sharding
 import text
 from generate import Decoding, Job, Sampling, sample, sample_token
+from models.base import unstacked
 from models.llama import Config, Llama
 from runtime import answers, errors, files
 from runtime.errors import UserError
@@ -184,8 +185,30 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_mesh(monkeypatch):
         monkeypatch.setattr(generate, name, partial(counted, getattr(generate, name)))
     with sharding.use_mesh(mesh):  # four at a time: they take each other's places
         assert texts(models.load(folder, mesh=mesh), jobs, 4, sampling) == together
-    # One program inserts and one decodes, however often they ran.
-    assert traced == ["read_prompts", "append_token", "append_token"]
+    # One program inserts and one decodes, however often they ran: in two loops, the second with the
+    # whole cache.
+    assert traced == ["read_prompts", *["append_token"] * 3]
+
+
+@pytest.mark.parametrize("name", ["llama-2", "bloom"])
+def test_blocks_apart_write_the_same_text(name):
+    model = models.load(FIXTURES / name)
+    prompts, lengths = ragged(8, 60)
+    decoding = Decoding(90, Sampling(top_k=20), (2, 5))
+    texts, counts = sample(model, prompts, lengths, jax.random.key(0), decoding)
+    assert counts.max() > 80  # the cache of 150 places is filled beyond its second size
+    apart = unstacked(model)
+    again = sample(apart, prompts, lengths, jax.random.key(0), decoding)
+    assert again[0].tolist() == texts.tolist()
+    state = generate.idle_state(model, jax.random.split(jax.random.key(0), 8), 150, decoding)
+    program = generate.decode.__wrapped__
+    text = (
+        jax.jit(lambda model, state: program((model, 8), state, decoding, 64))
+        .lower(apart, state)
+        .compile()
+        .as_text()
+    )
+    assert "conditional(" not in text
 
 
 def test_short_texts_do_not_wait_for_long_ones(monkeypatch):
