@@ -78,7 +78,8 @@ class Cache(eqx.Module):
                 operand_batching_dims=(1,), scatter_indices_batching_dims=(0,),
                 scatter_dims_to_operand_dims=(0, where),
             )  # fmt: skip
-            return jax.lax.scatter(old, at, new.astype(old.dtype), axes, mode="drop")
+            new = new.astype(old.dtype)
+            return jax.lax.scatter(old, at, new, axes, mode="drop", unique_indices=True)
 
         return self.replace(put(self.keys, keys, 4), put(self.values, values, 3))
 

@@ -1,6 +1,7 @@
 """Sampling: what is drawn and what it depends on. The program: what it leaves behind."""
 
 import base64
+import dataclasses
 import json
 import os
 import subprocess
@@ -209,6 +210,25 @@ def test_blocks_apart_write_the_same_text(name):
         .as_text()
     )
     assert "conditional(" not in text
+
+
+def test_what_no_row_has_filled_is_not_read():
+    model, decoding = models.load(FIXTURES / "llama-2"), Decoding(60, Sampling(temperature=0.0))
+    prompts, lengths = ragged(2, 20)
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def continued(poison, steps):
+        state = generate.read_prompts(model, prompts, lengths, keys, decoding, 60)
+        values = state.cache.values.at[..., generate.LEAST :, :].set(poison)
+        cache = state.cache.replace(state.cache.keys, values)
+        state = generate.decode(
+            (model, 2), dataclasses.replace(state, cache=cache), decoding, steps
+        )
+        return state.tokens.tolist()
+
+    steps = generate.LEAST - int(lengths.max())
+    assert continued(jnp.nan, steps) == continued(0, steps)
+    assert continued(jnp.nan, steps + 1) != continued(0, steps + 1)  # what is read would be seen
 
 
 def test_short_texts_do_not_wait_for_long_ones(monkeypatch):
