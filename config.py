@@ -15,7 +15,7 @@ import student as students
 import text
 from losses import features
 from models import kernels
-from runtime import files, on_policy, target_store
+from runtime import files, on_policy, processes, target_store
 from runtime.errors import LOCAL, SEED, UserError, above, at_least, between, check
 
 # A field hides the module it is named after.
@@ -30,7 +30,7 @@ class Mesh(sharding.Sizes):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(processes.Config):
     """Distil a student from a teacher, and leave a Hugging Face checkpoint."""
 
     teacher: str | None = None
@@ -132,14 +132,6 @@ class Config:
     """GB that each device has, for --plan and what a start refuses; by default what is found."""
     force: bool = False
     """Start even though arrays and gradients alone are more than a device has."""
-    distributed: bool = False
-    """One of several processes, which a scheduler (Slurm, Cloud TPU, GKE, Open MPI) has started."""
-    coordinator: str | None = None
-    """host:port of the first of several processes, where no scheduler says so."""
-    processes: Annotated[int | None, at_least(1)] = None
-    """How many processes there are, with --coordinator."""
-    process_id: int | None = None
-    """Which of them this is, from 0, with --coordinator."""
     data: Data = field(default_factory=Data)
     loss: losses.Config = field(default_factory=losses.Config)
     on_policy: OnPolicy = field(default_factory=OnPolicy)

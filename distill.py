@@ -395,11 +395,7 @@ def command() -> str:
 def main() -> None:
     processes.end_at_once()
     config = errors.cli(Config)
-    processes.start(
-        distributed=config.distributed, coordinator=config.coordinator,
-        processes=config.processes, process_id=config.process_id,
-        devices=1 if config.topology else config.devices,
-    )  # fmt: skip
+    processes.start(config, devices=1 if config.topology else config.devices)
     with processes.exit_with_peers():
         train(config)
 
