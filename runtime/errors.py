@@ -137,8 +137,7 @@ def cli(Config: type[T], args: Sequence[str] | None = None, **options: Any) -> T
 
 
 def _with_constraints(info: Any) -> Any:
-    """tyro's own reading of a dataclass, in the order of its arguments, with the constraints in
-    the help of its fields."""
+    """tyro's own reading of a dataclass, in the order of its arguments, with its constraints."""
     from tyro.constructors import ConstructorRegistry
 
     if Constraint in info.markers or not dataclasses.is_dataclass(info.type):
