@@ -255,7 +255,7 @@ def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch, said, limits
     ],
 )
 def test_placements_that_cannot_be_end_in_one_line(config, words, says, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "start", lambda **_: None)  # the devices are there already
+    monkeypatch.setattr(processes, "start", lambda *_, **__: None)  # the devices are there already
     data = ["--data.source", *config.data.source, "--data.cache", config.data.cache]
     given = ["distill.py", "--teacher", config.teacher, "--out", config.out, *data, *words]
     monkeypatch.setattr(sys, "argv", given)
