@@ -259,21 +259,8 @@ def add_rows(
     """The backward pass of `look_up`, into what the head has already."""
     for axes in reversed(COLUMNS):
         rows = constrain(rows, axes)
-    table, tokens = constrain(table, "words columns"), constrain(tokens, "rows seq")
-    if sharding.device()[0] != "gpu" or not sharding.in_scope.value.deterministic:
-        return table.at[tokens].add(rows.astype(table.dtype))
-
-    # GPUs add in any order. What XLA offers against it takes 280 GB for 32,768 tokens: a product
-    # does with the tokens' positions in the vocabulary, some tokens of each row at a time.
-    def add(table, part):
-        tokens, rows = part
-        positions = jax.nn.one_hot(tokens, len(table), dtype=rows.dtype)
-        return table + einsum_f32("bsv,bse->ve", positions, rows).astype(table.dtype), None
-
-    seq, most = tokens.shape[1], max(1, 2**29 // (len(tokens) * len(table)))
-    size = max(n for n in range(1, seq + 1) if seq % n == 0 and n <= most)
-    parts = (x.reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1) for x in (tokens, rows))
-    return jax.lax.scan(add, table, tuple(parts))[0]
+    table = constrain(table, "words columns")
+    return table.at[constrain(tokens, "rows seq")].add(rows.astype(table.dtype))
 
 
 def linear(pattern: str, x: Array, weight: Array, bias: Array | None = None) -> Array:

@@ -45,6 +45,8 @@ def choose(dtype: jnp.dtype, head_dim: int, seq: int, alibi: bool) -> tuple[str,
             reason = f"head_dim {head_dim} is no multiple of 8 up to 256"
         elif not HOPPER.search(kind):
             reason = f"cuDNN keeps documents apart from Hopper on, not on {kind}"
+        elif sharding.in_scope.value.deterministic:
+            reason = "cuDNN adds in one order only with memory for every document of a row"
         else:
             return "cudnn", ""
     elif name in ("auto", "splash") and platform == "tpu":
