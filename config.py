@@ -16,7 +16,7 @@ import text
 from losses import features
 from models import kernels
 from runtime import files, on_policy, processes, target_store
-from runtime.errors import LOCAL, SEED, UserError, above, at_least, between, check
+from runtime.errors import LOCAL, SEED, UserError, above, at_least, below, between, check
 
 # A field hides the module it is named after.
 Data, Optim, OnPolicy = data.Config, optim.Config, on_policy.Config
@@ -53,15 +53,19 @@ class Config(processes.Config):
     """Tokens of text that --student-heal reads, or all where there are fewer."""
 
     student_embed: Annotated[int | None, at_least(1)] = None
-    """Width of a random student; by default the teacher's."""
+    """Width of the student, by default the teacher's: a cut keeps the channels that norms make the
+    largest. With this or one of the next three, --student-layers is by default the teacher's."""
     student_mlp: Annotated[int | None, at_least(1)] = None
-    """MLP width of a random student."""
+    """MLP width of the student: a cut keeps each block's channels of the largest activations."""
     student_heads: Annotated[int | None, at_least(1)] = None
-    """Attention heads of a random student."""
+    """Attention heads of the student, of a cut as many for each key and value head."""
     student_kv_heads: Annotated[int | None, at_least(1)] = None
-    """Key and value heads of a random student."""
+    """Key and value heads of the student: a cut loses the others with all of their heads."""
+    student_params: Annotated[float | None, below(0, 1)] = None
+    """Share of the parameters of the teacher's blocks: a few students with fewer blocks, narrower
+    MLPs or both are cut and healed, and the one with the lowest KL is trained."""
     calibration_windows: Annotated[int, at_least(1)] = 4
-    """Windows of text by which greedy and influence judge blocks."""
+    """Windows of text by which blocks, channels and heads are judged."""
     eval_teacher: bool = False
     """Keep the teacher for held-out figures even if the loss does not need it (alpha 0)."""
     seq_len: Annotated[int | None, at_least(1)] = None
@@ -93,7 +97,7 @@ class Config(processes.Config):
     """Give the teacher the last so many devices: it reads a batch while the student trains on the
     one before."""
     out: Annotated[str | None, LOCAL] = None
-    """Folder of the run; by default runs/<teacher>-<layers>L."""
+    """Folder of the run; by default runs/<teacher>-<layers>L, or -<share> of --student-params."""
     resume: bool = True
     """Continue the run in that folder; --no-resume moves it aside and starts anew."""
     resume_anyway: bool = False
@@ -173,6 +177,10 @@ class Config(processes.Config):
              "it says how many"),
             (self.student_heal != "none" and (self.student or self.student_init == "random"),
              "--student-heal", "it is for a student that is cut from the teacher"),
+            (self.student_params is not None and bool(
+                self.student or self.student_layers or student_widths(self)
+                or self.student_init not in (None, *students.METHODS[:-1])),
+             "--student-params", "it decides which blocks and widths a cut of the teacher keeps"),
             (self.student is not None and self.student_init is not None,
              "--student-init with --student", "that student is whole already"),
         ):  # fmt: skip
@@ -217,19 +225,21 @@ def with_defaults(config: Config) -> Config:
     several = [teacher] if config.student is None else [teacher, config.student]
     seq_len = models.seq_len(asked, 128 if embedded else 1024, *several)
     if config.loss.features != "off":
-        features.pairs(config.loss.feature_pairs, layers, models.config(teacher).layers)
+        depth = models.config(teacher).layers
+        features.pairs(config.loss.feature_pairs, layers or depth, depth)
     if config.on_policy.fraction:
         config.on_policy.lengths(seq_len)
     name = files.local_path(named or "demo")
     name = (name.resolve() if name.exists() else Path(str(name).partition("@")[0])).name
     compute = sharding.compute_dtype(config.compute_dtype)
+    size = f"{layers}L" if layers else f"{config.student_params:g}"
     elsewhere = config.devices or config.device_memory or config.topology
     if config.compute_dtype == "auto" and config.plan and elsewhere:
         compute = "bfloat16"  # for accelerators elsewhere
     return dataclasses.replace(
         config, teacher=teacher, student_layers=layers, seq_len=seq_len, compute_dtype=compute,
         student_init=config.student_init or ("greedy" if config.student is None else None),
-        out=config.out or f"runs/{name}-{layers}L", data=_data(config.data, stored, embedded),
+        out=config.out or f"runs/{name}-{size}", data=_data(config.data, stored, embedded),
     )  # fmt: skip
 
 
@@ -251,8 +261,12 @@ def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> 
     )
 
 
-def _student_layers(config: Config, teacher: Any) -> int:
-    """Blocks of the student, in agreement with the flags that say which."""
+def _student_layers(config: Config, teacher: Any) -> int | None:
+    """Blocks of the student, in agreement with the flags that say which; None where a choice among
+    `candidates` is to say."""
+    if config.student_params is not None:
+        students.sizes(teacher, config.student_params)  # what none can have is refused
+        return None
     if config.student is not None:
         layers = models.config(config.student).layers
         if config.student_layers not in (None, layers):
@@ -261,25 +275,31 @@ def _student_layers(config: Config, teacher: Any) -> int:
         return layers
     method = config.student_init or "greedy"
     layers = config.student_layers or len(students.parse(method) or ())
-    layers = layers or max(1, teacher.layers // 2)
+    narrower = method != "random" and bool(student_widths(config))
+    layers = layers or (teacher.layers if narrower else max(1, teacher.layers // 2))
     if method != "random":
         students.check(teacher.layers, layers, method)
+        students.narrowed(teacher, **student_widths(config))
     return layers
+
+
+def student_widths(config: Config) -> dict[str, int]:
+    """The widths of the student that flags give."""
+    widths = {x: getattr(config, f"student_{x}") for x in ("embed", "mlp", "heads", "kv_heads")}
+    return {axis: width for axis, width in widths.items() if width is not None}
 
 
 def student_config(config: Config) -> Any:
     """The model a run trains, before blocks are chosen."""
-    names = ("embed", "mlp", "heads", "kv_heads")
-    widths = {name: getattr(config, f"student_{name}") for name in names}
+    widths = student_widths(config)
     if config.student_init == "random":
         return students.resized(models.config(config.teacher), config.student_layers, **widths)
-    for name in names:
-        if widths[name] is not None:
-            remedy = "add --student-init random"
-            remedy = remedy if config.student is None else "leave it out beside --student"
-            flag = name.replace("_", "-")
-            raise UserError(f"--student-{flag} is for fresh weights: {remedy}")
-    return models.config(config.teacher if config.student is None else config.student)
+    if config.student is None:
+        return students.narrowed(models.config(config.teacher), **widths)
+    for axis in widths:
+        remedy = "that student has widths of its own, leave it out beside --student"
+        raise UserError(f"--student-{axis.replace('_', '-')}: {remedy}")
+    return models.config(config.student)
 
 
 def run_folder(config: Config) -> files.RunFolder:

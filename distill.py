@@ -246,8 +246,9 @@ def train(config: Config) -> Path:
         sharding.use_mesh(placement.mesh, placement.layout),
         report.quietly(config.quiet or jax.process_index() > 0),
     ):
+        deepest = prepare.candidates(config)[0]
         if config.plan:
-            print_plan(config, placement)
+            print_plan(deepest, placement)
             return out
         folder = prepare.make_folder(config)
         with checkpoint.lock(out):
@@ -259,8 +260,8 @@ def train(config: Config) -> Path:
             if config.keep_best:
                 models.hub.check_replaceable(out / "student-best")
             if not config.force:
-                optimizer, _ = prepare.optimizer_and_objective(config)
-                arguments = abstract_arguments(config, placement)
+                optimizer, _ = prepare.optimizer_and_objective(deepest)
+                arguments = abstract_arguments(deepest, placement)
                 plan.refuse(config, plan.resident_bytes(config, placement, *arguments, optimizer))
             run, state = prepare_state(config, out, placement)
             prepare.print_summary(run, state.student)
@@ -277,11 +278,11 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
     run, student = prepare.prepare(config, out, placement)
     mesh, layout, _ = placement
     if student is not None:
-        projection = prepare.projection(config, student.config.embed)
+        projection = prepare.projection(run.config, student.config.embed)
         state = init_state(student, run.optimizer, projection)
         # What lies there already stays: `sharding.shard` would hold all of it twice for a moment.
         return run, jax.device_put(state, plan.state_shardings(state, mesh, layout))
-    _, like = abstract_arguments(config, placement, run.layers)
+    _, like = abstract_arguments(run.config, placement, run.layers)
     state, extra, step = checkpoint.restore(out / "checkpoints", like)
     run = prepare.continued(run, step, extra)
     prepare.write_config(run_folder(config))  # only now: what is refused leaves the run as it was

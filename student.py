@@ -1,6 +1,7 @@
-"""How a student is born from a teacher: which of its blocks stay, or fresh weights in its image."""
+"""How a student is born from a teacher: which blocks and channels stay, or fresh weights."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
 
+import models
 import sharding
 from losses import divergences, features, signal
 from models.attention import Hidden, positions
@@ -25,6 +28,8 @@ LOGITS, LEAST = 2**24, 256  # of the positions that judge a candidate, and how m
 SHARE = 8  # one block of so many may go in a round,
 SPREAD = 2.0  # if it adds at most this times what the cheapest adds to the KL
 JUDGED = 8  # blocks that are judged in every round, or half of them if that is more
+CANDIDATES, MULTIPLE = 4, 16  # students of a size that are compared; divides their MLP widths
+WIDTHS = ("embed", "mlp", "heads")  # that can be cut; heads of keys and values with their heads
 Heal = Literal["none", "seams", "all"]
 DAMPING = 0.3  # of a healing solve, as a share of the mean of the diagonal
 PART = 2048  # tokens of healing text that go through a block at a time
@@ -226,23 +231,133 @@ def ablate(
     return jnp.mean(jnp.sum(terms, 0)), apply(order[i], x)
 
 
+@sharding.jit
+def importance(
+    teacher: LanguageModel, calibration: Calibration, dtype: Any
+) -> dict[str, Float32[Array, "layers channels"]]:
+    """Means over tokens for each block: of the size of its MLP's channels, of what each head adds
+    to the stream, and of the size of the stream's channels behind the block's norms."""
+    apply, weight = block_fn(teacher, calibration), calibration.mask.astype(jnp.float32)[..., None]
+
+    def mean(x):
+        return jnp.sum(weight * jnp.abs(x.astype(jnp.float32)), (0, 1)) / jnp.sum(weight)
+
+    def one(x, layer):
+        with intermediates() as values:
+            y = apply(layer, x)
+        mixed, output = values["output"], teacher.blocks.output[layer]
+        mixed, output = mixed.astype(jnp.float32), output.astype(jnp.float32)
+        gram = jnp.einsum("ehd,ehk->hdk", output, output)
+        squared = jnp.einsum("bshd,hdk,bshk->bsh", mixed, gram, mixed)
+        return y, {
+            "mlp": mean(values["down"]),
+            "heads": mean(jnp.sqrt(jnp.maximum(squared, 0))),
+            "embed": mean(values["query"]) + mean(values["gate"]),
+        }
+
+    first = teacher.embed_input(teacher.look_up(calibration.tokens, dtype))
+    return jax.lax.scan(one, first, jnp.arange(teacher.config.layers))[1]
+
+
+def narrowed(config: Any, **widths: int) -> Any:
+    """A teacher's config with other widths (embed, mlp, heads, kv_heads), none more than its own.
+    Where key and value heads go, their query heads go with them."""
+    for axis, width in widths.items():
+        flag, most = f"--student-{axis.replace('_', '-')}", getattr(config, axis)
+        if axis not in config.SELECTABLE:
+            reason = f"its config cannot say so; it is cut along {', '.join(config.SELECTABLE)}"
+            raise UserError(f"{flag} with a {config.model_type} teacher: {reason}")
+        if width > most:
+            more = "--student-init random can have more"
+            raise UserError(f"{flag} is {width}: the teacher has {most} ({more})")
+    group, kv_heads = config.heads // config.kv_heads, widths.get("kv_heads", config.kv_heads)
+    heads = widths.get("heads", kv_heads * group)
+    if heads % kv_heads or heads > kv_heads * group:
+        each = f"each of {kv_heads} key and value heads (--student-kv-heads) must have as many"
+        raise UserError(f"--student-heads is {heads}: {each}, 1 to {group}")
+    indices = {axis: range(width) for axis, width in widths.items()}
+    if heads < config.heads:
+        indices["heads"] = [i for i in range(kv_heads * group) if i % group < heads // kv_heads]
+    return config.select(indices)
+
+
+def sizes(config: Any, share: float) -> list[tuple[int, int]]:
+    """Depths and MLP widths of a few students whose blocks have at most this share of the teacher's
+    parameters: from all blocks, as narrow as that takes, to the fewest."""
+    family = models.FAMILIES[config.model_type]
+    blocks = eqx.filter_eval_shape(lambda: family(config, jax.random.key(0))).blocks
+    total = sum(leaf.size for leaf in jax.tree.leaves(blocks)) / config.layers
+    mlp = jax.tree.map(lambda x, axes: x.size * ("mlp" in axes), blocks, sharding.axes(blocks))
+    mlp = sum(jax.tree.leaves(mlp)) / config.layers
+    step = math.gcd(config.mlp, MULTIPLE) if "mlp" in config.SELECTABLE else config.mlp
+    fewest, widths = max(1, int(share * config.layers + 1e-9)), {}
+    for depth in np.linspace(config.layers, fewest, CANDIDATES).round().astype(int).tolist():
+        left = share * total * config.layers / depth - (total - mlp)
+        widths[depth] = min(config.mlp, int(left / mlp * config.mlp / step + 1e-9) * step)
+    if widths[fewest] <= 0:
+        raise UserError(f"--student-params {share:g}: a student of one block is larger than that")
+    return [(depth, width) for depth, width in widths.items() if width > 0]
+
+
+def choose_widths(
+    teacher: LanguageModel, shape: Any, layers: Sequence[int], calibration: Calibration,
+    dtype: Any = None,
+) -> dict[str, Sequence[int] | np.ndarray]:  # fmt: skip
+    """The indices of these blocks and, where `shape` is narrower than the teacher, of what matters
+    most in them. Each block has its own MLP channels and heads, the same number of each group."""
+    config, indices = teacher.config, {"layers": tuple(layers)}
+    narrower = [axis for axis in WIDTHS if getattr(shape, axis) < getattr(config, axis)]
+    if not narrower:
+        return indices
+    scores = jax.tree.map(sharding.to_host, importance(teacher, calibration, dtype))
+    # From one process: the libraries of another machine may round otherwise.
+    scores = {axis: np.asarray(broadcast_one_to_all(x))[list(layers)] for axis, x in scores.items()}
+
+    def largest(x: np.ndarray, count: int) -> np.ndarray:
+        return np.sort(np.argsort(-x, axis=-1, kind="stable")[..., :count], axis=-1)
+
+    if "mlp" in narrower:
+        indices["mlp"] = largest(scores["mlp"], shape.mlp)
+    if "embed" in narrower:
+        indices["embed"] = largest(scores["embed"].sum(0), shape.embed)
+    if "heads" in narrower:
+        groups = scores["heads"].reshape(len(layers), config.kv_heads, -1)
+        kv_heads = largest(groups.sum(-1), shape.kv_heads)
+        heads = largest(groups, shape.heads // shape.kv_heads)
+        heads += groups.shape[-1] * np.arange(config.kv_heads)[:, None]
+        heads = np.take_along_axis(heads, kv_heads[..., None], axis=1).reshape(len(layers), -1)
+        indices |= {"kv_heads": kv_heads, "heads": heads}
+    return indices
+
+
 def cut(
-    teacher: LanguageModel, indices: Mapping[str, Sequence[int]], dtype: Any = jnp.float32
-) -> LanguageModel:
-    """The teacher with only these indices of these axes, such as `{"layers": (0, 2, 5)}`. No buffer
-    is shared with the teacher."""
+    teacher: LanguageModel, indices: Mapping[str, Sequence[int] | np.ndarray],
+    dtype: Any = jnp.float32,
+) -> LanguageModel:  # fmt: skip
+    """The teacher with only these indices of these axes, such as `{"layers": (0, 2, 5)}`; an array
+    of them has a row for each block that stays. No buffer is shared with the teacher."""
     config = teacher.config.select(indices)
     abstract = eqx.filter_eval_shape(lambda: type(teacher)(config, jax.random.key(0)))
+    places = [leaf.sharding for leaf in jax.tree.leaves(teacher)]
+    if isinstance(places[0], NamedSharding):  # narrow axes may not divide where wide ones did
+        places = jax.tree.leaves(sharding.specs(abstract, places[0].mesh))
 
-    def part(leaf, axes):
+    def part(path, leaf, axes, place):
         copy = jnp.copy(leaf) if indices.keys().isdisjoint(axes) else leaf
         for dimension, axis in enumerate(axes):
-            if axis in indices:
-                copy = jnp.take(copy, np.array(indices[axis]), axis=dimension)
+            index = np.asarray(indices.get(axis, ()))
+            if index.ndim == 2:
+                copy = jax.vmap(partial(jnp.take, axis=dimension - 1))(copy, index)
+            elif axis in indices:
+                copy = jnp.take(copy, index, axis=dimension)
         copy = copy.astype(dtype)
-        return jax.device_put(copy, leaf.sharding) if leaf.committed else copy
+        if "embed" in indices and axes[-1] == "embed" and path[-1].name.endswith("norm"):
+            # The mean square over fewer is larger by this squared if the others are near zero.
+            copy *= (teacher.config.embed / config.embed) ** 0.5
+        return jax.device_put(copy, place) if leaf.committed else copy
 
-    copies = jax.tree.map(part, teacher, sharding.axes(teacher))
+    places = jax.tree.unflatten(jax.tree.structure(teacher), places)
+    copies = jax.tree_util.tree_map_with_path(part, teacher, sharding.axes(teacher), places)
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(copies))
 
 
@@ -253,14 +368,16 @@ def heal(
     calibration: Calibration,
     how: Heal,
     *,
+    embed: Int[np.ndarray, " width"] | None = None,
     dtype: Any = None,
     progress: Callable[[int, int, str], None] = lambda done, total, figure: None,
 ) -> tuple[LanguageModel, float, float]:
     """Solves output and down projections of a student with these blocks of the teacher, so that the
-    states behind each come close to the teacher's: of the blocks before and after what was removed
-    (`seams`), or of all from the first of these (`all`). One block after the other, each reads what
-    the healed ones before it give. An eighth of the windows tells the KL before and after; where it
-    did not fall, the student is as it was."""
+    states behind each come close to the teacher's, of whose channels it has `embed`: of the blocks
+    before and after what was removed (`seams`), or of all from the first of these (`all`); of all
+    where widths were cut. One block after the other, each reads what the healed ones before it
+    give. An eighth of the windows tells the KL before and after; where it did not fall, the student
+    is as it was."""
     rows, seq = calibration.tokens.shape
     solved, step = rows - max(1, rows // 8), max(1, PART // seq)
     judge = Calibration(*(x[solved:] for x in calibration))
@@ -272,7 +389,9 @@ def heal(
         raise UserError(f"--student-heal {how} {need}: give more text, or raise --heal-tokens")
     healed = student
     x, goal = ([first_states(m, part.tokens, dtype) for part in parts] for m in (student, teacher))
-    ends, solves = [*layers[1:], teacher.config.layers], blocks_to_heal(layers, teacher, how)
+    narrower = any(getattr(config, x) < getattr(teacher.config, x) for x in WIDTHS)
+    ends = [*layers[1:], teacher.config.layers]
+    solves = [True] * len(layers) if narrower else blocks_to_heal(layers, teacher, how)
     for k, (first, layer, end) in enumerate(zip([0, *ends[:-1]], layers, ends, strict=True)):
         for block in range(first, end):
             states = map(partial(block_states, teacher, jnp.array(block)), goal, parts)
@@ -280,6 +399,7 @@ def heal(
             if block == layer:
                 middle = after_attention
         for name, target in (("output", middle), ("down", goal)) if solves[k] else ():
+            target = target if embed is None else [states[..., embed] for states in target]
             equations = partial(normal_equations, healed, name, jnp.array(k))
             healed = solve(healed, name, k, map(equations, x, target, parts))
         x = [block_states(healed, jnp.array(k), *both)[1] for both in zip(x, parts, strict=True)]
@@ -354,17 +474,16 @@ def fresh(family: type[LanguageModel], config: Any, key: PRNGKeyArray) -> Langua
     return eqx.filter_jit(lambda key: sharding.constrain_tree(family(config, key)))(key)
 
 
-def resized(config: Any, layers: int, **widths: int | None) -> Any:
+def resized(config: Any, layers: int, **widths: int) -> Any:
     """A teacher's config with another number of layers and other widths (embed, mlp, heads …)."""
-    given = {name: width for name, width in widths.items() if width is not None}
     known = {field.name for field in dataclasses.fields(config)}
-    for name in given:
+    for name in widths:
         if name not in known:
             flag = name.replace("_", "-")
             raise UserError(f"--student-{flag} means nothing to {config.model_type}")
     numbers = tuple(i % config.layers for i in range(layers))
     try:
-        return dataclasses.replace(config.select({"layers": numbers}), **given)
+        return dataclasses.replace(config.select({"layers": numbers}), **widths)
     except UserError as error:
-        widths = "--student-embed, --student-heads or --student-kv-heads"
-        raise UserError(f"{error}: change {widths}") from None
+        flags = "--student-embed, --student-heads or --student-kv-heads"
+        raise UserError(f"{error}: change {flags}") from None

@@ -2,7 +2,7 @@
 
 Run from the repository: `python -m benchmarks.quality`, of the embedded teacher; or of another, and
 of its starts alone: `python -m benchmarks.quality --teacher DIR --data.source train.txt
---data.eval-source held.txt --seq-len 256`.
+--data.eval-source held.txt --seq-len 256 --batch-size 4 --optim.lr 3e-4`.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import tyro
@@ -21,13 +21,27 @@ import tyro
 import data
 import distill
 import losses
-from config import uses_teacher_loss
-from runtime import report
+import models
+import optim
+import sharding
+import student as students
+from config import uses_teacher_loss, with_defaults
+from runtime import prepare, report, results
 
-Data = data.Config  # a field hides the module it is named after
+Data, Optim = data.Config, optim.Config  # a field hides the module it is named after
 CROSS_ENTROPY = losses.Config(alpha=0)
 CUTS = ("influence", "uniform", "first", "last", "random")
-HEALS = ("seams", "all")
+# How students of half a teacher are cut, and healed: the first makes what all need ready.
+STARTS = {
+    "even": {"student_init": "uniform"},
+    "even, healed": {"student_init": "uniform", "student_heal": "all"},
+    "influence": {"student_init": "influence"},
+    "influence, healed": {"student_init": "influence", "student_heal": "all"},
+    "greedy": {},
+    "greedy, seams healed": {"student_heal": "seams"},
+    "greedy, healed": {"student_heal": "all"},
+}  # fmt: skip
+SHARE = 0.5  # of the parameters of the teacher's blocks
 HEADER = (
     "start", "loss", "CE at step 0", "KL at step 0", "CE", "KL", "agreement", "gap recovered",
 )  # fmt: skip
@@ -47,6 +61,10 @@ class Config:
     """Tokens of a window."""
     batch_size: int = 16
     """Windows of a step."""
+    optim: Optim = dataclasses.field(default_factory=Optim)
+    """Of the starts from another teacher."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Of these starts."""
     data: Data = dataclasses.field(default_factory=Data)
     """The text."""
 
@@ -100,11 +118,48 @@ def tell(*cells: str) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def compare_starts(folder: Path, config: Config) -> None:
+    """What students of half a teacher have lost before and after the steps of the program."""
+    tell("start", "blocks", "MLP", "parameters", "seconds", "KL at step 0", "KL", "CE", "agreement")
+    tell(*["---"] * 9)
+    shapes = students.sizes(models.config(models.fetch(config.teacher)), SHARE)
+    starts = STARTS | {
+        f"{depth} blocks, narrow, healed": {
+            "student_layers": depth, "student_mlp": mlp, "student_heal": "all"
+        }
+        for depth, mlp in shapes[:-1]  # the last is as wide as the teacher
+    } | {"--student-params, healed": {"student_params": SHARE, "student_heal": "all"}}  # fmt: skip
+    for name, flags in starts.items():
+        begun = time.monotonic()
+        asked = with_defaults(
+            distill.Config(
+                teacher=config.teacher, out=tempfile.mkdtemp(dir=folder), seq_len=config.seq_len,
+                steps=config.steps, batch_size=config.batch_size, eval_windows=sys.maxsize,
+                data=dataclasses.replace(config.data, cache=str(folder / "text")),
+                optim=config.optim, compute_dtype=config.compute_dtype, **flags,
+            )
+        )  # fmt: skip
+        placement = prepare.placement(asked)
+        with sharding.use_mesh(placement.mesh, placement.layout), report.quietly(True):
+            run, state = distill.prepare_state(asked, Path(asked.out), placement)
+            seconds = time.monotonic() - begun
+            before, fixed = results.score(run, state.student), (run.optimizer, run.objective)
+            for step in range(config.steps):
+                state, _ = distill.step((run.step_teacher, run.batch(step)), state, *fixed)
+            after, shape = results.score(run, state.student), state.student.config
+        size = sum(leaf.size for leaf in jax.tree.leaves(state.student))
+        figures = [before["eval/kl"], after["eval/kl"], after["eval/ce"], after["eval/agreement"]]
+        sizes = str(shape.layers), str(shape.mlp), report.count(size), f"{seconds:.0f}"
+        tell(name, *sizes, *(f"{x:.4f}" for x in figures))
+
+
 def main() -> None:
     config = tyro.cli(Config)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+        if config.teacher is not None:
+            return compare_starts(folder, config)
         default = losses.Config()
         first = train(folder, config, "greedy", default)
         print(f"Teacher: cross entropy {first.after['eval/teacher_ce']:.4f}.\n")
@@ -113,16 +168,9 @@ def main() -> None:
         tell(*row("greedy", default, first))
         # The blocks as a list from here on: they are chosen on windows that a seed would change.
         greedy = ",".join(map(str, first.kept))
-        for heal in HEALS:
+        for heal in ("seams", "all"):
             healed = train(folder, config, greedy, default, heal=heal)
             tell(*row(f"greedy + {heal}", default, healed))
-        for cut in ("influence", "uniform"):
-            healed = train(folder, config, cut, default, heal="all")
-            tell(*row(f"{cut} + all", default, healed))
-        if config.teacher is not None:
-            for cut in ("influence", "uniform"):
-                tell(*row(cut, default, train(folder, config, cut, default)))
-            return
         alone = train(folder, config, greedy, CROSS_ENTROPY)
         tell(*row("greedy", CROSS_ENTROPY, alone))
         for divergence in get_args(losses.Divergence):

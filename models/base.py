@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray, PyTree
 
 import sharding
@@ -37,25 +38,29 @@ class ModelConfig:
         """How many positions the model is made for, if there is a limit."""
         return self.max_positions or math.inf
 
-    def select(self, indices: Mapping[str, Sequence[int]]) -> Any:
-        """The config of a model that has only these indices of these axes, such as `layers`."""
+    def select(self, indices: Mapping[str, Sequence[int] | np.ndarray]) -> Any:
+        """The config of a model that has only these indices of these axes, such as `layers`. Where
+        they differ between blocks, they are an array with a row for each block that stays."""
+        changes: dict[str, Any] = {}
         for axis, chosen in indices.items():
             if axis not in self.SELECTABLE:
                 known = ", ".join(self.SELECTABLE)
                 raise UserError(f"{self.model_type} models are cut along {known}, not {axis}")
-            size = getattr(self, axis)
-            if not chosen or not all(0 <= i < size for i in chosen):
-                raise UserError(f"{axis} {list(chosen)} must be some of 0 to {size - 1}")
-        changes: dict[str, Any] = {axis: len(chosen) for axis, chosen in indices.items()}
+            size, chosen = getattr(self, axis), np.asarray(chosen)
+            if not chosen.size or chosen.min() < 0 or chosen.max() >= size:
+                raise UserError(f"{axis} {chosen.tolist()} must be some of 0 to {size - 1}")
+            changes[axis] = chosen.shape[-1]
+        if "embed" in indices:  # norms divide by fewer, see `student.cut`
+            changes["norm_eps"] = self.norm_eps * self.embed / changes["embed"]
         for name in self.PER_LAYER if "layers" in indices else ():
             entries = getattr(self, name)
             changes[name] = tuple(entries[i] for i in indices["layers"]) if entries else entries
         config = dataclasses.replace(self, **changes)
-        heads = indices.get("heads", range(self.heads))
-        kv_heads = indices.get("kv_heads", range(self.kv_heads))
+        heads = np.asarray(indices.get("heads", range(self.heads)))
+        kv_heads = np.asarray(indices.get("kv_heads", range(self.kv_heads)))
         before, after = self.heads // self.kv_heads, config.heads // config.kv_heads
-        if any(kv_heads[i // after] != head // before for i, head in enumerate(heads)):
-            raise UserError(f"heads {list(heads)} do not keep to their groups of {before}")
+        if np.any(np.repeat(kv_heads, after, axis=-1) != heads // before):
+            raise UserError(f"heads {heads.tolist()} do not keep to their groups of {before}")
         return config
 
 

@@ -212,14 +212,14 @@ class Llama(LanguageModel):
 
         @recompute
         def heads(x):
-            h = rms_norm(x, w.attention_norm, eps)
+            h = sow("query", rms_norm(x, w.attention_norm, eps))
             query = linear("bse,hde->bshd", h, w.query, w.query_bias)
             key = linear("bse,hde->bshd", h, w.key, w.key_bias)
             return query, key, linear("bse,hde->bshd", h, w.value, w.value_bias)
 
         @recompute
         def gate_and_up(x):
-            h = rms_norm(x, w.mlp_norm, eps)
+            h = sow("gate", rms_norm(x, w.mlp_norm, eps))
             gate = linear("bse,me->bsm", h, w.gate, w.gate_bias)
             return gate, linear("bse,me->bsm", h, w.up, w.up_bias)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -242,7 +243,7 @@ def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, Langu
     facts = {"teacher": targets and targets.digest, "data": corpus.digest}
     held_out = [[part.store.digest, part.start, part.stop] for part in corpus.held_out]
     facts["held_out"] = files.digest(held_out)
-    teacher, student, layers = teacher_and_student(config, out, placement, corpus, facts)
+    config, teacher, student, layers = teacher_and_student(config, out, placement, corpus, facts)
     head = None
     if teacher is not None and placement.teacher_mesh is not None:
         places = sharding.specs(teacher, placement.mesh, placement.layout.params)
@@ -291,9 +292,10 @@ def continued(run: Run, step: int, extra: dict[str, Any]) -> Run:
 def teacher_and_student(
     config: Config, out: Path, placement: Placement, corpus: data.Corpus,
     facts: dict[str, str | None],
-) -> tuple[LanguageModel | None, LanguageModel | None, list[int] | None]:  # fmt: skip
-    """The teacher, if the run looks at it; the student, if there is no checkpoint of it; and the
-    teacher's blocks that it began as, if it was cut. Adds the teacher's fingerprint to `facts`."""
+) -> tuple[Config, LanguageModel | None, LanguageModel | None, list[int] | None]:  # fmt: skip
+    """The configuration with the size that was chosen; the teacher, if the run looks at it; the
+    student, if there is no checkpoint of it; and the teacher's blocks that it began as, if it was
+    cut. Adds the teacher's fingerprint to `facts`."""
     mesh, layout, teacher_mesh = placement
     begun = checkpoint.latest(out / "checkpoints") is not None
     cuts = config.student is None and config.student_init != "random"
@@ -309,10 +311,9 @@ def teacher_and_student(
         if reads:
             teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
         if cuts:
-            layers = choose_or_restore_layers(config, teacher, corpus, out, facts)
+            config, layers = choose_or_restore_layers(config, teacher, corpus, out, facts)
         if cuts and not begun:
-            student = students.cut(teacher, {"layers": tuple(layers)})
-            student = heal(config, teacher, student, layers, corpus)
+            student = cut(config, teacher, layers, corpus)
     if not begun and config.student is not None:
         student = models.load(config.student, dtype=jnp.float32, mesh=mesh)
     elif not begun and not cuts:
@@ -320,71 +321,124 @@ def teacher_and_student(
         student = students.fresh(models.FAMILIES[shape.model_type], shape, key)
     if student is not None:
         student = jax.device_put(student, sharding.specs(student, mesh, layout.params))
-    return teacher if needs_teacher(config) else None, student, layers
+    return config, teacher if needs_teacher(config) else None, student, layers
+
+
+def candidates(config: Config) -> list[Config]:
+    """The configurations among which --student-params chooses, the deepest first; or this one."""
+    if config.student_params is None:
+        return [config]
+    sizes = students.sizes(models.config(config.teacher), config.student_params)
+    return [
+        dataclasses.replace(config, student_params=None, student_layers=depth, student_mlp=width)
+        for depth, width in sizes
+    ]
 
 
 def choose_or_restore_layers(
     config: Config, teacher: LanguageModel | None, corpus: data.Corpus, out: Path,
     facts: dict[str, str | None] | None = None,
-) -> list[int]:  # fmt: skip
-    """Which of the teacher's blocks the student begins as; decided once in the life of a run. A
-    choice that was interrupted goes on where `facts` are the same."""
-    path, rounds = out / CHOICE, out / ROUNDS
+) -> tuple[Config, list[int]]:  # fmt: skip
+    """Which of the teacher's blocks the student begins as, and the one of `candidates` that says
+    so; decided once in the life of a run."""
+    path, sized = out / CHOICE, {x.student_layers: x for x in candidates(config)}
     if path.exists():
         choice = files.read_json(path)
         layers, depth = choice.get("kept"), models.config(config.teacher).layers
         ascending = isinstance(layers, list) and [x for x in range(depth) if x in layers]
-        if not ascending or layers != ascending or len(layers) != config.student_layers:
-            what = f"{config.student_layers} blocks of 0 to {depth - 1}"
+        if not ascending or layers != ascending or len(layers) not in sized:
+            what = f"{' or '.join(map(str, sized))} blocks of 0 to {depth - 1}"
             remedy = "give --student-layers as at the beginning, or begin anew with --no-resume"
             raise UserError(f"{path}: expected the choice of {what}, found {layers}: {remedy}")
     else:
-        begun = time.monotonic()
-        text = calibration(corpus, config.calibration_windows)
-        facts = json.loads(json.dumps([facts, config.student_init, config.compute_dtype]))
-        saved = files.read_json(rounds) if rounds.exists() else {}
-        saved = processes.gather(saved)[0]
-        same, start = saved.get("facts") == facts, None
-        if same:
-            start = students.Choice(
-                tuple(saved["remaining"]), saved["kl"], tuple(saved["increases"])
-            )
-            report.say(f"choice    continued at {len(start.layers)} blocks")
-
-        def save(choice: students.Choice) -> None:
-            if jax.process_index() == 0:
-                state = {"remaining": choice.layers, "increases": choice.increases}
-                files.write_json(rounds, {"facts": facts, "kl": choice.kl, **state})
-
-        with report.progress("choosing blocks") as progress:
-            chosen = students.choose_layers(
-                teacher, config.student_layers, config.student_init, text, start=start, save=save,
-                dtype=config.compute_dtype, progress=progress,
-            )  # fmt: skip
-        seconds = round(time.monotonic() - begun, 1)
-        choice = {"kept": list(chosen.layers), "kl": chosen.kl, "seconds": seconds}
+        choice = choose(config, teacher, corpus, out / ROUNDS, facts)
         if jax.process_index() == 0:
             files.write_json(path, choice)
-            rounds.unlink(missing_ok=True)
+            (out / ROUNDS).unlink(missing_ok=True)
     kl, blocks = choice.get("kl"), " ".join(map(str, choice["kept"]))
-    cost = "" if kl is None else f", which leaves a KL of {kl:.3f}"
+    cost = f", which leaves a KL of {kl:.3f}" if kl else ""
     report.say(f"student   blocks {blocks}{cost} (chosen in {choice.get('seconds')}s)")
-    return choice["kept"]
+    return sized[len(choice["kept"])], choice["kept"]
+
+
+def choose(
+    config: Config, teacher: LanguageModel, corpus: data.Corpus, rounds: Path,
+    facts: dict[str, str | None] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The blocks that stay, of several candidates those with the lowest KL. What was decided is
+    written to `rounds`, from which a choice that was interrupted goes on for the same `facts`."""
+    begun, text = time.monotonic(), calibration(corpus, config.calibration_windows)
+    facts = json.loads(json.dumps([facts, config.student_init, config.compute_dtype]))
+    state = processes.gather(files.read_json(rounds) if rounds.exists() else {})[0]
+    if state.get("facts") != facts:
+        state = {"facts": facts}
+    table = state.setdefault("candidates", [])
+    if "round" in state:
+        report.say(f"choice    continued at {len(state['round'][0])} blocks")
+
+    def save(**changes: Any) -> None:
+        state.update(changes)
+        if jax.process_index() == 0:
+            files.write_json(rounds, state)
+
+    for candidate in candidates(config)[len(table) :]:
+        start = None
+        if "round" in state:  # of a deeper one, perhaps: those are first
+            layers, kl, increases = state["round"]
+            start = students.Choice(tuple(layers), kl, tuple(increases))
+        with report.progress("choosing blocks") as progress:
+            choice = students.choose_layers(
+                teacher, candidate.student_layers, config.student_init, text, start=start,
+                save=lambda choice: save(round=choice), dtype=config.compute_dtype,
+                progress=progress,
+            )  # fmt: skip
+        table.append({"kept": list(choice.layers), "kl": choice.kl})
+        if config.student_params is not None:
+            table[-1] |= judge(candidate, teacher, list(choice.layers), corpus)
+            save()
+    best = min(table, key=lambda entry: entry["kl"])
+    compared = {} if config.student_params is None else {"candidates": table}
+    return best | {"seconds": round(time.monotonic() - begun, 1)} | compared
+
+
+def judge(
+    config: Config, teacher: LanguageModel, layers: list[int], corpus: data.Corpus
+) -> dict[str, Any]:
+    """Size and KL of the student with these blocks, on text that no choice and no healing reads."""
+    read = max(config.calibration_windows, -(-config.heal_tokens // config.seq_len))
+    text = calibration(corpus, config.calibration_windows, first=read)
+    student = cut(config, teacher, layers, corpus)
+    kl = students.kl_between(teacher, student, text, config.compute_dtype)
+    size, mlp = sum(leaf.size for leaf in jax.tree.leaves(student)), student.config.mlp
+    shape = f"{len(layers)} blocks, MLPs of {mlp}, {report.count(size)} parameters"
+    report.say(f"candidate {shape}: KL {kl:.3f}")
+    return {"kl": kl, "mlp": mlp, "parameters": size}
+
+
+def cut(
+    config: Config, teacher: LanguageModel, layers: list[int], corpus: data.Corpus
+) -> LanguageModel:
+    """The student that has these blocks and the widths of its flags, healed. It is the same each
+    time, and so is not kept for a run that dies before its first checkpoint."""
+    shape, text = student_config(config), calibration(corpus, config.calibration_windows)
+    indices = students.choose_widths(teacher, shape, layers, text, config.compute_dtype)
+    student = students.cut(teacher, indices)
+    return heal(config, teacher, student, layers, corpus, embed=indices.get("embed"))
 
 
 def heal(
     config: Config, teacher: LanguageModel, student: LanguageModel, layers: list[int],
-    corpus: data.Corpus,
+    corpus: data.Corpus, embed: np.ndarray | None = None,
 ) -> LanguageModel:  # fmt: skip
-    """The student with its seams repaired, where that makes it better. It is the same each time,
-    and so is not kept for a run that dies before its first checkpoint."""
-    if config.student_heal == "none" or len(layers) == teacher.config.layers:
+    """The student with what was cut repaired, where that makes it better; `embed` are the teacher's
+    channels that its stream has."""
+    if config.student_heal == "none" or student.config == teacher.config:
         return student
     begun, windows = time.monotonic(), -(-config.heal_tokens // config.seq_len)
     text = calibration(corpus, windows)
     with report.progress("healing") as progress:
         healed, before, after = students.heal(
-            teacher, student, layers, text, config.student_heal,
+            teacher, student, layers, text, config.student_heal, embed=embed,
             dtype=config.compute_dtype, progress=progress,
         )  # fmt: skip
     figures = f"KL {before:.3f} before, {after:.3f} after"
@@ -393,9 +447,10 @@ def heal(
     return healed
 
 
-def calibration(corpus: data.Corpus, windows: int) -> students.Calibration:
-    """The first windows of the text, or all where there are fewer."""
-    batch = data.batch(corpus, 0, min(windows, corpus.windows))
+def calibration(corpus: data.Corpus, windows: int, first: int = 0) -> students.Calibration:
+    """Some windows of the text, or all where there are fewer."""
+    rows = data.windows(corpus, 0, min(windows, corpus.windows), first_row=first)
+    batch = data.read(corpus, rows)
     return students.Calibration(batch.tokens[:, :-1], batch.segments[:, :-1], batch.mask)
 
 

@@ -15,7 +15,7 @@ import eval as evaluation
 import models
 import sharding
 import text
-from config import describe_loss, uses_teacher_loss
+from config import describe_loss, student_widths, uses_teacher_loss
 from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
 from runtime import figures, files, plan, report
@@ -123,6 +123,8 @@ def model_card(run: Run, step: int, metrics: list[dict[str, Any]]) -> str:
     elif run.layers is not None:
         depth, blocks = models.config(config.teacher).layers, ", ".join(map(str, run.layers))
         start = f"{len(run.layers)} of the teacher's {depth} blocks: {blocks}"
+        for axis, width in student_widths(config).items():
+            start += f"; {width} of {getattr(models.config(config.teacher), axis)} {axis}"
     source = ", ".join(Path(name).name for name in config.data.source)
     title = f"A model trained on {source}"
     teacher = config.teacher if run.targets is None else run.targets.teacher_name

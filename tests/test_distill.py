@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -669,6 +670,58 @@ def test_with_another_length_of_its_windows_a_run_reads_on(quick, monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_narrow_student_is_cut_trained_continued_and_exported(quick, capsys):
+    narrow = dataclasses.replace(
+        quick, student_layers=None, student_init=None, student_mlp=16, student_heads=4,
+        student_kv_heads=4, student_embed=12, student_heal="all", heal_tokens=512,
+        loss=losses.Config(features="mse"), quiet=False,
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(narrow, time_limit=1e-9))
+    printed = capsys.readouterr().err
+    before, after = map(float, re.findall(r"KL (\S+) before, (\S+) after", printed)[0])
+    assert after < before
+    folder = distill.train(narrow)
+    shape = models.load(folder).config
+    assert (shape.layers, shape.embed, shape.mlp) == (3, 12, 16)
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == (4, 4, 8)
+    assert json.loads((folder / "config.json").read_text())["head_dim"] == 8
+    assert "; 16 of 32 mlp" in (folder / "README.md").read_text()
+    assert "3 of the teacher's 3 blocks" in (folder / "README.md").read_text()
+
+
+def test_a_share_of_the_parameters_decides_depth_and_width(quick, monkeypatch, capsys, teacher):
+    shared = dataclasses.replace(
+        quick, student_layers=None, student_init=None, student_params=0.95, quiet=False
+    )
+    out, cut, cuts = Path(quick.out), prepare.cut, []
+
+    def die_at_the_second(*args):
+        cuts.append(args)
+        if len(cuts) == 2:
+            raise KeyboardInterrupt
+        return cut(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "cut", die_at_the_second)
+        distill.train(shared)
+    assert not (out / "choice.json").exists()
+    assert capsys.readouterr().err.count("candidate ") == 1
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(shared, time_limit=1e-9))
+    folder, printed = distill.train(shared), capsys.readouterr().err
+    assert printed.count("candidate ") == 1 and "candidate 2 blocks, MLPs of 32" in printed
+    choice = json.loads((out / "choice.json").read_text())
+    sizes = [(len(entry["kept"]), entry["mlp"]) for entry in choice["candidates"]]
+    assert sizes == students.sizes(models.config(str(teacher)), 0.95) == [(3, 16), (2, 32)]
+    assert choice["kl"] == min(entry["kl"] for entry in choice["candidates"])
+    shape = models.load(folder).config
+    assert (shape.layers, shape.mlp) == (len(choice["kept"]), choice["mlp"])
+    assert json.loads((out / "config.json").read_text())["student_layers"] is None
+    with pytest.raises(UserError, match="--student-params"):
+        distill.train(dataclasses.replace(shared, student_params=0.9, steps=8))
+
+
 @pytest.mark.parametrize(
     "blocks", [[0, 7], [-1, 0], [1, 0], [0, 0], ["0", "1"], "01", [0, 1.5], [0]]
 )
@@ -839,6 +892,12 @@ def arguments(*words: str) -> distill.Config:
         (["--student-init", "greeedy"], "greedy"),
         (["--optim.lr", "-1"], "--optim.lr"),
         (["--student", "x", "--student-init", "first"], "--student-init with --student"),
+        (["--student-params", "1"], "--student-params is 1.0: it must be from 0 to below 1"),
+        (["--student-params", "0.5", "--student-layers", "2"], "it decides which blocks"),
+        (["--student-params", "0.5", "--student-mlp", "8"], "it decides which blocks"),
+        (["--student-params", "0.5", "--student-init", "random"], "it decides which blocks"),
+        (["--student-params", "0.5", "--student-init", "0,2"], "it decides which blocks"),
+        (["--student-params", "0.5", "--student", "x"], "it decides which blocks"),
     ],
 )
 def test_flags_that_cannot_be(words, says):
@@ -865,6 +924,15 @@ def test_flags_that_cannot_be(words, says):
             "beside --student",
         ),
         ({"student_init": "0,7"}, "must list 2 of the teacher's blocks"),
+        ({"student_heads": 4}, "--student-heads is 4: each of 8 key and value heads"),
+        (
+            {"student_params": 0.01, "student_layers": None},
+            "--student-params 0.01: a student of one block is larger than that",
+        ),
+        (
+            {"teacher": str(FIXTURES / "bloom"), "student_mlp": 8},
+            "--student-mlp with a bloom teacher: its config cannot say so",
+        ),
         ({"seed": -1}, "--seed is -1"),
         ({"mesh": distill.Mesh(fsdp=3)}, "mesh"),
         ({"out": "/proc/nothing"}, "--out"),

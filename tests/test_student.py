@@ -483,6 +483,153 @@ def test_a_cut_along_the_width():
         assert leaf.shape == tuple(getattr(teacher.config, axis) for axis in axes)
 
 
+WRITERS = {"mlp": ("up",), "heads": ("output",), "embed": ("embedding", "output", "down")}
+
+
+def muted(model: Llama, indices: dict) -> Llama:
+    """With zeros where what is not of these indices, of some axes, is written."""
+    axes_of = sharding.axes(model)
+
+    def mute(path, leaf, axes):
+        for axis, writers in WRITERS.items():
+            if axis in indices and path[-1].name in writers:
+                index = np.asarray(indices[axis])
+                size = leaf.shape[axes.index(axis)]
+                mask = np.stack([np.isin(np.arange(size), row) for row in np.atleast_2d(index)])
+                names = [axis] if index.ndim == 1 else ["layers", axis]
+                shape = [leaf.shape[i] if x in names else 1 for i, x in enumerate(axes)]
+                leaf = leaf * mask.reshape(shape).astype(leaf.dtype)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(mute, model, axes_of)
+
+
+INDICES = {
+    "mlp": np.stack([np.arange(i, 48, 3) for i in (0, 2, 1, 0)]),
+    "embed": np.arange(1, 32, 2),
+    "some heads": np.array([[0, 2], [1, 2], [0, 3], [1, 3]]),
+    "kv_heads": np.array([[0], [1], [1], [0]]),
+    "heads": np.array([[0, 1], [2, 3], [2, 3], [0, 1]]),
+}
+
+
+ALL_AXES = ["mlp", "embed", "kv_heads", "heads"]
+
+
+@pytest.mark.parametrize(
+    ("axes", "widths", "layers", "kind"),
+    [
+        (["mlp"], {"mlp": 16}, (0, 1, 2, 3), "llama"),
+        (["some heads"], {"heads": 2}, (0, 1, 2, 3), "llama"),
+        (["kv_heads", "heads"], {"kv_heads": 1}, (0, 1, 2, 3), "llama"),
+        (["embed"], {"embed": 16}, (0, 1, 2, 3), "llama"),
+        (ALL_AXES, {"mlp": 16, "embed": 16, "kv_heads": 1}, (0, 3), "llama"),
+        (ALL_AXES, {"mlp": 16, "embed": 16, "kv_heads": 1}, (0, 3), "qwen3"),
+    ],
+)
+def test_channels_that_write_nothing_go_and_the_logits_stay(axes, widths, layers, kind):
+    # Norms of queries and keys, which are as wide as before, share the eps of the others.
+    more = {"qk_norm": True, "norm_eps": 1e-8} if kind == "qwen3" else {}
+    config = Config(96, 32, 48, 4, heads=4, kv_heads=2, head_dim=8, model_type=kind, **more)
+    model = Llama(config, jax.random.key(0))
+    model = jax.tree.map(lambda leaf: leaf * (5.0 if jnp.std(leaf) > 0 else 1.0), model)
+    indices = {"heads" if axis == "some heads" else axis: INDICES[axis] for axis in axes}
+    teacher, text = muted(model, indices), calibration_of()
+    shape = student.narrowed(config, **widths)
+    chosen = student.choose_widths(teacher, shape, layers, text)
+    assert chosen.pop("layers") == layers
+    for axis, index in indices.items():
+        rows = index[list(layers)] if index.ndim == 2 else index
+        np.testing.assert_array_equal(chosen[axis], rows)
+    narrow = student.cut(teacher, {"layers": layers} | chosen)
+    assert narrow.config == shape.select({"layers": layers})
+    shallow = student.cut(teacher, {"layers": layers})
+    expected = logits_of(shallow, text.tokens, text.segments)
+    assert jnp.std(expected) > 0.1
+    np.testing.assert_allclose(logits_of(narrow, text.tokens, text.segments), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("widths", "says"),
+    [
+        ({"mlp": 49}, "--student-mlp is 49: the teacher has 48 .--student-init random"),
+        ({"kv_heads": 3}, "--student-kv-heads is 3: the teacher has 2"),
+        ({"heads": 3}, "--student-heads is 3: each of 2 key and value heads .* 1 to 2"),
+        ({"heads": 4, "kv_heads": 1}, "--student-heads is 4: each of 1 key and value heads"),
+    ],
+)
+def test_widths_that_cannot_be_cut(widths, says):
+    with pytest.raises(UserError, match=says) as error:
+        student.narrowed(teacher_of().config, **widths)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.5, 0.7, 0.9, 0.99])
+@pytest.mark.parametrize("folder", [None, "bloom"])
+def test_candidates_have_the_share_of_the_parameters(folder, share):
+    config = Config(96, 32, 128, 10, 4, 2, 8)
+    if folder is not None:
+        config = dataclasses.replace(models.load(FIXTURES / folder).config, layers=10)
+    sizes, whole = student.sizes(config, share), parameters(config)
+    assert sizes[-1] == (int(10 * share + 1e-9), config.mlp)
+    assert 10 >= sizes[0][0] and len({depth for depth, _ in sizes}) == len(sizes) <= 4
+    for depth, width in sizes:
+        changes = {} if width == config.mlp else {"mlp": width}
+        part = parameters(dataclasses.replace(config, layers=depth, **changes)) / whole
+        assert share - 0.1 < part <= share + 1e-6
+    if folder is None and share >= 0.5:
+        assert sizes[0][0] == 10 and len(sizes) > 1
+
+
+def parameters(config) -> int:
+    """Of all blocks."""
+    model = eqx.filter_eval_shape(
+        lambda: models.FAMILIES[config.model_type](config, jax.random.key(0))
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(model.blocks))
+
+
+@pytest.mark.parametrize("axis", ["embed", "mlp", "heads", "kv_heads"])
+def test_the_config_of_bloom_says_no_width(axis):
+    config = models.load(FIXTURES / "bloom").config
+    flag = f"--student-{axis.replace('_', '-')}"
+    with pytest.raises(UserError, match=f"{flag} with a bloom teacher: .* cut along layers$"):
+        student.narrowed(config, **{axis: 2})
+
+
+@pytest.mark.parametrize(
+    ("widths", "solved"),
+    [({"mlp": 32}, ["down"]), ({"heads": 2}, ["output"]), ({"embed": 24}, ["output", "down"])],
+)
+def test_healing_a_narrow_student(widths, solved):
+    teacher, text = models.load(FIXTURES / "mistral"), text_of(24)
+    shape = student.narrowed(teacher.config, **widths)
+    indices = student.choose_widths(teacher, shape, range(3), text)
+    narrow, embed = student.cut(teacher, indices), indices.get("embed")
+    healed, before, after = student.heal(teacher, narrow, range(3), text, "seams", embed=embed)
+    unread = text_of(8, seed=1)
+    costs = [student.kl_between(teacher, model, unread, None) for model in (narrow, healed)]
+    assert after < before and costs[1] < costs[0]
+    for name in solved:
+        leaves = [getattr(model.blocks, name) for model in (narrow, healed)]
+        assert jnp.all(jnp.any(leaves[0] != leaves[1], axis=range(1, leaves[0].ndim)))
+
+
+def test_on_a_mesh_heads_that_no_longer_divide_are_whole():
+    mesh, teacher = sharding.make_mesh(4, 1, 2), teacher_of(4)
+    placed = sharding.shard(teacher, sharding.specs(teacher, mesh))
+    shape, text = student.narrowed(teacher.config, kv_heads=1, mlp=16), calibration_of(rows=4)
+    with jax.set_mesh(mesh):
+        indices = student.choose_widths(placed, shape, (0, 2), text)
+        narrow = student.cut(placed, indices)
+    for axis, index in student.choose_widths(teacher, shape, (0, 2), text).items():
+        np.testing.assert_array_equal(indices[axis], index)
+    for leaf, where in zip(
+        jax.tree.leaves(narrow), jax.tree.leaves(sharding.specs(narrow, mesh)), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+
+
 @pytest.mark.parametrize(
     ("folder", "indices", "says"),
     [
@@ -511,4 +658,6 @@ def test_every_program_gets_the_compiler_options_of_a_step(monkeypatch):
     # Reloaded, its classes would be others for the rest of the tests.
     copy = importlib.util.module_from_spec(student.__spec__)
     student.__spec__.loader.exec_module(copy)
-    assert programs == {"forward", "ablate", "first_states", "block_states", "normal_equations"}
+    assert programs == {
+        "forward", "ablate", "importance", "first_states", "block_states", "normal_equations",
+    }  # fmt: skip

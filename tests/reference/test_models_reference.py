@@ -15,6 +15,7 @@ from variants import VARIANTS, build, older_dialect
 
 import generate
 import models
+import student
 from models import kernels
 from models.hub import leaves
 
@@ -84,6 +85,26 @@ def test_saved_folder_loads_in_transformers(name, tmp_path):
     np.testing.assert_array_equal(
         reference_logits(back.eval(), tokens), reference_logits(reference, tokens)
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-2", "smollm2", "llama-biases", "mistral", "qwen2-mixed", "qwen3"]
+)
+@pytest.mark.parametrize("widths", [{"mlp": 20}, {"heads": 2}, {"kv_heads": 1}, {"embed": 20}])
+def test_narrow_students_load_in_transformers(name, widths, tmp_path):
+    build(name, seed=3).save_pretrained(tmp_path / "theirs")
+    teacher, tokens = models.load(tmp_path / "theirs"), tokens_for(3)
+    text = student.Calibration(jnp.asarray(tokens), jnp.ones_like(tokens), tokens >= 0)
+    shape = student.narrowed(teacher.config, **widths)
+    narrow = student.cut(teacher, student.choose_widths(teacher, shape, (0, 2), text))
+    models.save(narrow, tmp_path / "ours")
+    back, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    expected = reference_logits(back.eval(), tokens)
+    assert np.abs(np.asarray(logits_of(narrow, tokens)) - expected).max() <= 1e-4
+    assert np.abs(ours(tmp_path / "ours", tokens) - expected).max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["bloom", "bloom-residual", "llama-2", "llama-3.2-tied", "qwen3"])
