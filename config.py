@@ -15,7 +15,7 @@ import student as students
 import text
 from losses import features
 from models import kernels
-from runtime import files, on_policy, target_store
+from runtime import files, on_policy, processes, target_store
 from runtime.errors import LOCAL, SEED, UserError, above, at_least, below, between, check
 
 # A field hides the module it is named after.
@@ -30,7 +30,7 @@ class Mesh(sharding.Sizes):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(processes.Config):
     """Distil a student from a teacher, and leave a Hugging Face checkpoint."""
 
     teacher: str | None = None
@@ -137,14 +137,6 @@ class Config:
     """GB that each device has, for --plan and what a start refuses; by default what is found."""
     force: bool = False
     """Start even though arrays and gradients alone are more than a device has."""
-    distributed: bool = False
-    """One of several processes, which a scheduler (Slurm, Cloud TPU, GKE, Open MPI) has started."""
-    coordinator: str | None = None
-    """host:port of the first of several processes, where no scheduler says so."""
-    processes: Annotated[int | None, at_least(1)] = None
-    """How many processes there are, with --coordinator."""
-    process_id: int | None = None
-    """Which of them this is, from 0, with --coordinator."""
     data: Data = field(default_factory=Data)
     loss: losses.Config = field(default_factory=losses.Config)
     on_policy: OnPolicy = field(default_factory=OnPolicy)
@@ -154,10 +146,8 @@ class Config:
     def __post_init__(self):
         check(self)
         if self.batch_size % self.microbatches:
-            raise UserError(
-                f"--batch-size {self.batch_size} does not divide into {self.microbatches}"
-                " --microbatches"
-            )
+            parts = f"{self.microbatches} --microbatches"
+            raise UserError(f"--batch-size {self.batch_size} does not divide into {parts}")
         if self.student_init is not None:
             students.parse(self.student_init)
         sharding.Layout(self.zero, self.mesh.rules)
@@ -282,10 +272,8 @@ def _student_layers(config: Config, teacher: Any) -> int | None:
     if config.student is not None:
         layers = models.config(config.student).layers
         if config.student_layers not in (None, layers):
-            raise UserError(
-                f"--student-layers {config.student_layers}: the student in {config.student} has"
-                f" {layers}; leave the flag out"
-            )
+            flag, has = f"--student-layers {config.student_layers}", f"has {layers}"
+            raise UserError(f"{flag}: the student in {config.student} {has}; leave the flag out")
         return layers
     method = config.student_init or "greedy"
     layers = config.student_layers or len(students.parse(method) or ())

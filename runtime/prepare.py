@@ -132,8 +132,7 @@ teacher_states = sharding.jit(losses.teacher_states)
 def optimizer_and_objective(
     config: Config, layers: list[int] | None = None
 ) -> tuple[optim.Optimizer, losses.Objective]:
-    """What a step is told beside its arrays; `layers` are the teacher's blocks that the student
-    began as."""
+    """What a step is given beside its arrays, for a student cut from these blocks, if any."""
     objective = losses.Objective(
         config.loss, config.steps, config.compute_dtype, config.remat,
         config.microbatches, config.log_norms,
@@ -157,8 +156,7 @@ def restore_commits(config: Config) -> None:
 
 
 def make_folder(config: Config) -> files.RunFolder:
-    """The folder of a run, made by the first process; --no-resume moves the run that is there
-    aside."""
+    """The folder of a run, made by the first process; --no-resume moves an older run aside."""
     folder = run_folder(config)
     if jax.process_index() == 0:
         with files.disk_errors(folder.path, ": give another --out"):
