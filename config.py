@@ -14,7 +14,7 @@ import sharding
 import student as students
 from losses import features
 from models import kernels
-from runtime import files, on_policy, target_store
+from runtime import files, on_policy, processes, target_store
 from runtime.errors import LOCAL, SEED, UserError, above, at_least, below, between, check
 
 # A field hides the module it is named after.
@@ -29,7 +29,7 @@ class Mesh(sharding.Sizes):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(processes.Config):
     """Distil a student from a teacher, and leave a Hugging Face checkpoint."""
 
     teacher: str | None = None
@@ -45,9 +45,10 @@ class Config:
     """Which blocks it keeps: greedy (the default), influence, uniform, first, last, a list such as
     0,2,5; or random: fresh weights."""
 
-    student_heal: students.Heal = "none"
+    student_heal: students.Heal | None = None
     """Solve projections of a cut student for the teacher's states before the first step: of the
-    blocks before and after what was removed (seams), or of all from the first of these."""
+    blocks before and after what was removed (seams, the default where the text is long enough), of
+    all from the first of these, or none."""
     heal_tokens: Annotated[int, at_least(1)] = 16384
     """Tokens of text that --student-heal reads, or all where there are fewer."""
 
@@ -135,14 +136,6 @@ class Config:
     """GB that each device has, for --plan and what a start refuses; by default what is found."""
     force: bool = False
     """Start even though arrays and gradients alone are more than a device has."""
-    distributed: bool = False
-    """One of several processes, which a scheduler (Slurm, Cloud TPU, GKE, Open MPI) has started."""
-    coordinator: str | None = None
-    """host:port of the first of several processes, where no scheduler says so."""
-    processes: Annotated[int | None, at_least(1)] = None
-    """How many processes there are, with --coordinator."""
-    process_id: int | None = None
-    """Which of them this is, from 0, with --coordinator."""
     data: Data = field(default_factory=Data)
     loss: losses.Config = field(default_factory=losses.Config)
     on_policy: OnPolicy = field(default_factory=OnPolicy)
@@ -152,10 +145,8 @@ class Config:
     def __post_init__(self):
         check(self)
         if self.batch_size % self.microbatches:
-            raise UserError(
-                f"--batch-size {self.batch_size} does not divide into {self.microbatches}"
-                " --microbatches"
-            )
+            parts = f"{self.microbatches} --microbatches"
+            raise UserError(f"--batch-size {self.batch_size} does not divide into {parts}")
         if self.student_init is not None:
             students.parse(self.student_init)
         sharding.Layout(self.zero, self.mesh.rules)
@@ -184,8 +175,9 @@ class Config:
              "a run takes the devices there are"),
             (self.topology is not None and self.devices is not None, "--topology with --devices",
              "it says how many"),
-            (self.student_heal != "none" and (self.student or self.student_init == "random"),
-             "--student-heal", "it is for a student that is cut from the teacher"),
+            (self.student_heal not in (None, "none")
+             and (self.student or self.student_init == "random"), "--student-heal",
+             "it is for a student that is cut from the teacher"),
             (self.student_params is not None and bool(
                 self.student or self.student_layers or student_widths(self)
                 or self.student_init not in (None, *students.METHODS[:-1])),
@@ -275,10 +267,8 @@ def _student_layers(config: Config, teacher: Any) -> int | None:
     if config.student is not None:
         layers = models.config(config.student).layers
         if config.student_layers not in (None, layers):
-            raise UserError(
-                f"--student-layers {config.student_layers}: the student in {config.student} has"
-                f" {layers}; leave the flag out"
-            )
+            flag, has = f"--student-layers {config.student_layers}", f"has {layers}"
+            raise UserError(f"{flag}: the student in {config.student} {has}; leave the flag out")
         return layers
     method = config.student_init or "greedy"
     layers = config.student_layers or len(students.parse(method) or ())

@@ -309,10 +309,9 @@ def _checked(tokens: IO[bytes], sums: IO[bytes], start: int, size: int) -> memor
     if size and present != np.frombuffer(expected, "<u4").tolist():
         with contextlib.suppress(OSError):  # without it, the next start builds the store anew
             Path(tokens.name).with_name("store.json").unlink()
-        raise UserError(
-            f"{tokens.name}: it was damaged between the bytes {first * BLOCK} and {stop * BLOCK}:"
-            " run this again, and the text is tokenized anew"
-        )
+        where, remedy = f"{first * BLOCK} and {stop * BLOCK}", "and the text is tokenized anew"
+        what = f"{tokens.name}: it was damaged between the bytes {where}"
+        raise UserError(f"{what}: run this again, {remedy}")
     return blocks[start - first * BLOCK :][:size]
 
 

@@ -27,18 +27,7 @@ import text
 from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, with_defaults
 from losses import features
 from models.base import LanguageModel, add_rows, check_tokens
-from runtime import (
-    checkpoint,
-    errors,
-    files,
-    on_policy,
-    plan,
-    prepare,
-    processes,
-    report,
-    results,
-    topology,
-)
+from runtime import checkpoint, errors, files, on_policy, plan, prepare, processes, report, results
 from runtime.errors import UserError
 from runtime.prepare import Placement, Run
 
@@ -246,14 +235,7 @@ def device_bytes(config: Config, placement: Placement) -> plan.DeviceBytes:
     arguments = abstract_arguments(config, placement)
     with report.progress("compiling"):
         program = plan.compile_abstract(step, arguments, optimizer, objective)
-    resident = plan.resident_bytes(config, placement, *arguments, optimizer)
-    resident = resident._replace(temporaries=program.memory_analysis().temp_size_in_bytes)
-    if config.topology is None:
-        return resident
-    (teacher, _), state = arguments
-    tokens = config.batch_size * config.seq_len / placement.mesh.size
-    flops = tokens * plan.step_flops(state.student, teacher, config.seq_len)
-    return resident._replace(cost=topology.cost(config.topology, program, flops))
+    return plan.resident_bytes(config, placement, *arguments, optimizer, program)
 
 
 def print_plan(config: Config, placement: Placement) -> None:
@@ -438,11 +420,7 @@ def command() -> str:
 def main() -> None:
     processes.end_at_once()
     config = errors.cli(Config)
-    processes.start(
-        distributed=config.distributed, coordinator=config.coordinator,
-        processes=config.processes, process_id=config.process_id,
-        devices=1 if config.topology else config.devices,
-    )  # fmt: skip
+    processes.start(config, devices=1 if config.topology else config.devices)
     with processes.exit_with_peers():
         train(config)
 

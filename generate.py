@@ -32,10 +32,9 @@ Prompts = Int[Array, "batch seq"]
 Counts = Int[Array, " batch"]
 Keys = Key[Array, " batch"]
 
-FORMATS = (".parquet", ".jsonl")
 OUT = Constraint(
     "a .parquet or .jsonl file on this machine",
-    lambda path: LOCAL.holds(path) and Path(path).suffix in FORMATS,
+    lambda path: LOCAL.holds(path) and Path(path).suffix in (".parquet", ".jsonl"),
 )
 PART = 256  # tokens of a prompt read at once
 LEAST = 64  # places of a cache that are always read
@@ -447,7 +446,7 @@ def run(config: Config) -> None:
             if missing := [job for job in jobs if job[:2] not in journal.offsets]:
                 write(config, missing, decoding, folder, add)
             answers.save(out, map(row, journal), columns, settings)
-            journal.remove()
+            journal.path.unlink()  # now that its answers are in the data set
         print(f"{len(jobs)} answers  {out}")
     if config.push is not None:
         print(f"data set  {answers.upload(config.push, out, settings)}")

@@ -78,10 +78,9 @@ def _rule(text: str) -> tuple[str, tuple[str, ...]]:
     axes = tuple(axis for axis in axes.split(",") if axis)
     known = set(axes) <= set(MESH_AXES) and len(set(axes)) == len(axes)
     if not equals or name not in RULES or not known:
-        raise UserError(
-            f"--mesh.rules {text}: expected AXIS=MESH,AXES such as vocab=fsdp,tensor, with an axis"
-            f" of {', '.join(RULES)} and mesh axes of {', '.join(MESH_AXES)} (or none)"
-        )
+        expected = "AXIS=MESH,AXES such as vocab=fsdp,tensor, with an axis of"
+        known = f"{', '.join(RULES)} and mesh axes of {', '.join(MESH_AXES)} (or none)"
+        raise UserError(f"--mesh.rules {text}: expected {expected} {known}")
     return name, axes
 
 
@@ -123,10 +122,8 @@ def make_mesh(
         given = math.prod(size for size in sizes.values() if size != -1)
         sizes[rest[0]] = count // max(given, 1)
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
-        raise UserError(
-            f"{mesh} does not match {count} devices: choose sizes whose product is {count}; at most"
-            " one is -1 (what is left)"
-        )
+        remedy = f"choose sizes whose product is {count}; at most one is -1 (what is left)"
+        raise UserError(f"{mesh} does not match {count} devices: {remedy}")
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
 
@@ -187,9 +184,7 @@ def specs(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -
         entries, shape = claims(names, mesh, rules), leaf.shape
         if "vocab" in names and "embed" in names:
             rows, width = names.index("vocab"), names.index("embed")
-            if shape[rows] % _parts(
-                mesh, entries[rows]
-            ):  # the losses pad it; the array need not be
+            if shape[rows] % _parts(mesh, entries[rows]):  # the losses pad it; no array need be
                 entries[width] += entries[rows]
                 entries[rows] = ()
                 while shape[width] % _parts(mesh, entries[width]):
@@ -201,10 +196,9 @@ def specs(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -
             elif size % parts:
                 nearest = max(n for n in range(1, parts) if size % n == 0)
                 name = jax.tree_util.keystr(path).lstrip(".")
-                raise UserError(
-                    f"{name}: its {size} {axis} do not divide over {parts} devices of the mesh axes"
-                    f" {', '.join(entries[i])}; the nearest mesh that works has {nearest} there"
-                )
+                where = f"{parts} devices of the mesh axes {', '.join(entries[i])}"
+                remedy = f"the nearest mesh that works has {nearest} there"
+                raise UserError(f"{name}: its {size} {axis} do not divide over {where}; {remedy}")
         return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries)))
 
     return jax.tree_util.tree_map_with_path(place, tree, axes(tree))
@@ -260,10 +254,9 @@ def process_rows(mesh: Mesh, rules: Rules | None = None) -> tuple[int, int]:
     kinds = sorted({tuple(sorted(parts)) for parts in held.values()})
     if sum(map(len, kinds)) != ways or len({len(parts) for parts in kinds}) > 1:
         sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-        raise UserError(
-            f"mesh {sizes}: devices of one process would hold some rows of another one's and some"
-            " of their own: choose sizes that divide the devices of a process, or are multiples"
-        )
+        why = "devices of one process would hold some rows of another one's and some of their own"
+        remedy = "choose sizes that divide the devices of a process, or are multiples"
+        raise UserError(f"mesh {sizes}: {why}: {remedy}")
     return kinds.index(tuple(sorted(held[jax.process_index()]))), len(kinds)
 
 

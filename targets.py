@@ -30,7 +30,7 @@ Data = data.Config  # a field of a config hides the module it is named after
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(processes.Config):
     """Compute a teacher's targets once, for distill.py --targets."""
 
     teacher: str
@@ -63,14 +63,6 @@ class Config:
     mesh: sharding.Sizes = dataclasses.field(default_factory=sharding.Sizes)
     quiet: bool = False
     """Print only warnings."""
-    distributed: bool = False
-    """One of several processes, which a scheduler (Slurm, Cloud TPU, GKE, Open MPI) has started."""
-    coordinator: str | None = None
-    """host:port of the first of several processes, where no scheduler says so."""
-    processes: Annotated[int | None, at_least(1)] = None
-    """How many processes there are, with --coordinator."""
-    process_id: int | None = None
-    """Which of them this is, from 0, with --coordinator."""
 
     def __post_init__(self):
         errors.check(self)
@@ -197,10 +189,7 @@ def _own_rows(x: Array) -> np.ndarray:
 
 def main() -> None:
     config = errors.cli(Config)
-    processes.start(
-        distributed=config.distributed, coordinator=config.coordinator,
-        processes=config.processes, process_id=config.process_id,
-    )  # fmt: skip
+    processes.start(config)
     with processes.exit_with_peers(), report.quietly(config.quiet or jax.process_index() > 0):
         targets = make(config)
     if jax.process_index() == 0 and not config.quiet:

@@ -218,8 +218,7 @@ def _largest(x, count: int):
 
 def scan_chunks(chunk_fn: Callable, init: PyTree, chunk: int, arrays: PyTree) -> tuple:
     """`lax.scan` of `chunk_fn` along the sequence: each array, [batch, seq, ...], reaches it as
-    [rows, ...], about `chunk` tokens at a time. What fills up the last one is 0, and False in a
-    mask."""
+    [rows, ...], about `chunk` tokens at a time. The last one is filled up with 0, or False."""
     batch, seq = jax.tree.leaves(arrays)[0].shape[:2]
     count, length = chunks(batch, seq, chunk)
     padding = (0, 0), (0, count * length - seq), (0, 0)

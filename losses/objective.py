@@ -97,8 +97,7 @@ class Objective:
     """Blocks of student and teacher whose outputs are matched."""
 
     def at(self, name: str, step: Int[Array, ""] | int) -> Float32[Array, ""] | float:
-        """`alpha`, `temperature` or `feature_weight` at an optimizer step: a Python float where it
-        is constant."""
+        """`alpha`, `temperature` or `feature_weight` at a step: a Python float where constant."""
         start, end, schedule = self.config.course(name)
         if end is None or end == start:
             return float(start)

@@ -27,8 +27,7 @@ Values = tuple[Float32[Array, " rows"], Logits]
 
 
 def prepare_head(head: Float[Array, "rows embed"], dtype: jnp.dtype) -> Float[Array, "vocab embed"]:
-    """A head in the dtype of hidden states, split over the vocabulary alone, and filled up with
-    rows to do so evenly."""
+    """A head in the dtype of hidden states, split over the vocabulary evenly, by added rows."""
     missing = -len(head) % num_shards("vocab")
     return constrain(jnp.pad(head.astype(dtype), [(0, missing), (0, 0)]), "vocab embed")
 

@@ -10,18 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from models.attention import Hidden, Positions, attention
-from models.base import (
-    LanguageModel,
-    ModelConfig,
-    Tensors,
-    layer_norm,
-    linear,
-    recompute,
-    sow,
-    tensor,
-)
 from models.hf_config import LAYERS, HFConfig
 from runtime.errors import UserError
+
+from .base import LanguageModel, ModelConfig, Tensors, layer_norm, linear, recompute, sow, tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +40,13 @@ class Config(ModelConfig):
     # Computes nothing: llama.cpp's converter takes it for the context, else the hidden size.
     seq_length: int | None = dataclasses.field(default=None, compare=False)
 
+    kv_heads = property(lambda self: self.heads)
+    head_dim = property(lambda self: self.embed // self.heads)
+    mlp = property(lambda self: 4 * self.embed)
+
     def __post_init__(self):
         if self.embed % self.heads:
             raise UserError(f"hidden_size {self.embed} does not divide into {self.heads} heads")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.embed // self.heads
-
-    @property
-    def mlp(self) -> int:
-        return 4 * self.embed
 
     @classmethod
     def read(cls, settings: HFConfig) -> "Config":

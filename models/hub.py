@@ -282,10 +282,9 @@ def read_index(folder: Path, prefix: str) -> dict[str, Tensor]:
     else:
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         only = f", only {pickles[0].name}" if pickles else ""
-        raise UserError(
-            f"{folder}: it holds no {SINGLE} and no {INDEX}{only}; pickles are never"
-            " read: convert them with transformers, from_pretrained(...) then save_pretrained(...)"
-        )
+        remedy = "convert them with transformers, from_pretrained(...) then save_pretrained(...)"
+        what = f"{folder}: it holds no {SINGLE} and no {INDEX}{only}"
+        raise UserError(f"{what}; pickles are never read: {remedy}")
     bare = not any(tensor.name.startswith(prefix) for tensor in stored)
     return {prefix + x.name if bare and x.name != HEAD else x.name: x for x in stored}
 

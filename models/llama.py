@@ -8,19 +8,10 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from models.attention import Hidden, Positions, attention
-from models.base import (
-    LanguageModel,
-    ModelConfig,
-    Tensors,
-    linear,
-    recompute,
-    rms_norm,
-    sow,
-    tensor,
-)
 from models.hf_config import LAYERS, HFConfig
 from runtime.errors import UserError
 
+from .base import LanguageModel, ModelConfig, Tensors, linear, recompute, rms_norm, sow, tensor
 from .rotary import Rope, rotate
 
 ACTIVATIONS = {

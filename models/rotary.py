@@ -27,8 +27,7 @@ Table = tuple[Float[Array, "#batch seq 1 half"], Float[Array, "#batch seq 1 half
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions. The fields beyond `theta` belong to the kinds that stretch them, and those
-    that are 0 must be given to these."""
+    """Rotary positions; fields beyond `theta` are of kinds that stretch them, 0 where required."""
 
     kind: str = "default"
     theta: float = 10000.0

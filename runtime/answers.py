@@ -40,14 +40,17 @@ class Journal(contextlib.ExitStack):
             opened.enter_context(files.lock(self.path, out))
             # Without a buffer, which closing would write again.
             self.file = opened.enter_context(open(self.path, "ab", 0, opener=files.no_follow))
+            before = settings_of(self.path, settings)
             with self.path.open("rb") as lines:
                 begins = f"{json.dumps(settings)}\n".encode().startswith(lines.readline())
-                foreign = [] if begins or settings_of(self.path, settings) else [self.path]
+                foreign = [] if begins or before else [self.path]
                 if out.suffix == ".jsonl" and settings_of(out, settings) is None:
                     foreign += filter(os.path.lexists, [out.with_suffix(SIDECAR)])
                 if foreign:
                     remedy = "move it away, or give another --out"
                     raise UserError(f"{foreign[0]} is there, and not from here: {remedy}")
+                if resume and before:
+                    check_settings(out, before, settings)
                 lines.seek(0)
                 for line in lines if resume else ():
                     try:
@@ -56,8 +59,6 @@ class Journal(contextlib.ExitStack):
                             self.offsets[record["prompt"], record["sample"]] = end
                     except (ValueError, KeyError, TypeError):
                         break
-                    if not end:
-                        check_settings(out, record, settings)
                     end += len(line)
             self.file.truncate(end)
             if not end:
@@ -76,10 +77,6 @@ class Journal(contextlib.ExitStack):
             for _, offset in sorted(self.offsets.items()):
                 file.seek(offset)
                 yield json.loads(file.readline())
-
-    def remove(self) -> None:
-        """Once its answers are in the data set."""
-        self.path.unlink()
 
 
 def journal_path(out: Path) -> Path:

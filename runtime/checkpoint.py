@@ -84,8 +84,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._writer.save(self._writing, args=parts)
 
     def _obstacle(self, step: int) -> OSError | None:
-        """Why no folder can be made here: Orbax would wait for it five minutes, in a thread that
-        outlives the program."""
+        """Why no folder can be made here: Orbax would wait for it, longer than the program runs."""
         error = None
         try:
             if jax.process_index() == 0:

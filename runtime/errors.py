@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import itertools
 import math
@@ -144,14 +145,15 @@ def cli(Config: type[T], args: Sequence[str] | None = None, **options: Any) -> T
 
 
 def _with_constraints(info: Any) -> Any:
-    """tyro's own reading of a dataclass, with the constraints in the help of its fields."""
+    """tyro's own reading of a dataclass, in the order of its arguments, with its constraints."""
     from tyro.constructors import ConstructorRegistry
 
     if Constraint in info.markers or not dataclasses.is_dataclass(info.type):
         return None  # tyro's own rule for dataclasses reads it
     info = dataclasses.replace(info, markers=(*info.markers, Constraint))
     spec, limits, fields = ConstructorRegistry.get_struct_spec(info), constraints(info.type), []
-    for field in spec.fields:
+    order = list(inspect.signature(info.type).parameters)
+    for field in sorted(spec.fields, key=lambda field: order.index(field.name)):
         text = (field.helptext() if callable(field.helptext) else field.helptext) or ""
         if limit := limits.get(field.name):
             text += f" Must be {limit.words}."

@@ -69,31 +69,28 @@ def atomic_write(path: Path, remedy: str = RESUME) -> Iterator[Path]:
     """
     with disk_errors(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = _scratch(path)
-        partial, old = scratch / "new", scratch / f"old-{path.name}"
-        try:
-            yield partial
-            if partial.exists():
-                sync(partial, *partial.rglob("*"))
-                if partial.is_dir() and path.exists():
-                    path.replace(old)
-                partial.replace(path)
-                sync(path.parent)
-        finally:
-            if old.exists() and not path.exists():
-                old.replace(path)
-            shutil.rmtree(scratch, ignore_errors=True)
+        with _scratch(path) as scratch:
+            partial, old = Path(scratch, "new"), Path(scratch, f"old-{path.name}")
+            try:
+                yield partial
+                if partial.exists():
+                    sync(partial, *partial.rglob("*"))
+                    if partial.is_dir() and path.exists():
+                        path.replace(old)
+                    partial.replace(path)
+                    sync(path.parent)
+            finally:
+                if old.exists() and not path.exists():
+                    old.replace(path)
 
 
 def remove(folder: Path) -> None:
     """Removes a folder, which its readers see whole until it is gone."""
-    with disk_errors(folder):
-        scratch = _scratch(folder)
-        folder.replace(scratch / "removed")
-        shutil.rmtree(scratch)
+    with disk_errors(folder), _scratch(folder) as scratch:
+        folder.replace(Path(scratch, "removed"))
 
 
-def _scratch(path: Path) -> Path:
+def _scratch(path: Path) -> tempfile.TemporaryDirectory:
     """A new folder beside `path`, named after this process; those of dead ones of this host go."""
     host = platform.node()
     names = re.compile(rf"\..*\.{re.escape(host)}-(\d{{1,9}}-[0-9a-f]{{8}})-\w+\.partial")
@@ -103,7 +100,8 @@ def _scratch(path: Path) -> Path:
                 if not (before := path.parent / old.name.removeprefix("old-")).exists():
                     old.replace(before)
             shutil.rmtree(path.parent / name, ignore_errors=True)
-    return Path(tempfile.mkdtemp(".partial", f".{path.name[:24]}.{host}-{PROCESS}-", path.parent))
+    prefix = f".{path.name[:24]}.{host}-{PROCESS}-"
+    return tempfile.TemporaryDirectory(".partial", prefix, path.parent, ignore_cleanup_errors=True)
 
 
 def _is_alive(process: str) -> bool:

@@ -110,25 +110,25 @@ def bytes_of(tree: PyTree) -> int:
 
 def resident_bytes(
     config: Config, placement: Placement, frozen: tuple[Any, Any], state: PyTree,
-    optimizer: optim.Optimizer,
+    optimizer: optim.Optimizer, program: Any = None,
 ) -> DeviceBytes:  # fmt: skip
-    """What follows from shapes alone."""
-    teacher, own = bytes_of(frozen[0]), 0
+    """What follows from shapes alone, and from the compiled step if it is given."""
+    teacher, own, temporaries, cost = bytes_of(frozen[0]), 0, 0, None
     mesh, layout, teacher_mesh = placement
     if frozen[0] is None and needs_teacher(config):  # no step is given it
         model = models.abstract(config.teacher)
         places = sharding.specs(model, teacher_mesh or mesh, layout.params)
         size = bytes_of(with_shardings(model, places))
         teacher, own = (0, size) if teacher_mesh is not None else (size, 0)
+    if program is not None:
+        temporaries = program.memory_analysis().temp_size_in_bytes
+    if program is not None and config.topology is not None:
+        tokens = config.batch_size * config.seq_len / mesh.size
+        flops = tokens * step_flops(state.student, frozen[0], config.seq_len)
+        cost = topology.cost(config.topology, program, flops)
     trainable = eqx.filter(state.learner, optimizer.trainable(state.learner))
-    return DeviceBytes(
-        teacher=teacher,
-        student=bytes_of(state.student),
-        moments=bytes_of(state.opt_state),
-        batch=bytes_of(frozen[1]),
-        gradients=bytes_of(trainable),
-        own_teacher=own,
-    )
+    parts = map(bytes_of, (state.student, state.opt_state, frozen[1], trainable))
+    return DeviceBytes(teacher, *parts, own, temporaries, cost)
 
 
 def writer_fits(config: Config, placement: Placement, writer: LanguageModel, arrays: Any) -> bool:

@@ -132,8 +132,7 @@ teacher_states = sharding.jit(losses.teacher_states)
 def optimizer_and_objective(
     config: Config, layers: list[int] | None = None
 ) -> tuple[optim.Optimizer, losses.Objective]:
-    """What a step is told beside its arrays; `layers` are the teacher's blocks that the student
-    began as."""
+    """What a step is given beside its arrays, for a student cut from these blocks, if any."""
     objective = losses.Objective(
         config.loss, config.steps, config.compute_dtype, config.remat,
         config.microbatches, config.log_norms,
@@ -157,8 +156,7 @@ def restore_commits(config: Config) -> None:
 
 
 def make_folder(config: Config) -> files.RunFolder:
-    """The folder of a run, made by the first process; --no-resume moves the run that is there
-    aside."""
+    """The folder of a run, made by the first process; --no-resume moves an older run aside."""
     folder = run_folder(config)
     if jax.process_index() == 0:
         with files.disk_errors(folder.path, ": give another --out"):
@@ -437,12 +435,18 @@ def heal(
     if config.student_heal == "none" or student.config == teacher.config:
         return student
     begun, windows = time.monotonic(), -(-config.heal_tokens // config.seq_len)
-    text = calibration(corpus, windows)
-    with report.progress("healing") as progress:
-        healed, before, after = students.heal(
-            teacher, student, layers, text, config.student_heal, embed=embed,
-            dtype=config.compute_dtype, progress=progress,
-        )  # fmt: skip
+    text, how = calibration(corpus, windows), config.student_heal or "seams"
+    try:
+        with report.progress("healing") as progress:
+            healed, before, after = students.heal(
+                teacher, student, layers, text, how, embed=embed, dtype=config.compute_dtype,
+                progress=progress,
+            )  # fmt: skip
+    except UserError as error:
+        if config.student_heal is not None:
+            raise
+        report.say(f"healing   left out: {error}")
+        return student
     figures = f"KL {before:.3f} before, {after:.3f} after"
     left_out = ": left out, it is no better" if healed is student else ""
     report.say(f"healing   {figures} ({time.monotonic() - begun:.1f}s){left_out}")

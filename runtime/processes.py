@@ -1,6 +1,7 @@
 """Several processes of one run: how they meet, wait for each other, and end together."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +18,30 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from runtime import errors, files
-from runtime.errors import UserError
+from runtime.errors import UserError, at_least
 
 MAY_DIFFER = frozenset({"--process-id", "--coordinator", "--quiet", "--data.cache"})
 PATIENCE = 60  # seconds to wait for the other processes at the start
 
 
-def start(
-    *, distributed: bool = False, coordinator: str | None = None, processes: int | None = None,
-    process_id: int | None = None, devices: int | None = None,
-) -> None:  # fmt: skip
-    """Prepares the devices, before any is touched: joins the other processes, or emulates
-    `devices` of them on the CPU. Programs are kept for the next start, but for several processes on
-    CPUs."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The flags of a program that can be several processes."""
+
+    distributed: bool = False
+    """One of several processes, which a scheduler (Slurm, Cloud TPU, GKE, Open MPI) has started."""
+    coordinator: str | None = None
+    """host:port of the first of several processes, where no scheduler says so."""
+    processes: Annotated[int | None, at_least(1)] = None
+    """How many processes there are, with --coordinator."""
+    process_id: int | None = None
+    """Which of them this is, from 0, with --coordinator."""
+
+
+def start(config: Config = Config(), devices: int | None = None) -> None:
+    """Prepares the devices, before any is touched: joins the other processes, or emulates `devices`
+    on the CPU. Programs are cached for the next start, but those of several processes on CPUs."""
+    coordinator, processes, process_id = config.coordinator, config.processes, config.process_id
     together = (coordinator, processes, process_id)
     if any(flag is not None for flag in together) and None in together:
         raise UserError("--coordinator, --processes and --process-id are given together")
@@ -54,7 +66,7 @@ def start(
     if (emulated := jax.config.jax_num_cpu_devices) > 1:
         # Threads of XLA's pool: with too few, programs in flight wait for each other without end.
         os.environ.setdefault("NPROC", str(max(4 * emulated, os.cpu_count() or 1)))
-    if not (distributed or coordinator):
+    if not (config.distributed or coordinator):
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would replace our handlers
     where = coordinator or "the coordinator that the scheduler names"
@@ -180,8 +192,7 @@ class Interruption(contextlib.ExitStack):
 
 
 def block_on_cpu(result: Any) -> Any:
-    """Blocks on the result on CPUs: two programs in flight there, on several processes, could enter
-    different collectives."""
+    """Blocks on CPUs: two programs of several processes could enter different collectives there."""
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(result)
     return result

@@ -66,10 +66,8 @@ def parse(topology: str) -> tuple[Chip, str]:
     chip = CHIPS.get(name)
     pattern = r"[1-9]\d*" if chip is not None and chip.gpu else r"[1-9]\d*(x[1-9]\d*)+"
     if chip is None or not re.fullmatch(pattern, shape):
-        raise UserError(
-            f"--topology {topology}: expected h100:8 or v5p:4x4x4, with a chip of"
-            f" {', '.join(CHIPS)}, how many GPUs, and how TPUs stand"
-        )
+        expected = f"a chip of {', '.join(CHIPS)}, how many GPUs, and how TPUs stand"
+        raise UserError(f"--topology {topology}: expected h100:8 or v5p:4x4x4, with {expected}")
     return chip, shape
 
 

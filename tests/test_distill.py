@@ -221,8 +221,8 @@ def text(tmp_path_factory) -> Path:
 
 def config_of(teacher: Path, text: Path, out: Path) -> distill.Config:
     return distill.Config(
-        teacher=str(teacher), student_layers=2, seq_len=32, batch_size=8, steps=6, eval_every=4,
-        eval_windows=8, save_every=3, log_every=1, quiet=True, out=str(out),
+        teacher=str(teacher), student_layers=2, student_heal="none", seq_len=32, batch_size=8,
+        steps=6, eval_every=4, eval_windows=8, save_every=3, log_every=1, quiet=True, out=str(out),
         data=distill.Data(source=(str(text),), documents="paragraph", cache=str(text.parent)),
         optim=optim.Config(lr=1e-2, eps=1e-4),
     )  # fmt: skip
@@ -707,6 +707,19 @@ def test_a_narrow_student_is_cut_trained_continued_and_exported(quick, capsys):
     assert json.loads((folder / "config.json").read_text())["head_dim"] == 8
     assert "; 16 of 32 mlp" in (folder / "README.md").read_text()
     assert "3 of the teacher's 3 blocks" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "tokens, line",
+    [(512, r"healing   KL \S+ before"), (32, "healing   left out: .* raise --heal-")],
+)
+def test_a_cut_is_healed_where_the_text_is_long_enough(quick, capsys, tokens, line):
+    config = dataclasses.replace(
+        quick, student_heal=None, heal_tokens=tokens, time_limit=1e-9, quiet=False
+    )
+    with pytest.raises(SystemExit):
+        distill.train(config)
+    assert re.search(line, capsys.readouterr().err)
 
 
 def test_a_share_of_the_parameters_decides_depth_and_width(quick, monkeypatch, capsys, teacher):

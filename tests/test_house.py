@@ -83,42 +83,45 @@ def test_nothing_imports_distill():
 
 CHECK = """
 import json, os, sys
-environment = dict(os.environ)
-import {module}
-found = {{"jax": "jax" in sys.modules, "environment": dict(os.environ) == environment}}
-if found["jax"]:
-    import jax
-    from jax._src import xla_bridge
-    changed = dict(jax.config.values)
-    found["backends"] = len(xla_bridge._backends)
-    found["config"] = {{key: str(value) for key, value in sorted(changed.items())}}
-print(json.dumps(found))
+environment, states = dict(os.environ), {}
+for module in sys.argv[1:]:
+    __import__(module)
+    state = states[module] = {"jax": "jax" in sys.modules}
+    state["environment"] = dict(os.environ) == environment
+    if state["jax"]:
+        import jax
+        from jax._src import xla_bridge
+        state["backends"] = len(xla_bridge._backends)
+        config = dict(jax.config.values)
+        state["config"] = {key: str(value) for key, value in sorted(config.items())}
+print(json.dumps(states))
 """
 
 
-def imported(module: str) -> dict:
-    found = subprocess.run(
-        [sys.executable, "-c", CHECK.format(module=module)],
+def states_after(*modules: str) -> dict[str, dict]:
+    """What each import leaves, one after the other in one process."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, *modules],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert found.stdout.count("\n") == 1 and not found.stderr, found
-    return json.loads(found.stdout)
+    assert done.stdout.count("\n") == 1 and not done.stderr, done
+    return json.loads(done.stdout)
 
 
 def test_importing_does_nothing():
     """No output, no environment, no configuration, no device."""
-    plain = imported("jax")["config"]
-    for module in sorted(TOP):
-        found = imported(module)
-        assert found["environment"], module
-        assert not found.get("backends"), f"{module} touched a device"
-        if found["jax"]:
-            assert found["config"] == plain, module
-        if module in ("answers", "data", "text", "errors", "report"):
-            assert not found["jax"], f"{module} imports jax"
+    without_jax = ["runtime.errors", "runtime.answers", "runtime.report", "text", "data"]
+    for module, state in states_after(*without_jax).items():
+        assert state["environment"], module
+        assert not state["jax"], f"{module} imports jax"
+    states = states_after("jax", *sorted(TOP))
+    for module, state in states.items():
+        assert state["environment"], module
+        assert not state["backends"], f"{module} touched a device"
+        assert state["config"] == states["jax"]["config"], module
 
 
 def test_text_is_written_and_read_in_utf_8_whatever_the_locale():

@@ -255,7 +255,7 @@ def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch, said, limits
     ],
 )
 def test_placements_that_cannot_be_end_in_one_line(config, words, says, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "start", lambda **_: None)  # the devices are there already
+    monkeypatch.setattr(processes, "start", lambda *_, **__: None)  # the devices are there already
     data = ["--data.source", *config.data.source, "--data.cache", config.data.cache]
     given = ["distill.py", "--teacher", config.teacher, "--out", config.out, *data, *words]
     monkeypatch.setattr(sys, "argv", given)
@@ -279,7 +279,7 @@ def test_placements_that_cannot_be_end_in_one_line(config, words, says, monkeypa
 )
 def test_processes_that_cannot_be(flags, says):
     with pytest.raises(UserError, match=says):
-        processes.start(**flags)
+        processes.start(processes.Config(**flags))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
@@ -288,4 +288,4 @@ def test_a_port_that_is_taken_is_refused(host):
     with socket.create_server((host, 0), reuse_port=True) as taken:
         where = f"here:{taken.getsockname()[1]}"
         with pytest.raises(UserError, match=f"{where}: .*in use.*another port"):
-            processes.start(coordinator=where, processes=2, process_id=0)
+            processes.start(processes.Config(coordinator=where, processes=2, process_id=0))

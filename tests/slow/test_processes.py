@@ -66,7 +66,8 @@ from jax._src import distributed
 
 def main():
     processes.PATIENCE, os.environ["HEARTBEAT_TIMEOUT"] = 8, "4"
-    processes.start(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
+    which = {"coordinator": sys.argv[1], "processes": 2, "process_id": int(sys.argv[2])}
+    processes.start(processes.Config(**which))
     with processes.exit_with_peers():
         print("here", jax.process_count(), flush=True)
         if sys.argv[2] == sys.argv[3]:
@@ -234,7 +235,8 @@ import distill
 from runtime import commits, errors, prepare, processes
 
 def main():
-    processes.start(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
+    which = {"coordinator": sys.argv[1], "processes": 2, "process_id": int(sys.argv[2])}
+    processes.start(processes.Config(**which))
     commits.COMMITS["models/owner/name@main"] = sys.argv[2] * 40
     prepare.restore_commits(distill.with_defaults(distill.Config()))
     print(commits.COMMITS["models/owner/name@main"])
