@@ -47,6 +47,9 @@ class Config:
     """The field of a record that holds its text; by default text, where it has no conversation."""
     documents: Literal["file", "paragraph", "line"] = "file"
     """What a document is in plain text; paragraphs end at a blank line."""
+    packing: Literal["stream", "fit"] = "stream"
+    """How documents lie in rows: one behind the other, cut where a row ends; or whole, by best fit.
+    Then with --data.mask assistant conversations longer than a row are cut behind an answer."""
     mask: Literal["all", "assistant"] = "all"
     """Which tokens to learn: all, or those of the assistant's turns."""
     chat_template: str | None = None
@@ -148,7 +151,7 @@ def open_corpus(
 
     def split(source: text.Source, share: float) -> tuple[TokenRange, TokenRange]:
         """What of a source is to train on, and what is held out."""
-        store = open_store(source, tokenizer, dataclasses.replace(config, held_out=share))
+        store = open_store(source, tokenizer, dataclasses.replace(config, held_out=share), seq_len)
         cut, total = store.training, max(1, TokenRange(store, 0, store.tokens, seq_len).windows)
         held = store.tokens - cut
         # Too few documents for their hashes to divide them as asked: hold out the last windows.

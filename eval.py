@@ -80,7 +80,7 @@ def score(config: Config) -> None:
     models.seq_len(config.seq_len, config.seq_len, config.model, config.teacher or config.model)
     if config.teacher is not None:
         text.same_tokenizer(models.fetch(config.teacher, weights=False), folder)
-    everything = dataclasses.replace(config.data, held_out=1.0, eval_source=None)
+    everything = dataclasses.replace(config.data, held_out=1.0, eval_source=None, packing="stream")
     vocab = models.config(folder).vocab
     corpus = data.open_corpus(everything, folder, seq_len=config.seq_len, seed=0, vocab=vocab)
     mesh = sharding.make_mesh(**config.mesh.sizes)
