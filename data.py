@@ -53,8 +53,8 @@ class Config:
     mask: Literal["all", "assistant"] = "all"
     """Which tokens to learn: all, or those of the assistant's turns."""
     chat_template: str | None = None
-    """A file with the chat template to use, or chatml; by default the tokenizer's own, or where it
-    has none, that of the model that wrote a source (generate.py)."""
+    """A file with the chat template to use, or chatml, for tokenizers that have its tokens; by
+    default the tokenizer's own, or where it has none, that of a source's writer (generate.py)."""
     cache: Annotated[str | None, LOCAL] = None
     """Folder for tokenized text; by default compact-distill in the user's cache folder."""
     cache_limit: Annotated[float | None, above(0)] = None

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_text import encoder, saved  # noqa: F401
 
 import data
 import distill
@@ -374,6 +375,18 @@ def test_a_student_has_the_template_that_it_was_taught_with(config, tmp_path, on
         loss=losses.Config(alpha=0.0),
     )  # fmt: skip
     assert (distill.train(again) / "chat_template.jinja").read_text() == CHATML
+
+
+def test_a_student_that_was_taught_to_chat_stops_where_a_turn_ends(encoder, tmp_path):  # noqa: F811
+    folder = saved(encoder, tmp_path / "tokenizer")
+    before = {"eos_token_id": 1, "top_k": 5}
+    (folder / "generation_config.json").write_text(json.dumps(before))
+    ends = {CHATML: [1, 3], "{{ messages[-1].content + eos_token }}": [1], None: 1}
+    for template, eos in ends.items():
+        notes = results.chat_files(folder, template)
+        after = json.loads(notes.get("generation_config.json", json.dumps(before)))
+        assert after == before | {"eos_token_id": eos}
+        assert notes.get("chat_template.jinja") == template
 
 
 def test_a_run_stops_when_nothing_is_finite(config, teacher, tmp_path, one_device):
