@@ -446,6 +446,16 @@ def test_shapes_of_other_tools_are_conversations(encoder, tmp_path, shape, kind)
     assert [piece.text[a:b] for a, b in piece.spans] == ["uno<|im_end|>"]
 
 
+def test_text_is_tokenized_anew_where_other_columns_count(encoder, tmp_path, monkeypatch):
+    path = write(tmp_path / "x.jsonl", json.dumps({"prompt": "a", "completion": "b"}).encode())
+    folder, cache = saved(encoder, tmp_path / "tokenizer"), tmp_path / "cache"
+    config = data.Config(source=(str(path),), cache=str(cache), held_out=1.0)
+    for shapes in (records.SHAPES, records.SHAPES[3:]):
+        monkeypatch.setattr(records, "SHAPES", shapes)
+        data.open_corpus(config, folder, seq_len=4, seed=0, vocab=300)
+    assert len(list(cache.glob("*/store.json"))) == 2
+
+
 def test_the_input_of_an_instruction_follows_it(plain, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"instruction": "add", "input": "1 2", "output": "3"}))

@@ -60,7 +60,7 @@ def open_store(source: Source, tokenizer: Tokenizer, config: Any, seq_len: int) 
     """
     row = [seq_len] if config.packing == "fit" else []
     options = [config.text_field, config.documents, config.mask, config.held_out, *row]
-    facts = [VERSION, source.fingerprint, tokenizer.fingerprint, options]
+    facts = [VERSION, records.SHAPES, source.fingerprint, tokenizer.fingerprint, options]
     cache = files.local_path(config.cache or files.cache_folder())
     folder = cache / files.digest(facts)
     with files.disk_errors(cache, REMEDY):
