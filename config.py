@@ -45,10 +45,10 @@ class Config(processes.Config):
     """Which blocks it keeps: greedy (the default), influence, uniform, first, last, a list such as
     0,2,5; or random: fresh weights."""
 
-    student_heal: students.Heal | None = None
+    student_heal: students.Heal = "auto"
     """Solve projections of a cut student for the teacher's states before the first step: of the
-    blocks before and after what was removed (seams, the default where the text is long enough), of
-    all from the first of these, or none."""
+    blocks before and after what was removed (seams), of all from the first of these, or none; auto
+    is seams where the text is long enough."""
     heal_tokens: Annotated[int, at_least(1)] = 16384
     """Tokens of text that --student-heal reads, or all where there are fewer."""
 
@@ -175,7 +175,7 @@ class Config(processes.Config):
              "a run takes the devices there are"),
             (self.topology is not None and self.devices is not None, "--topology with --devices",
              "it says how many"),
-            (self.student_heal not in (None, "none")
+            (self.student_heal not in ("auto", "none")
              and (self.student or self.student_init == "random"), "--student-heal",
              "it is for a student that is cut from the teacher"),
             (self.student_params is not None and bool(

@@ -30,7 +30,7 @@ SPREAD = 2.0  # if it adds at most this times what the cheapest adds to the KL
 JUDGED = 8  # blocks that are judged in every round, or half of them if that is more
 CANDIDATES, MULTIPLE = 4, 16  # students of a size that are compared; divides their MLP widths
 WIDTHS = ("embed", "mlp", "heads")  # that can be cut; heads of keys and values with their heads
-Heal = Literal["none", "seams", "all"]
+Heal = Literal["auto", "none", "seams", "all"]
 DAMPING = 0.3  # of a healing solve, as a share of the mean of the diagonal
 PART = 2048  # tokens of healing text that go through a block at a time
 
@@ -412,7 +412,7 @@ def blocks_to_heal(layers: Sequence[int], teacher: LanguageModel, how: Heal) -> 
     """Whether each block of the student is healed."""
     gaps = np.diff([-1, *layers, teacher.config.layers]) > 1  # before each, and behind the last
     seams = gaps[:-1] | gaps[1:]
-    return (seams if how == "seams" else np.maximum.accumulate(seams)).tolist()
+    return (np.maximum.accumulate(seams) if how == "all" else seams).tolist()
 
 
 @sharding.jit

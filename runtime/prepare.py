@@ -435,15 +435,15 @@ def heal(
     if config.student_heal == "none" or student.config == teacher.config:
         return student
     begun, windows = time.monotonic(), -(-config.heal_tokens // config.seq_len)
-    text, how = calibration(corpus, windows), config.student_heal or "seams"
+    text = calibration(corpus, windows)
     try:
         with report.progress("healing") as progress:
             healed, before, after = students.heal(
-                teacher, student, layers, text, how, embed=embed, dtype=config.compute_dtype,
-                progress=progress,
+                teacher, student, layers, text, config.student_heal, embed=embed,
+                dtype=config.compute_dtype, progress=progress,
             )  # fmt: skip
     except UserError as error:
-        if config.student_heal is not None:
+        if config.student_heal != "auto":
             raise
         report.say(f"healing   left out: {error}")
         return student

@@ -728,7 +728,7 @@ def test_a_narrow_student_is_cut_trained_continued_and_exported(quick, capsys):
 )
 def test_a_cut_is_healed_where_the_text_is_long_enough(quick, capsys, tokens, line):
     config = dataclasses.replace(
-        quick, student_heal=None, heal_tokens=tokens, time_limit=1e-9, quiet=False
+        quick, student_heal="auto", heal_tokens=tokens, time_limit=1e-9, quiet=False
     )
     with pytest.raises(SystemExit):
         distill.train(config)
