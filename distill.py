@@ -25,7 +25,7 @@ import text
 from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, with_defaults
 from losses import features
 from models.base import LanguageModel, add_rows
-from runtime import checkpoint, errors, files, on_policy, plan, prepare, processes, report, results
+from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results
 from runtime.prepare import Placement, Run
 
 __all__ = ["Config", "Data", "Mesh", "Optim", "State", "init_state", "main", "step", "train"]
@@ -250,13 +250,12 @@ def train(config: Config) -> Path:
         if config.plan:
             print_plan(deepest, placement)
             return out
-        folder = prepare.make_folder(config)
-        with checkpoint.lock(out):
+        with prepare.open_folder(config) as folder, checkpoint.lock(out):
             last = prepare.last_step(config, folder)
-            if last is not None and last >= config.steps and (out / "student").exists():
+            if last is not None and last >= config.steps and results.is_exported(folder, last):
                 report.say(f"this run is finished: the student is in {out / 'student'}")
                 return out / "student"
-            student_folder = models.hub.check_replaceable(out / "student")  # now, not in the end
+            models.hub.check_replaceable(out / "student")  # now, not in the end
             if config.keep_best:
                 models.hub.check_replaceable(out / "student-best")
             if not config.force:
@@ -265,9 +264,7 @@ def train(config: Config) -> Path:
                 plan.refuse(config, plan.resident_bytes(config, placement, *arguments, optimizer))
             run, state = prepare_state(config, out, placement)
             prepare.print_summary(run, state.student)
-            if int(state.step) < config.steps:
-                if jax.process_index() == 0 and student_folder.exists():  # that of fewer steps
-                    files.remove(student_folder)
+            if int(state.step) < config.steps and not config.export:
                 with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:
                     state = loop(run, state, saved, begun)
             return results.finish(run, state.student, int(state.step))
@@ -285,7 +282,8 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
     _, like = abstract_arguments(run.config, placement, run.layers)
     state, extra, step = checkpoint.restore(out / "checkpoints", like)
     run = prepare.continued(run, step, extra)
-    prepare.write_config(run_folder(config))  # only now: what is refused leaves the run as it was
+    if not config.export:
+        prepare.write_config(run_folder(config))  # what is refused leaves the run as it was
     return run, eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
 
 
@@ -335,14 +333,18 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     results.evaluate(run, state.student, number, log)
                 if saves:
                     saved.save(number, state, run.facts | {"tokens": run.tokens(number)})
-                log.lap(number)  # neither is time of the steps
+                if stops or (evaluates and number < config.steps):
+                    results.draw_curves(run)
+                log.lap(number)  # none of this is time of the steps
                 if stops:
                     saved.wait()
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")
+                    log.say("for the student of this step, add --export to that command")
                     raise SystemExit(config.requeue_status)
         except results.NotFinite:
             saved.save(last := int(state.step), state, run.facts | {"tokens": run.tokens(last)})
             saved.wait()
+            results.draw_curves(run)
             raise
     return state
 

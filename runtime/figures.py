@@ -16,7 +16,7 @@ PANELS = {  # what each panel draws of the metrics, and how
         "eval/ce": HELD_OUT,
         "eval/teacher_ce": {"color": "tab:green", "ls": "--", "label": "teacher, held out"},
     },
-    "KL from the teacher, nats per token": {"eval/kl": HELD_OUT},
+    "KL from the teacher, nats per token": {"kl": {"label": "training"}, "eval/kl": HELD_OUT},
     "learning rate": {"lr": {}},
 }
 

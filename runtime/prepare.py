@@ -1,9 +1,11 @@
 """From a configuration to all that a run needs before its first step."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +171,24 @@ def make_folder(config: Config) -> files.RunFolder:
     return folder
 
 
+@contextlib.contextmanager
+def open_folder(config: Config) -> Iterator[files.RunFolder]:
+    """The folder of a run. A new one goes again where the run is refused before it has decided
+    anything."""
+    path = run_folder(config).path
+    new = [place for place in (path, *path.parents) if not place.exists()]
+    try:
+        yield make_folder(config)
+    except UserError:
+        if jax.process_index() == 0 and path in new and path.is_dir():
+            if {entry.name for entry in path.iterdir()} <= {".lock", "config.json", COMMITS}:
+                shutil.rmtree(path)
+                with contextlib.suppress(OSError):  # where another run began meanwhile
+                    for parent in new[1:]:
+                        parent.rmdir()
+        raise
+
+
 def check_processes(folder: files.RunFolder) -> None:
     """Refuses processes of which one was started otherwise, or has another folder in mind."""
     if jax.process_count() == 1:
@@ -196,6 +216,8 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
     check_processes(folder)
     last, previous = checkpoint.latest(folder.path / "checkpoints"), folder.previous()
     changed = folder.changed()
+    if last is None and config.export:
+        raise UserError(f"--export: {folder.path} has no checkpoint yet: leave the flag out")
     if last is not None and previous is None:
         remedy = "restore it, or begin anew with --no-resume"
         raise UserError(f"{folder.path} has checkpoints, but no config.json: {remedy}")
@@ -210,7 +232,10 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
         raise UserError(f"{folder.path} has other settings ({'; '.join(changed)}): {remedy}")
     if changed:
         report.say(f"continued anyway: {'; '.join(changed)}")
-    if (steps := previous.get("steps", config.steps)) != config.steps:
+    if last > config.steps and not config.export:
+        remedy = "give that many or more, another --out, or --no-resume"
+        raise UserError(f"--steps {config.steps}: {folder.path} is at step {last}: {remedy}")
+    if (steps := previous.get("steps", config.steps)) != config.steps and not config.export:
         report.say(f"--steps was {steps}: schedules now end at {config.steps}")
     return last
 

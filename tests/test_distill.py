@@ -282,7 +282,7 @@ def test_what_a_run_leaves(trained, ended, capsys):
     folder, lines = out / "student", metrics_of(ended.out)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
-    needed = {"step", "loss", "divergence", "ce", "grad_norm", "lr", "tokens"}
+    needed = {"step", "loss", "divergence", "kl", "ce", "grad_norm", "lr", "tokens"}
     assert all(needed <= line.keys() and "on_policy" not in line for line in steps)
     assert steps[-1]["tokens"] == 6 * 8 * 32
     held_out = [line for line in lines if "eval/kl" in line]
@@ -369,14 +369,46 @@ def test_a_run_stops_when_nothing_is_finite(config, teacher, tmp_path, one_devic
     assert saved == results.PATIENCE + 1  # the one that was under way when the last was told
 
 
-def test_a_finished_run_that_goes_on_gives_up_its_student_first(trained, ended):
-    longer = dataclasses.replace(ended, steps=8)
-    folder = distill.train(longer)
-    shutil.rmtree(Path(ended.out) / "checkpoints" / "8")
-    # As a kill between the last step and the export leaves it.
-    shutil.rmtree(folder)
+def die(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_finished_run_that_goes_on_keeps_its_student_until_the_new_one_is_whole(
+    trained, ended, monkeypatch
+):
+    longer, folder = dataclasses.replace(ended, steps=8), Path(ended.out) / "student"
+    before = models.load(trained[0] / "student")
+    for module, name in ((results, "evaluate"), (models, "save")):  # in its steps, and behind them
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, die)
+            distill.train(longer)
+        assert eqx.tree_equal(models.load(folder), before)
+    assert checkpoint.latest(Path(ended.out) / "checkpoints") == 8
     distill.train(longer)
-    assert not eqx.tree_equal(models.load(folder), models.load(trained[0] / "student"))
+    assert not eqx.tree_equal(models.load(folder), before)
+
+
+def test_a_finished_run_does_what_other_flags_say_or_refuses_them(trained, ended):
+    folder, change = Path(ended.out) / "student", dataclasses.replace
+    with pytest.raises(UserError, match="--steps 4: .* is at step 6: give that many or more"):
+        distill.train(change(ended, steps=4))
+    with pytest.raises(UserError, match="--keep-best was False, is True, but .*is finished: give"):
+        distill.train(change(ended, keep_best=True))
+    distill.train(change(ended, export_dtype="bfloat16"))
+    assert models.load(folder).embedding.dtype == jnp.bfloat16
+    distill.train(ended)
+    assert eqx.tree_equal(models.load(folder), models.load(trained[0] / "student"))
+
+
+def test_the_student_of_the_last_checkpoint_is_exported(trained, cut):
+    out = Path(cut.out)
+    before = (out / "config.json").read_bytes()
+    folder = distill.train(dataclasses.replace(cut, export=True, steps=300))
+    assert "in 3 optimizer steps" in (folder / "README.md").read_text()
+    assert (out / "config.json").read_bytes() == before
+    assert [line["step"] for line in metrics_of(out) if "eval/ce" in line] == [0, 3]
+    distill.train(cut)
+    assert eqx.tree_equal(models.load(folder), models.load(trained[0] / "student"))
 
 
 # ---- stopped, continued, kept ----
@@ -389,10 +421,7 @@ def quick(config, one_device) -> distill.Config:
 
 
 def test_a_run_that_dies_while_it_ends_is_not_yet_finished(quick, monkeypatch):
-    def die(*_, **__):
-        raise KeyboardInterrupt
-
-    out = Path(quick.out)
+    out, quick = Path(quick.out), dataclasses.replace(quick, eval_every=100)
     for module, name in ((figures, "curves"), (models, "save")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, name, die)
@@ -413,7 +442,9 @@ def test_a_time_limit_saves_and_the_run_goes_on_as_if_there_was_none(quick, caps
         told = capsys.readouterr().err
         assert f"stopped at step {step}, all is saved; to continue: python" in told
         assert checkpoint.latest(out / "checkpoints") == step
-        assert not (out / "student").exists()
+        assert "for the student of this step, add --export" in told
+        assert not (out / "student").exists() and (out / "curves.png").exists()
+        (out / "curves.png").unlink()
     continued = models.load(distill.train(quick))
     whole = dataclasses.replace(quick, out=quick.out + "-whole")
     assert eqx.tree_equal(continued, models.load(distill.train(whole)))
@@ -819,10 +850,6 @@ def test_damaged_notes_are_named(ended):
 def test_a_run_that_needs_no_teacher_is_continued_from_nothing(quick, monkeypatch):
     """Killed after its blocks were chosen, before its first checkpoint."""
     alone = dataclasses.replace(quick, loss=losses.Config(alpha=0.0))
-
-    def die(*_, **__):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(distill, "loop", die)
         distill.train(alone)
@@ -848,7 +875,8 @@ def test_what_is_refused_leaves_the_run_as_it_was(ended):
     with pytest.raises(UserError, match="opt_state"):
         distill.train(other)
     assert note.read_bytes() == before
-    distill.train(dataclasses.replace(ended, steps=4))  # finished beyond that
+    with pytest.raises(UserError, match="--steps 4"):  # finished beyond that
+        distill.train(dataclasses.replace(ended, steps=4))
     assert note.read_bytes() == before
     shallow = dataclasses.replace(ended, student_layers=1, steps=8, resume_anyway=True)
     with pytest.raises(UserError, match="expected the choice of 1 blocks"):
@@ -956,6 +984,21 @@ def test_runs_that_cannot_be(config, change, says):
     with pytest.raises(UserError, match=says) as error:
         distill.train(dataclasses.replace(config, **change))
     assert "\n" not in str(error.value)
+
+
+def test_a_refused_start_leaves_no_folder(quick, tmp_path):
+    new = tmp_path / "new" / "run"
+    refused = dataclasses.replace(quick, out=str(new), batch_size=10**6)
+    with pytest.raises(UserError, match="too little text"):
+        distill.train(refused)
+    assert not new.parent.exists()
+    with pytest.raises(UserError, match="--export: .* has no checkpoint yet"):
+        distill.train(dataclasses.replace(refused, export=True))
+    assert not new.parent.exists()
+    new.mkdir(parents=True)
+    with pytest.raises(UserError, match="too little text"):
+        distill.train(refused)
+    assert new.exists()
 
 
 def test_other_tokenizers_are_refused_by_their_first_id(config, teacher, tmp_path):

@@ -485,7 +485,10 @@ def series(panel):
 
 
 def test_curves_draw_what_the_file_says(monkeypatch, tmp_path):
-    lines = [evaluation(0, 5.0, 2.0), step(1), step(2, loss=None, ce=2.8), evaluation(2, 4.0, 0.01)]
+    lines = [
+        evaluation(0, 5.0, 2.0), step(1, kl=0.4), step(2, loss=None, ce=2.8),
+        evaluation(2, 4.0, 0.01),
+    ]  # fmt: skip
     panels = drawn(monkeypatch, tmp_path, *lines)
     loss, ce, kl, rate = panels.values()
     assert series(loss) == {"loss": [[1, 2.5]], "divergence": [[1, 0.4], [2, 0.4]]}
@@ -494,7 +497,7 @@ def test_curves_draw_what_the_file_says(monkeypatch, tmp_path):
         "held out": [[0, 5.0], [2, 4.0]],
         "teacher, held out": [[0, 2.0], [2, 2.0]],
     }
-    assert series(kl) == {"held out": [[0, 2.0], [2, 0.01]]}
+    assert series(kl) == {"training": [[1, 0.4]], "held out": [[0, 2.0], [2, 0.01]]}
     assert kl.get_yscale() == "log"
     assert list(series(rate).values()) == [[[1, 1e-3], [2, 1e-3]]]
 
