@@ -215,24 +215,29 @@ def device_bytes(config: Config, placement: Placement) -> plan.DeviceBytes:
 
 
 def print_plan(config: Config, placement: Placement) -> None:
-    """Prints what each device would hold, and the settings nearest to these that would fit."""
-    total, (memory, _) = device_bytes(config, placement), plan.device_memory(config)
-    objective = prepare.optimizer_and_objective(config)[1]
+    """Prints what each device would hold; what does not fit ends with a remedy and status 3."""
+    need, objective = device_bytes(config, placement), prepare.optimizer_and_objective(config)[1]
     loss = plan.loss_bytes(config, *abstract_arguments(config, placement), objective)
-    print(plan.table(config, placement, total, loss))
-    if total.own_teacher > memory:
-        print("it does not fit: give the teacher more --teacher-devices")
-    elif total.total <= memory < float("inf"):
+    print(plan.table(config, placement, need, loss))
+    if not plan.fits(config, need):
+        print(remedy(config, placement, need))
+        raise SystemExit(3)
+    if plan.device_memory(config)[0] < float("inf"):
         print("it fits")
-    elif total.total > memory:
-        for flags, smaller in plan.smaller_settings(config, placement):
-            if (less := device_bytes(smaller, placement).total) <= memory:
-                print(f"it does not fit; with{flags} it does, in {report.size(less)}")
-                return
-        print(
-            "it does not fit, nor with --remat full, the most --microbatches and bfloat16 moments:"
-            " take more devices, a smaller --batch-size or --seq-len, or fewer --student-layers"
-        )
+
+
+def remedy(config: Config, placement: Placement, need: plan.DeviceBytes) -> str:
+    """What to change of a run that does not fit: if there are, the nearest settings that would."""
+    if need.total <= plan.device_memory(config)[0]:
+        return "it does not fit: give the teacher more --teacher-devices"
+    for flags, smaller in plan.smaller_settings(config, placement):
+        if plan.fits(config, less := device_bytes(smaller, placement)):
+            return f"it does not fit; with{flags} it does, in {report.size(less.total)}"
+    return (
+        "it does not fit, nor with --remat full, the most --microbatches, bfloat16 moments or"
+        " adafactor: take more devices, a smaller --batch-size or --seq-len, fewer"
+        " --student-layers, kept targets in the teacher's place (targets.py), or --optim.freeze"
+    )
 
 
 def train(config: Config) -> Path:
@@ -261,7 +266,9 @@ def train(config: Config) -> Path:
             if not config.force:
                 optimizer, _ = prepare.optimizer_and_objective(deepest)
                 arguments = abstract_arguments(deepest, placement)
-                plan.refuse(config, plan.resident_bytes(config, placement, *arguments, optimizer))
+                need = plan.resident_bytes(config, placement, *arguments, optimizer)
+                if not plan.fits(config, need):
+                    raise plan.misfit(config, need, "--plan tells what would fit")
             run, state = prepare_state(config, out, placement)
             prepare.print_summary(run, state.student)
             if int(state.step) < config.steps and not config.export:
@@ -359,6 +366,9 @@ def compile_step(run: Run, state: State) -> Any:
     stats = program.compiled.memory_analysis()
     arrays, rest = map(report.size, (stats.argument_size_in_bytes, stats.temp_size_in_bytes))
     report.say(f"compiled  in {took}, {arrays} of arrays and {rest} to work in, a device")
+    need = run.config, run.placement, *arguments, run.optimizer, program.compiled
+    if not (run.config.force or plan.fits(run.config, need := plan.resident_bytes(*need))):
+        raise plan.misfit(run.config, need, remedy(run.config, run.placement, need))
     if start:
         report.say(f"goes on   from step {start}")
     return program
