@@ -32,7 +32,7 @@ from runtime import checkpoint, commits, files, processes, report, target_store,
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-CHOICE, COMMITS = "choice.json", "commits.json"  # of a run
+CHOICE = "choice.json"  # of a run
 ROUNDS = "choice-rounds.json"  # what remains after each round of a choice that goes on
 
 
@@ -151,7 +151,7 @@ def restore_commits(config: Config) -> None:
     or what they mean now to the first process."""
     for source in (*config.data.source, config.data.eval_source or ""):
         text.hub_commit(source)
-    path = run_folder(config).path / COMMITS
+    path = run_folder(config).path / commits.FILE
     if config.resume and path.exists():
         commits.COMMITS.update(files.read_json(path))
     commits.COMMITS.update(processes.gather(commits.COMMITS)[0])
@@ -181,7 +181,7 @@ def open_folder(config: Config) -> Iterator[files.RunFolder]:
         yield make_folder(config)
     except UserError:
         if jax.process_index() == 0 and path in new and path.is_dir():
-            if {entry.name for entry in path.iterdir()} <= {".lock", "config.json", COMMITS}:
+            if {entry.name for entry in path.iterdir()} <= {".lock", "config.json", commits.FILE}:
                 shutil.rmtree(path)
                 with contextlib.suppress(OSError):  # where another run began meanwhile
                     for parent in new[1:]:
@@ -244,7 +244,7 @@ def write_config(folder: files.RunFolder) -> None:
     if jax.process_index() == 0:
         folder.write()
         if commits.COMMITS:
-            files.write_json(folder.path / COMMITS, commits.COMMITS)
+            files.write_json(folder.path / commits.FILE, commits.COMMITS)
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:

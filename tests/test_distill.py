@@ -1054,6 +1054,55 @@ def test_eval_prints_one_object(teacher, text, tmp_path, capsys, monkeypatch):
     assert found["bits_per_byte"] == pytest.approx(found["ce"] * found["tokens"] / np.log(2) / size)
 
 
+@pytest.fixture
+def scored(monkeypatch, capsys):
+    """The figures that eval.py prints."""
+
+    def scored(*words: object) -> dict:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words), "--json"])
+        eval.main()
+        return json.loads(capsys.readouterr().out)
+
+    return scored
+
+
+def test_eval_scores_the_student_of_a_run_on_what_it_held_out(trained, ended, scored):
+    figures = scored("--run", ended.out)
+    assert figures["kl"] > 0 and figures["tokens"] < 8 * 32 * 8 and "bits_per_byte" not in figures
+    last = metrics_of(trained[0])[-1]
+    part = scored("--run", ended.out, "--windows", ended.eval_windows)
+    for name in ("ce", "kl", "agreement", "teacher_ce"):
+        assert part[name] == pytest.approx(last[f"eval/{name}"], rel=1e-5)
+    assert scored("--run", ended.out, "--windows", 1)["tokens"] <= 32
+    shutil.rmtree(Path(ended.out) / "student")
+    with pytest.raises(UserError, match="--run .*run: it has no student yet: .* --export"):
+        scored("--run", ended.out)
+
+
+def test_eval_heeds_what_is_held_out(teacher, text, tmp_path, scored):
+    words = ["--model", teacher, "--data.cache", tmp_path, "--data.documents", "paragraph"]
+    words += ["--seq-len", 32]
+    everything = scored(*words, "--data.source", text)
+    part = scored(*words, "--data.source", text, "--data.held-out", 0.2)
+    assert 0.1 < part["tokens"] / everything["tokens"] < 0.4
+    assert scored(*words, "--data.eval-source", text) == everything
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "--run or --model: give one of the two"),
+        ("--run a --model b", "--run or --model: give one of the two"),
+        ("--model b", "--data.source is missing"),
+        ("--run a --data.source b", "--data with --run: it has its text"),
+        ("--run a", "a/config.json .*: give the folder of a run"),
+    ],
+)
+def test_what_eval_cannot_score(words, says, scored):
+    with pytest.raises(UserError, match=says):
+        scored(*words.split())
+
+
 def test_a_students_folder_with_files_of_the_users_is_refused_before_the_run(
     quick, tmp_path, monkeypatch
 ):
