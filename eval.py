@@ -140,7 +140,8 @@ def score(config: Config) -> None:
         print(json.dumps({name: report.plain(value) for name, value in figures.items()}))
     else:
         for name, value in figures.items():
-            print(f"{name:{max(map(len, figures))}}  {value:{',' if name == 'tokens' else '.4f'}}")
+            shown = f"{value:,}" if name == "tokens" else report.figure(value)
+            print(f"{name:{max(map(len, figures))}}  {shown}")
 
 
 def main() -> None:

@@ -63,10 +63,11 @@ def rows(metrics: Sequence[Metrics]) -> list[list[str]]:
     for name, line in models.items():
         ce, kl, agreement = (line.get(f"eval/{key}") for key in ("ce", "kl", "agreement"))
         recovered = None if name == "teacher" or None in (gap, ce) else (start - ce) / gap
-        perplexity = math.exp(min(ce or 0, 700))
+        perplexity = math.inf if ce is None else math.exp(min(ce, 700))
         shown = f"{perplexity:.2f}" if perplexity < 1e4 else count(perplexity)
+        shown = shown if perplexity < 1e15 else "diverged"
         shares = ["-" if share is None else f"{share:.1%}" for share in (agreement, recovered)]
-        table.append([name, figure(ce), "-" if ce is None else shown, figure(kl), *shares])
+        table.append([name, figure(ce), shown, figure(kl), *shares])
     return table
 
 

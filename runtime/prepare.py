@@ -411,7 +411,9 @@ def choose(
         if "round" in state:  # of a deeper one, perhaps: those are first
             layers, kl, increases = state["round"]
             start = students.Choice(tuple(layers), kl, tuple(increases))
-        with report.progress("choosing blocks") as progress:
+        cheaper = config.student_init == "greedy"
+        hint = "(one pass: --student-init influence)" if cheaper else ""
+        with report.progress("choosing blocks", hint=hint) as progress:
             choice = students.choose_layers(
                 teacher, candidate.student_layers, config.student_init, text, start=start,
                 save=lambda choice: save(round=choice), dtype=config.compute_dtype,

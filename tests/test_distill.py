@@ -766,6 +766,17 @@ def test_a_share_of_the_parameters_decides_depth_and_width(quick, monkeypatch, c
         distill.train(dataclasses.replace(shared, student_params=0.9, steps=8))
 
 
+@pytest.mark.parametrize("how", ["greedy", "influence"])
+def test_a_choice_that_may_take_long_names_the_cheaper_way(quick, monkeypatch, capsys, how):
+    monkeypatch.setattr(report, "ELSEWHERE", (0.0, 0.001))
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(distill, "loop", die)
+        distill.train(dataclasses.replace(quick, student_init=how, quiet=False))
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("choosing blocks")]
+    assert lines
+    assert ("(one pass: --student-init influence)" in lines[0]) == (how == "greedy")
+
+
 @pytest.mark.parametrize(
     "blocks", [[0, 7], [-1, 0], [1, 0], [0, 0], ["0", "1"], "01", [0, 1.5], [0]]
 )
@@ -926,6 +937,15 @@ def arguments(*words: str) -> distill.Config:
     ("words", "says"),
     [
         (["--loss.divergnce", "jsd"], "--loss.divergence"),
+        (["--learning-rate", "1e-3"], "; instead of --learning-rate it has --optim.lr$"),
+        (["--epochs=3"], "; instead of --epochs it has --steps, of which windows / --batch-size"),
+        (["--max_steps", "3"], "; instead of --max-steps it has --steps$"),
+        (["--output-dir", "a"], "; instead of --output-dir it has --out$"),
+        (["--num-layers", "3"], "; instead of --num-layers it has --student-layers$"),
+        (["--data", "a"], "; instead of --data it has --data.source$"),
+        (["--dataset", "a"], "; instead of --dataset it has --data.source$"),
+        (["--config", "a"], "; instead of --config it has flags alone"),
+        (["--version"], "; instead of --version it has the commit of its checkout"),
         (["--loss.divergence", "forwardkl"], "forward_kl"),
         (["--loss.alpha", "1.5"], "alpha"),
         (["--steps", "0"], "--steps"),
