@@ -43,7 +43,16 @@ def measured(folder: Path, seed: int) -> dict[str, float]:
 def train(out: Path, steps: int, seed: int, flags: list[str]) -> float:
     """Seconds that a run took."""
     command = [sys.executable, str(ROOT / "distill.py"), "--out", str(out), "--quiet", *flags]
-    command += ["--student-init", BLOCKS, "--steps", str(steps), "--seed", str(seed)]
+    command += [
+        "--student-init",
+        BLOCKS,
+        "--student-heal",
+        "none",
+        "--steps",
+        str(steps),
+        "--seed",
+        str(seed),
+    ]
     command += ["--batch-size", str(BATCH), "--seq-len", str(SEQ)]
     command += ["--eval-every", str(steps), "--eval-windows", "1", "--save-every", str(steps)]
     begun = time.monotonic()

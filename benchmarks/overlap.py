@@ -62,6 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = distill.Config(
             out=folder, quiet=True, teacher_devices=args.teacher, student_init="uniform",
+            student_heal="none",
             steps=args.steps + 6, profile_steps=f"5:{args.steps + 4}", eval_windows=16,
         )  # fmt: skip
         distill.train(config)

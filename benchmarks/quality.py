@@ -33,11 +33,11 @@ CROSS_ENTROPY = losses.Config(alpha=0)
 CUTS = ("influence", "uniform", "first", "last", "random")
 # How students of half a teacher are cut, and healed: the first makes what all need ready.
 STARTS = {
-    "even": {"student_init": "uniform"},
+    "even": {"student_init": "uniform", "student_heal": "none"},
     "even, healed": {"student_init": "uniform", "student_heal": "all"},
-    "influence": {"student_init": "influence"},
+    "influence": {"student_init": "influence", "student_heal": "none"},
     "influence, healed": {"student_init": "influence", "student_heal": "all"},
-    "greedy": {},
+    "greedy": {"student_heal": "none"},
     "greedy, seams healed": {"student_heal": "seams"},
     "greedy, healed": {"student_heal": "all"},
 }  # fmt: skip

@@ -60,6 +60,7 @@ class Run(NamedTuple):
     def command(self) -> list[str]:
         flags = {
             "teacher": self.home / "teacher", "student-layers": 2, "student-init": "last",
+            "student-heal": "none",
             "data.source": self.home / "text.txt", "data.documents": "paragraph",
             "data.cache": self.tokens, "seq-len": 32, "batch-size": 8, "steps": STEPS,
             "save-every": SAVE, "eval-every": EVALUATE, "eval-windows": 16, "log-every": 1,

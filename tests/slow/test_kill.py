@@ -43,6 +43,28 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(whole):
     assert run.step() == soak.STEPS
 
 
+CUTTING = {
+    "the first round": soak.Touch("choice-rounds.json", 1),
+    "the second round": soak.Touch("choice-rounds.json", 3),
+    "the end of the choice": soak.Touch("choice.json", 1),
+    "the healing": lambda run: (run.out / "choice.json").exists(),
+    "the first evaluation": lambda run: bool(run.lines()),
+}
+
+
+def test_a_choice_and_a_healing_that_are_killed_end_as_if_they_never_were(home):
+    flags = "--student-init=greedy", "--student-layers=1", "--student-heal=all"
+    uncut = soak.Run(home, "cut", flags=(*flags, "--heal-tokens=1024", "--steps=10"))
+    uncut.finish()
+    assert "healing   KL" in uncut.log.read_text()
+    run = uncut._replace(name="cut-killed")
+    for name, moment in CUTTING.items():
+        assert soak.killed(run, moment), f"it ended before {name}"
+        assert run.step() == 0
+    run.finish()
+    assert soak.differences(run, uncut) == []
+
+
 def test_what_differs_is_told(whole):
     """The comparison can fail."""
     assert soak.differences(whole, whole) == []

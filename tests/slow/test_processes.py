@@ -160,6 +160,7 @@ def test_a_pause_of_one_process_does_not_end_the_run(config):
 
 def test_two_processes_are_one_and_survive_the_death_of_either(config):
     mesh = sharding.make_mesh(devices=jax.devices()[:4])
+    config = dataclasses.replace(config, student_heal="all", heal_tokens=1024)
     four = dataclasses.replace(config, teacher_devices=None, out=config.out + "-one")
     jax_devices, jax.devices = jax.devices, lambda *_: list(mesh.devices.flat)
     try:
