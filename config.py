@@ -185,6 +185,7 @@ class Config(processes.Config):
                 self.student or self.student_layers or student_widths(self)
                 or self.student_init not in (None, *students.METHODS[:-1])),
              "--student-params", "it decides which blocks and widths a cut of the teacher keeps"),
+            (self.export and not self.resume, "--export with --no-resume", alone),
             (self.student is not None and self.student_init is not None,
              "--student-init with --student", "that student is whole already"),
         ):  # fmt: skip

@@ -26,6 +26,7 @@ from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, wit
 from losses import features
 from models.base import LanguageModel, add_rows
 from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results
+from runtime.errors import UserError
 from runtime.prepare import Placement, Run
 
 __all__ = ["Config", "Data", "Mesh", "Optim", "State", "init_state", "main", "step", "train"]
@@ -227,8 +228,8 @@ def print_plan(config: Config, placement: Placement) -> None:
 
 
 def remedy(config: Config, placement: Placement, need: plan.DeviceBytes) -> str:
-    """What to change of a run that does not fit: if there are, the nearest settings that would."""
-    if need.total <= plan.device_memory(config)[0]:
+    """What to change of a run that does not fit: the nearest settings that would, if there are."""
+    if need.own_teacher > plan.device_memory(config)[0]:
         return "it does not fit: give the teacher more --teacher-devices"
     for flags, smaller in plan.smaller_settings(config, placement):
         if plan.fits(config, less := device_bytes(smaller, placement)):
@@ -238,6 +239,23 @@ def remedy(config: Config, placement: Placement, need: plan.DeviceBytes) -> str:
         " adafactor: take more devices, a smaller --batch-size or --seq-len, fewer"
         " --student-layers, kept targets in the teacher's place (targets.py), or --optim.freeze"
     )
+
+
+def check_memory(
+    config: Config, placement: Placement, arguments: Any, optimizer: optim.Optimizer,
+    program: Any = None,
+) -> None:  # fmt: skip
+    """Refuses a run that cannot fit: by its arrays alone, or by its compiled step."""
+    need = plan.resident_bytes(config, placement, *arguments, optimizer, program)
+    if config.force or plan.fits(config, need):
+        return
+    memory, source = plan.device_memory(config)
+    what, words = "arrays and gradients alone need", "--plan tells what would fit"
+    if program is not None:
+        what, words = "a step needs", remedy(config, placement, need)
+    needed = report.size(max(need.total, need.own_teacher))
+    why = f"a device has {report.size(memory)} ({source}), and {what} {needed}"
+    raise UserError(f"{why}: {words}; --force tries all the same")
 
 
 def train(config: Config) -> Path:
@@ -263,12 +281,8 @@ def train(config: Config) -> Path:
             models.hub.check_replaceable(out / "student")  # now, not in the end
             if config.keep_best:
                 models.hub.check_replaceable(out / "student-best")
-            if not config.force:
-                optimizer, _ = prepare.optimizer_and_objective(deepest)
-                arguments = abstract_arguments(deepest, placement)
-                need = plan.resident_bytes(config, placement, *arguments, optimizer)
-                if not plan.fits(config, need):
-                    raise plan.misfit(config, need, "--plan tells what would fit")
+            optimizer, _ = prepare.optimizer_and_objective(deepest)
+            check_memory(deepest, placement, abstract_arguments(deepest, placement), optimizer)
             run, state = prepare_state(config, out, placement)
             prepare.print_summary(run, state.student)
             if int(state.step) < config.steps and not config.export:
@@ -366,9 +380,7 @@ def compile_step(run: Run, state: State) -> Any:
     stats = program.compiled.memory_analysis()
     arrays, rest = map(report.size, (stats.argument_size_in_bytes, stats.temp_size_in_bytes))
     report.say(f"compiled  in {took}, {arrays} of arrays and {rest} to work in, a device")
-    need = run.config, run.placement, *arguments, run.optimizer, program.compiled
-    if not (run.config.force or plan.fits(run.config, need := plan.resident_bytes(*need))):
-        raise plan.misfit(run.config, need, remedy(run.config, run.placement, need))
+    check_memory(run.config, run.placement, arguments, run.optimizer, program.compiled)
     if start:
         report.say(f"goes on   from step {start}")
     return program

@@ -142,9 +142,9 @@ def cli(Config: type[T], args: Sequence[str] | None = None, **options: Any) -> T
         if not refusal.code:  # --help
             raise
         reason, flags = _refusal(printed.getvalue(), args), set(_flags(Config))
-        for name in given:
-            ours = OTHERS.get(name, "")
-            if ours and name not in flags and (flags & {ours.split(",")[0]} or ours[0] != "-"):
+        for name in (name for name in given if name in OTHERS and name not in flags):
+            ours = OTHERS[name]
+            if ours.partition(",")[0] in flags or not ours.startswith("--"):
                 reason += f"; instead of {name} it has {ours}"
         raise UserError(reason) from None
     sys.stderr.write(printed.getvalue())  # nothing was refused: these are warnings of a config

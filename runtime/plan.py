@@ -22,7 +22,6 @@ import sharding
 from config import Config, needs_teacher, profile_window, uses_teacher_loss
 from models.base import LanguageModel
 from runtime import on_policy, prepare, report, roofline, target_store, topology
-from runtime.errors import UserError
 from runtime.prepare import Placement
 from runtime.report import size
 
@@ -194,16 +193,6 @@ def host_memory() -> float:
 
 def fits(config: Config, need: DeviceBytes) -> bool:
     return max(need.total, need.own_teacher) <= device_memory(config)[0]
-
-
-def misfit(config: Config, need: DeviceBytes, remedy: str) -> UserError:
-    """What ends a run that does not fit, before its first step."""
-    memory, source = device_memory(config)
-    what = "a step needs" if need.temporaries else "arrays and gradients alone need"
-    why = f"and {what} {size(max(need.total, need.own_teacher))}"
-    return UserError(
-        f"a device has {size(memory)} ({source}), {why}: {remedy}; --force tries all the same"
-    )
 
 
 def smaller_settings(config: Config, placement: Placement) -> Iterator[tuple[str, Config]]:

@@ -163,14 +163,15 @@ share of the cross-entropy gap between teacher and untrained student that traini
 def is_exported(folder: files.RunFolder, step: int) -> bool:
     """Whether the student of this step is there in the dtype asked for; then what only a run that
     goes on can heed is refused."""
-    path, facts = folder.path / EXPORTED, {"step": step, "dtype": folder.settings["export_dtype"]}
-    if not (path.exists() and (folder.path / "student").exists()):
+    path = folder.path / EXPORTED
+    exported = files.read_json(path) if path.exists() else {}
+    if exported.get("step") != step or not (folder.path / "student").exists():
         return False
     heeded = dataclasses.replace(folder, may_change=folder.may_change - DURING_STEPS)
     if changed := heeded.changed():
         remedy = "give more --steps, or --no-resume"
         raise UserError(f"{'; '.join(changed)}, but the run in {folder.path} is finished: {remedy}")
-    return files.read_json(path) == facts
+    return exported["dtype"] == folder.settings["export_dtype"]
 
 
 def draw_curves(run: Run) -> None:

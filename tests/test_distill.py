@@ -1012,6 +1012,8 @@ def test_a_refused_start_leaves_no_folder(quick, tmp_path):
     with pytest.raises(UserError, match="too little text"):
         distill.train(refused)
     assert not new.parent.exists()
+    with pytest.raises(UserError, match="--export with --no-resume: leave one out"):
+        dataclasses.replace(refused, export=True, resume=False)
     with pytest.raises(UserError, match="--export: .* has no checkpoint yet"):
         distill.train(dataclasses.replace(refused, export=True))
     assert not new.parent.exists()
