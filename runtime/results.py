@@ -1,5 +1,6 @@
 """What a run measures of its student, and what it leaves: the checkpoint, the curves, the table."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
@@ -175,8 +176,10 @@ def is_exported(folder: files.RunFolder, step: int) -> bool:
 
 
 def draw_curves(run: Run) -> None:
+    """Draws the curves of a run that goes on or has saved: a full disk is not to end it here."""
     if jax.process_index() == 0:
-        figures.curves(run.out / "metrics.jsonl", run.out / "curves.png")
+        with contextlib.suppress(UserError):
+            figures.curves(run.out / "metrics.jsonl", run.out / "curves.png")
 
 
 def finish(run: Run, student: LanguageModel, step: int) -> Path:
@@ -190,8 +193,8 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
         with Log(path if first else None, steps=step, start=step) as log:
             log.evaluation({"step": step} | score(run, student))
         metrics = report.read_metrics(path) if first else []
-    draw_curves(run)
     if first:
+        figures.curves(path, run.out / "curves.png")
         (run.out / EXPORTED).unlink(missing_ok=True)
     export(run, student, step, folder, metrics)
     if first:  # last of all files: a run that has it is finished

@@ -400,6 +400,17 @@ def test_a_finished_run_does_what_other_flags_say_or_refuses_them(trained, ended
     assert eqx.tree_equal(models.load(folder), models.load(trained[0] / "student"))
 
 
+def test_a_run_goes_on_where_its_curves_cannot_be_drawn(quick, monkeypatch):
+    def full(*_):
+        raise UserError("curves.png: cannot be written (No space left on device)")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr(figures, "curves", full)
+        distill.train(quick)
+    assert checkpoint.latest(Path(quick.out) / "checkpoints") == 6
+    assert distill.train(quick).exists()
+
+
 def test_the_student_of_the_last_checkpoint_is_exported(trained, cut):
     out = Path(cut.out)
     before = (out / "config.json").read_bytes()
