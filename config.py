@@ -12,7 +12,6 @@ import models
 import optim
 import sharding
 import student as students
-import text
 from losses import features
 from models import kernels
 from runtime import files, on_policy, processes, target_store
@@ -264,11 +263,7 @@ def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> 
         config = dataclasses.replace(config, source=stories, documents="paragraph")
     elif not config.source:
         config = dataclasses.replace(config, source=("Salesforce/wikitext:wikitext-103-raw-v1",))
-    return dataclasses.replace(
-        config,
-        source=tuple(map(text.canonical, config.source)),
-        eval_source=config.eval_source and text.canonical(config.eval_source),
-    )
+    return config.canonical()
 
 
 def _student_layers(config: Config, teacher: Any) -> int | None:

@@ -15,6 +15,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -46,8 +47,14 @@ class Config:
     """The field of a record that holds its text; by default text, where it has no conversation."""
     documents: Literal["file", "paragraph", "line"] = "file"
     """What a document is in plain text; paragraphs end at a blank line."""
+    packing: Literal["stream", "fit"] = "stream"
+    """How documents lie in rows: one behind the other, cut where a row ends; or whole, by best fit.
+    Then with --data.mask assistant conversations longer than a row are cut behind an answer."""
     mask: Literal["all", "assistant"] = "all"
     """Which tokens to learn: all, or those of the assistant's turns."""
+    chat_template: str | None = None
+    """A file with the chat template to use, or chatml, for tokenizers that have its tokens; by
+    default the tokenizer's own, or where it has none, that of a source's writer (generate.py)."""
     cache: Annotated[str | None, LOCAL] = None
     """Folder for tokenized text; by default compact-distill in the user's cache folder."""
     cache_limit: Annotated[float | None, above(0)] = None
@@ -64,6 +71,12 @@ class Config:
         if self.weights and len(self.weights) != len(self.source):
             counts = f"{len(self.weights)} of {len(self.source)}"
             raise UserError(f"--data.weights: expected one for each --data.source, found {counts}")
+
+    def canonical(self) -> "Config":
+        """With one spelling for each path, the same from any folder."""
+        names = {"eval_source": self.eval_source, "chat_template": self.chat_template}
+        names = {k: v if v in (None, "chatml") else text.canonical(v) for k, v in names.items()}
+        return dataclasses.replace(self, source=tuple(map(text.canonical, self.source)), **names)
 
 
 class Batch(NamedTuple):
@@ -97,6 +110,8 @@ class Corpus:
     held_out: tuple[TokenRange, ...]
     seq_len: int
     seed: int
+    chat_template: str | None = None
+    """By which conversations are rendered, where it is not the tokenizer's own."""
 
     @property
     def sizes(self) -> list[int]:
@@ -127,13 +142,16 @@ def open_corpus(
 ) -> Corpus:
     """The corpus a config describes; text that is new is tokenized first. With `held_out=1`, all of
     it is for `evaluation`: every token of a text once, in order."""
-    tokenizer = text.load_tokenizer(tokenizer_folder, vocab)
     if not config.source:
         raise UserError("no text to train on: name some with --data.source")
+    find = partial(text.find, streaming=config.streaming)
+    sources = [find(name) for name in config.source]
+    template = text.choose_template(config.chat_template, tokenizer_folder, sources)
+    tokenizer = text.load_tokenizer(tokenizer_folder, vocab, template)
 
-    def split(name: str, share: float) -> tuple[TokenRange, TokenRange]:
+    def split(source: text.Source, share: float) -> tuple[TokenRange, TokenRange]:
         """What of a source is to train on, and what is held out."""
-        store = open_store(name, tokenizer, dataclasses.replace(config, held_out=share))
+        store = open_store(source, tokenizer, dataclasses.replace(config, held_out=share), seq_len)
         cut, total = store.training, max(1, TokenRange(store, 0, store.tokens, seq_len).windows)
         held = store.tokens - cut
         # Too few documents for their hashes to divide them as asked: hold out the last windows.
@@ -146,13 +164,13 @@ def open_corpus(
         return TokenRange(store, 0, cut, seq_len), held_out
 
     share = 0.0 if config.eval_source else config.held_out
-    training, held_out = zip(*(split(name, share) for name in config.source), strict=True)
+    training, held_out = zip(*(split(source, share) for source in sources), strict=True)
     if config.eval_source:
-        held_out = (split(config.eval_source, 1.0)[1],)
+        held_out = (split(find(config.eval_source), 1.0)[1],)
     if config.cache_limit is not None:  # now that what this run reads is open
         prune(config.cache, config.cache_limit)
     groups = tuple((part,) for part in training) if config.weights else (training,)
-    return Corpus(groups, config.weights, held_out, seq_len, seed)
+    return Corpus(groups, config.weights, held_out, seq_len, seed, template)
 
 
 def batch(

@@ -4,6 +4,7 @@ python distill.py --teacher bigscience/bloom-1b7 --student-layers 12
 """
 
 import contextlib
+import functools
 import shlex
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 import data
@@ -24,7 +26,7 @@ import sharding
 import text
 from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, with_defaults
 from losses import features
-from models.base import LanguageModel, add_rows
+from models.base import LanguageModel, add_rows, check_tokens
 from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results
 from runtime.errors import UserError
 from runtime.prepare import Placement, Run
@@ -65,6 +67,27 @@ def init_state(
     return State(learner, moments(learner), zero, jnp.copy(zero))
 
 
+def checked(program: Any) -> Any:
+    """A step that refuses at the call what XLA would misread, or answer in its own words."""
+
+    @functools.wraps(program.__wrapped__)
+    def call(frozen, state, optimizer, objective):
+        (teacher, batch), arrays = frozen, jax.tree.leaves(eqx.filter(state, eqx.is_array))
+        if any(not isinstance(x, jax.core.Tracer) and x.is_deleted() for x in arrays):
+            raise UserError("a step has consumed this state: go on with the one that it returned")
+        for name, x in zip(("tokens", "segments", "mask"), batch[:3], strict=True):
+            if not isinstance(x, np.ndarray | jax.Array):
+                raise UserError(f"batch.{name} is a {type(x).__name__}, expected an array")
+        for model in (state.student, teacher):
+            if model is not None:
+                check_tokens(batch.tokens, model.config.vocab)
+        return program(frozen, state, optimizer, objective)
+
+    call.lower = program.lower
+    return call
+
+
+@checked
 @eqx.filter_jit(donate="all-except-first")
 def step(
     frozen: tuple[LanguageModel | None, data.Batch],

@@ -385,7 +385,8 @@ def prepare(
         "samples": config.samples, "max-prompt": longest, "max-new": config.max_new,
         "seed": config.seed, "stop": list(stop), "compute-dtype": dtype,
         **{name.replace("_", "-"): value for name, value in vars(config.sampling).items()},
-        "text of the prompts": text.digest(tokens), "weights": models.fingerprint(folder),
+        "chat-template": text.chat_template(folder), "text of the prompts": text.digest(tokens),
+        "weights": models.fingerprint(folder),
     }  # fmt: skip
     jobs = [Job(i, j, tokens[i]) for i in fitting for j in range(config.samples)]
     return prompts, jobs, Decoding(config.max_new, config.sampling, stop, dtype), settings

@@ -120,10 +120,7 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
     windows = np.arange(corpus.windows)
     if config.steps is not None:
         windows = np.unique(data.windows(corpus, 0, config.steps * config.batch_size))
-    names = tuple(map(text.canonical, config.data.source))
-    eval_source = config.data.eval_source and text.canonical(config.data.eval_source)
-    flags = {"source": names, "eval_source": eval_source, "cache": None, "cache_limit": None}
-    flags = dataclasses.replace(config.data, **flags)
+    flags = dataclasses.replace(config.data.canonical(), cache=None, cache_limit=None)
     targets = Targets(
         files.local_path(config.out), windows, models.fingerprint(folder),
         text.canonical(config.teacher),

@@ -179,6 +179,7 @@ class LanguageModel(Tensors):
         the caller differentiates by them. The outputs of the blocks `taps`, ascending, are returned
         too.
         """
+        tokens = check_tokens(tokens, self.config.vocab)
         here = positions(tokens, segments, cache, doc_length)
         position_inputs = self.position_inputs(here)
 
@@ -243,6 +244,21 @@ class LanguageModel(Tensors):
         values = jnp.zeros((*outer, capacity, config.head_dim), dtype)
         stacked = (jnp.broadcast_to(x, (config.layers, *x.shape)) for x in (keys, values))
         return Cache(keys, values, jnp.zeros(batch, jnp.int32)).replace(*stacked)
+
+
+def check_tokens(tokens: Any, vocab: int) -> Int[Array, "batch seq"]:
+    """Tokens as an array; outside of a trace, where XLA would read another row of the embedding for
+    those that it lacks, these are refused."""
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        what = f"tokens are {tokens.dtype} of shape {tokens.shape}"
+        raise UserError(f"{what}, expected integers [batch, seq]")
+    if tokens.size and not isinstance(tokens, jax.core.Tracer) and tokens.is_fully_addressable:
+        values = np.asarray(tokens)  # a trace around this one would take jnp.min in
+        if values.min() < 0 or values.max() >= vocab:
+            extent = f"go from {values.min()} to {values.max()}"
+            raise UserError(f"tokens {extent}, the vocabulary has {vocab}")
+    return tokens
 
 
 def unstacked(model: LanguageModel) -> LanguageModel:

@@ -37,6 +37,8 @@ class Config(ModelConfig):
     bos: int | tuple[int, ...] | None = 1
     eos: int | tuple[int, ...] | None = 2
     pad: int | tuple[int, ...] | None = 3
+    # Computes nothing: llama.cpp's converter takes it for the context, else the hidden size.
+    seq_length: int | None = dataclasses.field(default=None, compare=False)
 
     kv_heads = property(lambda self: self.heads)
     head_dim = property(lambda self: self.embed // self.heads)
@@ -60,12 +62,14 @@ class Config(ModelConfig):
             norm_eps=settings.number("layer_norm_epsilon", 1e-5),
             residual_after_norm=settings.flag("apply_residual_connection_post_layernorm", False),
             tied=settings.flag("tie_word_embeddings", True),
+            seq_length=settings.count("seq_length", default=None),
             **settings.ids(),
         )
 
     def write(self) -> dict[str, Any]:
         """The fields of a Hugging Face config."""
-        return {
+        length = {} if self.seq_length is None else {"seq_length": self.seq_length}
+        return length | {
             "architectures": ["BloomForCausalLM"],
             "vocab_size": self.vocab,
             "hidden_size": self.embed,

@@ -51,6 +51,8 @@ class HFConfig:
             off = value in (None, False, 0, "", [], {}) or factor_of_one
             if not (name in self.known or inert or off):
                 remedy = "if it changes nothing of what the model computes, remove it"
+                if name == "quantization_config":
+                    remedy = "give the float32, bfloat16 or float16 checkpoint it was made from"
                 raise UserError(f"{name} = {reprlib.repr(value)} is not supported ({remedy})")
 
     def get(self, names, kinds, what: str, default: Any, fits=lambda value: True) -> Any:

@@ -70,6 +70,8 @@ def fetch(source: Source, *, weights: bool = True) -> Path:
     if not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?" + commits.REVISION, str(source)):
         what = files.printable(source)
         raise UserError(f"{what}: no such folder, and no hub id (owner/name, owner/name@revision)")
+    if weights:
+        config(source)  # what is not supported is refused before its weights are fetched
     from huggingface_hub import snapshot_download
 
     name, problem = str(source).partition("@")[0], "is no folder here and could not be fetched"
@@ -224,19 +226,20 @@ def config(source: Source) -> Any:
     """The config alone of a model in a folder or on the hub."""
     folder = fetch(source, weights=False)
     path = folder / "config.json"
+    name = path if os.path.isdir(files.local_path(source)) else source
     if not path.exists():
         raise UserError(f"{path}: no such file, so {folder} is no checkpoint")
     settings = HFConfig(files.read_json(path, ""))
     kind = settings.peek("model_type")
     if str(kind) not in FAMILIES:
         what, known = reprlib.repr(kind), ", ".join(FAMILIES)
-        raise UserError(f"{path}: model_type {what} is not supported, only {known} are")
+        raise UserError(f"{name}: model_type {what} is not supported, only {known} are")
     try:
         config = FAMILIES[kind].Config.read(settings)
         settings.reject_unread(config.HARMLESS)
         return config
     except UserError as error:
-        raise UserError(f"{path}: {files.printable(error)}") from None
+        raise UserError(f"{name}: {files.printable(error)}") from None
 
 
 def seq_len(asked: int | None, usual: int, *sources: Source) -> int:

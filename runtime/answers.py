@@ -12,9 +12,9 @@ from typing import Any
 from runtime import files
 from runtime.errors import UserError
 from runtime.files import Settings
+from text.files import SIDECAR, written_settings
 
 MAY_CHANGE = frozenset({"model", "prompts"})  # other names of the same files
-SIDECAR = ".settings.json"  # of a jsonl file, which holds records only
 REMEDY = "; finished answers are kept: make room or give permission, and repeat the command"
 
 
@@ -114,18 +114,14 @@ def save(out: Path, rows: Iterable[dict[str, Any]], columns: Any, settings: Sett
 
 def settings_of(out: Path, settings: Settings) -> dict[str, Any] | None:
     """The settings of these names that a data set or journal is from; None where it has none."""
-    import pyarrow.parquet
-
     try:
-        if out.suffix == ".jsonl":
-            before = json.loads(out.with_suffix(SIDECAR).read_bytes())
-        elif out.suffix == ".journal":
+        if out.suffix != ".journal":
+            before = written_settings(out)
+        else:
             with out.open("rb") as lines:
                 before = json.loads(lines.readline())
-        else:
-            before = json.loads(pyarrow.parquet.read_schema(out).metadata[b"generation"])
         return before if before.keys() == settings.keys() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException):
+    except (OSError, ValueError, AttributeError):
         return None
 
 
@@ -145,7 +141,7 @@ def upload(name: str, out: Path, settings: Settings) -> str:
     card = ["---", "configs:", "- config_name: default", f"  data_files: {file}", "---", ""]
     card += [f"Written by {model} for the prompts of {settings['prompts']}.", ""]
     card += ["| setting | value |", "|---|---|"]
-    card += [f"| {key} | {value} |" for key, value in settings.items()]
+    card += [f"| {k} | {v} |" for k, v in settings.items() if k != "chat-template"]
     hub, operations = HfApi(), [CommitOperationAdd(file, str(out))]
     with files.library_errors(f"--push {name}: cannot be written"):
         if not hub.file_exists(name, "README.md", repo_type="dataset"):

@@ -112,12 +112,20 @@ def constraints(kind: type) -> dict[str, Constraint]:
 
 
 def check(config: object, prefix: str = "--") -> None:
-    """Refuses the first field of a dataclass that breaks its constraint; None keeps any."""
-    for name, constraint in constraints(type(config)).items():
-        value = getattr(config, name)
-        if value is not None and not constraint.holds(value):
-            flag = prefix + name.replace("_", "-")
-            raise UserError(f"{flag} is {value}: it must be {constraint.words}")
+    """Refuses the first field of a dataclass that breaks its constraint; None keeps any. Names
+    that are not in a `Literal`, and text in the place of a tuple, come from calls, not from flags.
+    """
+    limits = constraints(type(config))
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value, kind, names = getattr(config, name), typing.get_origin(hint), typing.get_args(hint)
+        words = limits[name].words if name in limits else ""
+        if kind is typing.Literal and value not in names:
+            words = f"one of {', '.join(map(str, names))}"
+        elif kind is tuple and isinstance(value, str):
+            words = f"a tuple, such as {(value,)}"
+        elif name not in limits or value is None or limits[name].holds(value):
+            continue
+        raise UserError(f"{prefix}{name.replace('_', '-')} is {value}: it must be {words}")
 
 
 def cli(Config: type[T], args: Sequence[str] | None = None, **options: Any) -> T:

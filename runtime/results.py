@@ -20,6 +20,7 @@ import text
 from config import DURING_STEPS, describe_loss, student_widths, uses_teacher_loss
 from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
+from models.hub import GENERATION
 from runtime import figures, files, plan, report
 from runtime.errors import UserError
 from runtime.prepare import Run
@@ -116,9 +117,24 @@ def export(
     """The student as a checkpoint of Hugging Face, with a card that says how it came about."""
     dtype = jnp.dtype(run.config.export_dtype)
     exported = jax.tree.map(lambda leaf: leaf.astype(dtype), student)
-    notes = {"README.md": model_card(run, step, metrics)}
+    notes = chat_files(run.tokenizer, run.corpus.chat_template)
+    notes |= {"README.md": model_card(run, step, metrics)}
     with report.progress("exporting"):
         models.save(exported, folder, tokenizer=run.tokenizer, notes=notes)
+
+
+def chat_files(tokenizer: Path, template: str | None) -> dict[str, str]:
+    """A chat template that was not the tokenizer's own, and generation settings by which a student
+    stops where it ends a turn."""
+    if template is None:
+        return {}
+    chats, path = text.load_tokenizer(tokenizer, template=template), tokenizer / GENERATION
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    written = chats.render_chat(turns, "all", "--data.chat-template").text.rstrip()
+    ends = (chats.encoder.token_to_id(x) for x in chats.closing if written.endswith(x))
+    settings = files.read_json(path) if path.exists() else {}
+    settings["eos_token_id"] = sorted({*text.stop_ids(tokenizer), *ends})
+    return {"chat_template.jinja": template, GENERATION: json.dumps(settings, indent=2) + "\n"}
 
 
 def model_card(run: Run, step: int, metrics: list[dict[str, Any]]) -> str:

@@ -525,6 +525,8 @@ UNSUPPORTED = {
         "llama",
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
         "quantization_config",
+        "gptq",
+        "give the float32, bfloat16 or float16 checkpoint it was made from",
     ),
     "a huge quantization": (
         "llama",

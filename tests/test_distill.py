@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_text import encoder, saved  # noqa: F401
 
 import data
 import distill
@@ -40,6 +41,7 @@ from runtime import (
     results,
 )
 from runtime.errors import UserError
+from text.chat import CHATML
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -355,6 +357,36 @@ def test_a_run_may_start_from_a_student(trained, config, one_device):
     distill.train(dataclasses.replace(config, student=str(first), student_layers=None, steps=2))
     ends, begins = metrics_of(trained[0])[-1], metrics_of(config.out)[0]
     assert begins["eval/kl"] == pytest.approx(ends["eval/kl"], rel=1e-5)
+
+
+def test_a_student_has_the_template_that_it_was_taught_with(config, tmp_path, one_device):
+    turns = [("user", "one?"), ("assistant", "one and two and three and four. " * 9)]
+    talk = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (tmp_path / "talk.jsonl").write_text((json.dumps(talk) + "\n") * 40)
+    text = dataclasses.replace(
+        config.data, source=(str(tmp_path / "talk.jsonl"),), mask="assistant",
+        chat_template="chatml", held_out=0.5,
+    )  # fmt: skip
+    folder = distill.train(dataclasses.replace(config, data=text, steps=1))
+    assert (folder / "chat_template.jinja").read_text() == CHATML
+    text = dataclasses.replace(text, chat_template=None)  # it takes such text by itself now
+    again = dataclasses.replace(
+        config, data=text, steps=1, student=str(folder), student_layers=None, out=config.out + "-2",
+        loss=losses.Config(alpha=0.0),
+    )  # fmt: skip
+    assert (distill.train(again) / "chat_template.jinja").read_text() == CHATML
+
+
+def test_a_student_that_was_taught_to_chat_stops_where_a_turn_ends(encoder, tmp_path):  # noqa: F811
+    folder = saved(encoder, tmp_path / "tokenizer")
+    before = {"eos_token_id": 1, "top_k": 5}
+    (folder / "generation_config.json").write_text(json.dumps(before))
+    ends = {CHATML: [1, 3], "{{ messages[-1].content + eos_token }}": [1], None: 1}
+    for template, eos in ends.items():
+        notes = results.chat_files(folder, template)
+        after = json.loads(notes.get("generation_config.json", json.dumps(before)))
+        assert after == before | {"eos_token_id": eos}
+        assert notes.get("chat_template.jinja") == template
 
 
 def test_a_run_stops_when_nothing_is_finite(config, teacher, tmp_path, one_device):

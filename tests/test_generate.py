@@ -459,6 +459,27 @@ def test_it_is_a_source_to_train_on(folder, tmp_path, mask):
         assert learned.count(end) == asked + sum(row["finish_reason"] == "stop" for row in rows)
 
 
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl"])
+def test_the_template_of_a_writer_travels_with_its_text(chat, plain, tmp_path, ending):
+    """To a student whose tokenizer has none; one that has keeps its own."""
+    path, (out, base) = tmp_path / "p.jsonl", (tmp_path / f"{x}{ending}" for x in ("out", "base"))
+    path.write_text(json.dumps({"messages": TALK}) + "\n")
+    ran(model=chat, prompts=path, out=out)
+    config = data.Config(source=(str(out),), mask="assistant", held_out=1.0, cache=str(tmp_path))
+    corpus = data.open_corpus(config, plain, seq_len=120, seed=0, vocab=136)
+    assert corpus.chat_template == CHATML
+    (batch,) = data.evaluation(corpus, 1)
+    decode = text.load_tokenizer(plain).encoder.decode
+    said = decode(batch.tokens[0].tolist(), skip_special_tokens=False)
+    assert said.startswith("<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\none?")
+    assert data.open_corpus(config, chat, seq_len=120, seed=0, vocab=136).chat_template is None
+    # It is no setting to print, nor is there one for a model without a template.
+    path.write_text(json.dumps({"text": "hi"}) + "\n")
+    ran(model=plain, prompts=path, out=base)
+    both = dataclasses.replace(config, source=(str(base), str(out)))
+    assert data.open_corpus(both, plain, seq_len=120, seed=0, vocab=136).chat_template == CHATML
+
+
 # ---- runs that end before they end ---------------------------------------------------------------
 
 
@@ -752,6 +773,7 @@ def test_push(base, hub):
     assert hub.files["train.jsonl"] == base["out"].read_bytes()
     card = hub.files["README.md"].decode()
     assert "data_files: train.jsonl" in card and "| max-new | 12 |" in card
+    assert "chat-template" not in card
     hub.files["README.md"] = b"my own words"
     hub.files.pop("train.jsonl")
     ran(**base, push="me/set")  # of what is finished

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 import models
 import sharding
+import student
 from models.llama import Config, Llama
 from runtime.errors import UserError
 
@@ -309,6 +310,17 @@ def test_a_repository_of_pickles_alone(hub, online, small):
     hub.add("owner/pickles", main=pickles)
     refused(online, "load", "owner/pickles", words=["owner--pickles", "pickle", "save_pretrained"])
     assert {file for _, file, *_ in hub.asked("owner/pickles")} == {"config.json"}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "gemma2"])
+def test_a_model_of_another_family_is_refused_by_its_id_before_its_weights(
+    hub, online, small, kind
+):
+    files = small[0] | {"config.json": json.dumps({"model_type": kind}).encode()}
+    hub.add(f"owner/{kind}", main=files)
+    words = [f"owner/{kind}: model_type '{kind}' is not supported, only bloom, llama, mistral"]
+    assert refused(online, "load", f"owner/{kind}", words=words).startswith("owner/")
+    assert "model.safetensors" not in {file for _, file, *_ in hub.asked(f"owner/{kind}")}
 
 
 def test_the_tokenizer_of_a_model_is_fetched_without_its_weights(hub, online, small, tmp_path):
@@ -610,6 +622,16 @@ def test_a_fingerprint_is_of_every_byte_and_reads_them_once(tmp_path, monkeypatc
     assert models.fingerprint(folder) == now
     monkeypatch.undo()
     assert models.fingerprint(cached) == now
+
+
+def test_bloom_keeps_the_length_it_was_trained_at(tmp_path):
+    """The converter of llama.cpp takes it for the context, and without it the hidden size."""
+    teacher = shutil.copytree(ROOT / "tests" / "fixtures" / "bloom", tmp_path / "teacher")
+    config = json.loads((teacher / "config.json").read_text()) | {"seq_length": 2048}
+    (teacher / "config.json").write_text(json.dumps(config))
+    models.save(student.cut(models.load(teacher), {"layers": (1,)}), tmp_path / "out")
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (exported["n_layer"], exported["seq_length"]) == (1, 2048)
 
 
 def test_tokenizer_and_generation_settings_are_kept(tmp_path):

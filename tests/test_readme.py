@@ -6,12 +6,10 @@ import shutil
 import tomllib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import readme
 
-import data
 from runtime import errors
 
 PYTHON = readme.blocks("python")
@@ -60,13 +58,12 @@ def test_what_is_installed_can_be_installed():
 def test_snippets_run_one_after_the_other(tmp_path, monkeypatch):
     shutil.copytree(readme.ROOT / "demo", tmp_path / "demo")
     monkeypatch.chdir(tmp_path)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 2048, (2, 17)), jnp.int32)
-    segments = jnp.ones_like(tokens)
-    names = {"tokens": tokens, "segments": segments}
-    names["batch"] = data.Batch(tokens, segments, jnp.ones((2, 16), bool))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = {}
     for block in PYTHON:
         exec(compile(block, "README.md", "exec"), names)
-    assert names["logits"].shape == (2, 17, 2048) and names["hidden"].shape[:2] == (2, 17)
+    assert names["logits"].shape == (*names["tokens"].shape, 2048)
+    assert names["hidden"].shape[:2] == names["tokens"].shape == (1, 4)
     assert (tmp_path / "folder" / "model.safetensors").exists()
     assert np.isfinite(names["metrics"]["loss"]) and int(names["state"].step) == 1
     jax.block_until_ready(names["state"])

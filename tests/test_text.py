@@ -1,8 +1,12 @@
 """Sources, records and chat templates: what becomes of them, and what is refused."""
 
+import dataclasses
 import gzip
+import itertools
 import json
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -397,6 +401,77 @@ def test_records_become_conversations(encoder, tmp_path):
     assert texts(path.with_suffix(".jsonl"), chatml, text_field="text") == ["a"]
 
 
+def test_the_first_column_that_has_a_value_counts_and_empty_records_are_counted(
+    plain, tmp_path, capsys
+):
+    records = [{"messages": None, "text": "a"}, {"messages": [], "text": "b"}, {"text": " "}]
+    records += [{"messages": None, "prompt": "c", "completion": "d", "text": ""}, {"text": None}]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    columns = ("messages", "prompt", "completion", "text")
+    rows = [{name: record.get(name) or None for name in columns} for record in records]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, path.with_suffix(".parquet"))
+    for file in (path, path.with_suffix(".parquet")):
+        assert texts(file, plain) == ["a", "b", "cd<eos>"]
+        assert f"{file}: 2 of 5 records left out: no text" in capsys.readouterr().err
+        assert len(list(text.prompts(text.find(str(file)), plain))) == 3
+        assert "2 of 5 records left out" in capsys.readouterr().err
+
+
+SHAPES = {
+    "ShareGPT": {"conversations": [
+        {"from": "human", "value": "one?", "weight": None}, {"from": "gpt", "value": "uno"}]},
+    "Alpaca": {"instruction": "one?", "input": "", "output": "uno"},
+    "Alpaca without inputs": {"instruction": "one?", "output": "uno", "text": "Below is"},
+    "DPO": {"prompt": "one?", "chosen": "uno", "rejected": "due"},
+    "DPO of messages": {
+        "prompt": "one?", "chosen": [TALK[1], said("uno")], "rejected": [TALK[1], said("due")]},
+    "DPO of answers": {"prompt": [TALK[1]], "chosen": [said("uno")], "rejected": [said("due")]},
+    "DPO without prompts": {"chosen": [TALK[1], said("uno")], "rejected": [said("due")]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_of_other_tools_are_conversations(encoder, tmp_path, shape, kind):
+    chatml, path = tokenizer(encoder, tmp_path, chat_template=CHATML), tmp_path / f"x{kind}"
+    if kind == ".jsonl":
+        path.write_text(json.dumps(SHAPES[shape]))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([SHAPES[shape]]), path)
+    (piece,) = text.pieces(text.find(str(path)), chatml, mask="assistant")
+    asked = "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
+    assert piece.text == asked + "uno<|im_end|>\n"
+    assert [piece.text[a:b] for a, b in piece.spans] == ["uno<|im_end|>"]
+
+
+def test_text_is_tokenized_anew_where_other_columns_count(encoder, tmp_path, monkeypatch):
+    path = write(tmp_path / "x.jsonl", json.dumps({"prompt": "a", "completion": "b"}).encode())
+    folder, cache = saved(encoder, tmp_path / "tokenizer"), tmp_path / "cache"
+    config = data.Config(source=(str(path),), cache=str(cache), held_out=1.0)
+    for shapes in (records.SHAPES, records.SHAPES[3:]):
+        monkeypatch.setattr(records, "SHAPES", shapes)
+        data.open_corpus(config, folder, seq_len=4, seed=0, vocab=300)
+    assert len(list(cache.glob("*/store.json"))) == 2
+
+
+def test_the_input_of_an_instruction_follows_it(plain, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"instruction": "add", "input": "1 2", "output": "3"}))
+    assert texts(path, plain) == ["add\n\n1 23<eos>"]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_an_answer_is_learned_without_a_template(encoder, tmp_path, bos):
+    chats = tokenizer(encoder, tmp_path, add_bos_token=bos)
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"prompt": "one? ", "completion": "uno"}))
+    (piece,) = text.pieces(text.find(str(path)), chats, mask="assistant")
+    assert piece.text == "<bos>" * bos + "one? uno<eos>"
+    assert [piece.text[a:b] for a, b in piece.spans] == ["uno<eos>"]
+
+
 def test_masks_reach_the_batch(encoder, tmp_path):
     folder = saved(encoder, tmp_path / "tokenizer", chat_template=CHATML)
     path = tmp_path / "x.jsonl"
@@ -411,6 +486,27 @@ def test_masks_reach_the_batch(encoder, tmp_path):
     expected = "uno\n<|im_end|>dos ünd<|im_end|>" * 3
     assert encoder.decode(kept, skip_special_tokens=False) == expected
     assert corpus.bytes == len(expected.encode())
+
+
+def test_a_chat_template_that_is_asked_for(encoder, tmp_path):
+    (tmp_path / "mine.jinja").write_text("mine {{ messages[0].content }}")
+    path = write(tmp_path / "x.jsonl", json.dumps({"messages": TALK}).encode())
+    config = data.Config(source=(str(path),), cache=str(tmp_path / "cache"), held_out=1.0)
+    asked = {"chatml": CHATML, str(tmp_path / "mine.jinja"): "mine be short"}
+    for name, own in itertools.product(asked, (None, "of the tokenizer")):
+        folder = saved(encoder, tmp_path / "tokenizer", chat_template=own)
+        config = dataclasses.replace(config, chat_template=name)
+        corpus = data.open_corpus(config, folder, seq_len=200, seed=0, vocab=300)
+        (batch,) = data.evaluation(corpus, 1)
+        tokens = batch.tokens[0][batch.segments[0] > 0].tolist()
+        expected = asked[name]
+        if name == "chatml":
+            turns = (f"<|im_start|>{x['role']}\n{x['content']}<|im_end|>\n" for x in TALK)
+            expected = "".join(turns)
+        assert encoder.decode(tokens, skip_special_tokens=False) == expected
+    config = dataclasses.replace(config, chat_template="nowhere.jinja")
+    with pytest.raises(UserError, match="--data.chat-template nowhere.jinja: cannot be read"):
+        data.open_corpus(config, folder, seq_len=200, seed=0, vocab=300)
 
 
 def test_templates_may_do_what_published_ones_do(encoder, tmp_path):
@@ -432,7 +528,10 @@ def test_templates_may_do_what_published_ones_do(encoder, tmp_path):
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[9].content.x }}", "refuses it"),
-        (None, "no chat template: put a chat_template.jinja beside"),
+        (
+            None,
+            "no chat template: put a chat_template.jinja beside .* --data.chat-template .*chatml",
+        ),
         ("{% for %}", "malformed"),
     ],
 )
@@ -482,6 +581,8 @@ REFUSED = {
     "half.txt.gz": (gzip.compress(os.urandom(999))[:-20], "cannot be read to its end"),
     "other.txt.gz": (b"not gzip", "cannot be read to its end"),
     "other.txt.zst": (b"not zstd at all", "cannot be read to its end"),
+    "x.csv": (b"text\na\n", "expected .txt.*python -c .*from_csv.*x.csv.*to_parquet"),
+    "folder/x.json": (b"[]", "no file to read in it.*python -c .*from_json.*folder/x.json"),
     "story.md": (b"text", r"expected .txt, .jsonl, .parquet, each also with .gz or .zst"),
     "folder/story.md": (b"text", "no file to read in it"),
 }
@@ -498,6 +599,22 @@ def test_bad_files(encoder, tmp_path, name):
         data.open_corpus(config, folder, seq_len=4, seed=0, vocab=300)
     assert "\n" not in str(caught.value) and str(source) in str(caught.value)
     assert not [path for path in tmp_path.glob("cache/*") if path.name != ".lock"]
+
+
+@pytest.mark.parametrize(
+    "name, content", [("it's.csv", 'text\n"a\nb"\n'), ("x y.json", '[{"text": "a\\nb", "id": 1}]')]
+)
+def test_the_remedy_for_tables_of_other_kinds_is_a_command_that_works(
+    plain, tmp_path, name, content
+):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        text.find(str(tmp_path / name))
+    command = str(caught.value).partition("once by: ")[2]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    command = command.replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, env=environment)
+    assert texts((tmp_path / name).with_suffix(".parquet"), plain) == ["a\nb"]
 
 
 def test_plain_text_has_no_assistant(plain, tmp_path):

@@ -3,6 +3,13 @@
 
 from runtime.files import digest
 
-from .files import Source, canonical, find, hub_commit
+from .files import Source, canonical, find, hub_commit, written_settings
 from .records import Piece, Prompt, pieces, prompts
-from .tokenizer import Tokenizer, load_tokenizer, same_tokenizer, stop_ids
+from .tokenizer import (
+    Tokenizer,
+    chat_template,
+    choose_template,
+    load_tokenizer,
+    same_tokenizer,
+    stop_ids,
+)

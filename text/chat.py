@@ -6,6 +6,13 @@ import re
 from functools import partial
 from typing import Any
 
+CHATML = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
 # Around what a template generates, while it is rendered; NUL occurs in no text that is trained on.
 OPEN, CLOSE = "\0generation(", "\0)generation"
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -18,11 +19,13 @@ from typing import Any
 
 from runtime import commits, report
 from runtime.errors import UserError
-from runtime.files import check_links, digest, library_errors, local_path
+from runtime.files import check_links, digest, library_errors, local_path, read_json
 
 KINDS = (".txt", ".jsonl", ".parquet")
+CONVERTERS = {".json": "from_json", ".csv": "from_csv"}  # of `datasets.Dataset`
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 HUB = re.compile(rf"(\w[\w.-]*/\w[\w.-]*{commits.REVISION})(?::([^:]*))?(?::(.*))?")
+SIDECAR = ".settings.json"  # of a jsonl file, which holds records only
 BLOCK = 1 << 20  # bytes read at once
 LONGEST = 1 << 26  # characters of a line: it is held in memory
 
@@ -108,6 +111,7 @@ def find(name: str, *, streaming: bool = False) -> Source:
         else:
             raise UserError(f"{name}: no such file or folder, and not a hub data set (owner/name)")
         paths = sorted((os.path.join(os.getcwd(), x) for x in paths), key=lambda x: x.split("/"))
+        convertible = [x for x in paths if os.path.splitext(x)[1].lower() in CONVERTERS]
         if folder:
             # A folder that is a link is not read, but refused where it leads out.
             paths = [x for x in paths if kind(x) or (os.path.islink(x) and os.path.isdir(x))]
@@ -122,10 +126,32 @@ def find(name: str, *, streaming: bool = False) -> Source:
         if not facts or not all(kind(x[0]) for x in facts):
             kinds = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSION)}"
             pull = f" ({left_out}; git lfs pull fetches them)" if count > len(facts) else ""
-            raise UserError(f"{name}: no file to read in it; expected {kinds}{pull}")
+            convert = f"; {conversion(convertible[0])}" if convertible else ""
+            raise UserError(f"{name}: no file to read in it; expected {kinds}{pull}{convert}")
         if hidden or count > len(facts):
             report.say(f"{name}: {left_out}")
     return Source(name, digest(facts), tuple(Path(x[0]) for x in facts))
+
+
+def conversion(path: str) -> str:
+    """How to make a table of another kind one that is read."""
+    stem, suffix = os.path.splitext(path)
+    one, other = json.dumps(path), json.dumps(f"{stem}.parquet")
+    call = f"datasets.Dataset.{CONVERTERS[suffix.lower()]}({one}).to_parquet({other})"
+    return f"convert it once by: python -c {shlex.quote(f'import datasets; {call}')}"
+
+
+def written_settings(file: Path) -> dict[str, Any]:
+    """The settings by which generate.py wrote a file; of any other file, none."""
+    import pyarrow.parquet
+
+    try:
+        if file.suffix != ".parquet":
+            return read_json(file.with_suffix(SIDECAR))
+        settings = json.loads(pyarrow.parquet.read_schema(file).metadata[b"generation"])
+        return settings if isinstance(settings, dict) else {}
+    except (UserError, OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+        return {}
 
 
 def is_pointer(path: str, size: int) -> bool:

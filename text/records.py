@@ -3,10 +3,12 @@
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from runtime import report
 from runtime.errors import UserError
 from runtime.files import printable
 from text import files
@@ -16,7 +18,18 @@ if TYPE_CHECKING:
     from text.tokenizer import Tokenizer
 
 PIECE = 1 << 14  # characters: longer documents are tokenized in pieces of up to twice that
-GENERATED_COLUMNS = ["messages", "prompt", "completion", "finish_reason"]  # of generate.py
+# Columns of a document, those that count first. The first of three or more may be empty.
+SHAPES = (
+    ("messages", "prompt", "completion", "finish_reason"),  # of generate.py
+    ("messages",),
+    ("conversations",),  # ShareGPT
+    ("prompt", "completion"),
+    ("prompt", "chosen"),  # DPO: what is rejected teaches nothing here
+    ("chosen",),
+    ("input", "instruction", "output"),  # Alpaca
+    ("instruction", "output"),
+)
+ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 
 
 class Piece(NamedTuple):
@@ -41,63 +54,91 @@ def pieces(
     documents: str = "file", mask: str = "all", progress: files.Progress = lambda amount: None,
 ) -> Iterator[Piece]:  # fmt: skip
     """The documents of a source in order, blank ones left out; in memory a few at a time."""
-    choices = [GENERATED_COLUMNS, ["messages"], ["prompt", "completion"]]
-    choices += [[text_field or "text"]]
-    if text_field is not None:
-        choices.reverse()  # one that is asked for comes first
-    choose = partial(_columns, choices, "--data.text-field")
+    shapes = [*SHAPES, ("text",)] if text_field is None else [(text_field,), *SHAPES]
+    choose, counts = partial(_columns, shapes, "--data.text-field"), Counter()
     for part in source.files or [source]:
         if files.kind(part) != ".txt":
             for place, record in files.records(part, choose, progress):
-                values = {name: record[name] for name in choose(record, place)}
-                yield from _record_pieces(values, tokenizer, mask, place)
+                fields = _filled(shapes, record, choose(record, place))
+                document = list(_record_pieces(fields, tokenizer, mask, place))
+                counts[bool(document)] += 1
+                yield from document
         elif documents == "file":
             yield from _document_pieces(files.text_blocks(part, progress), mask, part)
         else:
             lines = files.text_lines(part, progress)
             for text in lines if documents == "line" else _paragraphs(lines):
                 yield from _document_pieces([text], mask, part)
+    _say_left_out(source, counts)
 
 
 def prompts(source: Source, tokenizer: "Tokenizer", column: str | None = None) -> Iterator[Prompt]:
     """The prompts of a source in order: lines of plain text, or a column of records.
 
     A column holds text, or messages: then what the assistant said last is left out. Without a
-    column, it is `messages`, `prompt` (for a model that chats the words of its user) or `text`,
-    the first of these that a record has.
+    column, it is `messages`, `prompt` (for a model that chats the words of its user), `text` or
+    `conversations`, the first of these that a record has.
     """
-    choices = [["messages"], ["prompt"], ["text"]] if column is None else [[column]]
-    choose = partial(_columns, choices, "--column")
+    names = ("messages", "prompt", "text", "conversations") if column is None else (column,)
+    shapes, counts = [(name,) for name in names], Counter()
+    choose = partial(_columns, shapes, "--column")
     for part in source.files or [source]:
         if files.kind(part) == ".txt":
             lines = files.text_lines(part, lambda amount: None)
             yield from (Prompt(Piece(line), None) for line in lines if line.strip())
             continue
         for place, record in files.records(part, choose, lambda amount: None):
-            names = choose(record, place)
-            name = next((name for name in names if record[name] is not None), names[0])
-            value = record[name]
-            if value is None or (isinstance(value, str) and not value.strip()):
-                continue
-            if isinstance(value, str) and (name != "prompt" or tokenizer.template is None):
-                yield Prompt(Piece(value), None)
-                continue
-            messages = _messages([value], name, place)
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            if not messages:
-                raise UserError(f"{place}: expected a turn of the user in {name!r}, found none")
-            yield Prompt(tokenizer.render_prompt(messages, place), tuple(messages))
+            fields = _filled(shapes, record, choose(record, place))
+            prompt = _record_prompt(fields, tokenizer, place)
+            counts[prompt is not None] += 1
+            if prompt is not None:
+                yield prompt
+    _say_left_out(source, counts)
 
 
-def _columns(choices: list[list[str]], flag: str, names: Iterable[str], where: Any) -> list[str]:
-    """The first choice that is all there, for a document; what may hold a prompt, every one."""
+def _columns(
+    shapes: Sequence[tuple[str, ...]], flag: str, names: Iterable[str], where: Any
+) -> list[str]:
+    """The columns, of those that are there, that may hold a document or a prompt."""
     names = list(names)
-    if complete := [choice for choice in choices if set(choice) <= set(names)]:
-        return sum(complete, []) if flag == "--column" else complete[0]
-    expected = " or ".join(" and ".join(x) for x in choices if x != GENERATED_COLUMNS)
+    if complete := [shape for shape in shapes if set(shape) <= set(names)]:
+        return list(dict.fromkeys(itertools.chain(*complete)))
+    expected = " or ".join(" and ".join(shape) for shape in shapes if len(shape) < 3)
     present = printable(", ".join(map(str, names)) or "none")
     raise UserError(f"{where}: no column {expected}; it has {present}: choose one with {flag}")
+
+
+def _filled(
+    shapes: Sequence[tuple[str, ...]], record: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """The fields of the first shape that a record fills; none where it fills none."""
+    for shape in shapes:
+        if set(shape) <= set(names):
+            fields = {name: record[name] for name in shape}
+            required = list(fields.values())[len(shape) > 2 :]
+            if None not in required and any(value not in ("", []) for value in required):
+                return fields
+    return {}
+
+
+def _say_left_out(source: Source, counts: Mapping[bool, int]) -> None:
+    if empty := counts[False]:
+        report.say(f"{source}: {empty:,} of {sum(counts.values()):,} records left out: no text")
+
+
+def _record_prompt(fields: dict, tokenizer: "Tokenizer", place: str) -> Prompt | None:
+    for name, value in fields.items():
+        if isinstance(value, str) and not value.strip():
+            return None
+        if isinstance(value, str) and (name != "prompt" or tokenizer.template is None):
+            return Prompt(Piece(value), None)
+        messages = _messages([value], name, place)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise UserError(f"{place}: expected a turn of the user in {name!r}, found none")
+        return Prompt(tokenizer.render_prompt(messages, place), tuple(messages))
+    return None
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
@@ -130,18 +171,16 @@ def _document_pieces(blocks: Iterable[str], mask: str, where: Any) -> Iterator[P
         yield Piece(rest, starts)
 
 
-def _record_pieces(columns: dict, tokenizer: "Tokenizer", mask: str, place: str) -> Iterator[Piece]:
-    match values := list(columns.values()):
-        case [None]:
+def _record_pieces(fields: dict, tokenizer: "Tokenizer", mask: str, place: str) -> Iterator[Piece]:
+    match values := list(fields.values()):
+        case []:
             return
         case [str()]:
             yield from _document_pieces(values, mask, place)
+        case [str(prompt), str(completion)] if tokenizer.template is None:
+            yield _answer(prompt, completion, tokenizer, mask)
         case [None, str(prompt), str(completion), reason]:  # what a model wrote after plain text
-            start = prompt if tokenizer.bos is None else tokenizer.special["bos_token"] + prompt
-            end = "" if reason == "length" else tokenizer.special["eos_token"]
-            text = start + completion + end
-            spans = None if mask == "all" else ((len(start), len(text)),)
-            yield Piece(text, rendered=True, spans=spans)
+            yield _answer(prompt, completion, tokenizer, mask, ends=reason != "length")
         case [messages, str(), str(completion), reason]:
             messages = _messages([messages], "messages", place)
             piece = tokenizer.render_chat(messages, mask, place)
@@ -156,9 +195,23 @@ def _record_pieces(columns: dict, tokenizer: "Tokenizer", mask: str, place: str)
             yield piece
         case [_, _, _, _]:
             raise UserError(f"{place}: expected text in prompt and completion")
+        case [None | str() as more, str(prompt), str() as completion]:
+            fields = {"prompt": f"{prompt}\n\n{more}" if more else prompt, "completion": completion}
+            yield from _record_pieces(fields, tokenizer, mask, place)
+        case [_, [{"role": "user" | "system"}, *_] as messages]:  # they begin with the prompt
+            yield from _record_pieces({"messages": messages}, tokenizer, mask, place)
         case _:
-            if messages := _messages(values, " and ".join(columns), place):
-                yield tokenizer.render_chat(messages, mask, place)
+            messages = _messages(values, " and ".join(fields), place)
+            yield tokenizer.render_chat(messages, mask, place)
+
+
+def _answer(
+    prompt: str, completion: str, tokenizer: "Tokenizer", mask: str, *, ends: bool = True
+) -> Piece:
+    """A prompt and what follows it, without a chat template."""
+    start = prompt if tokenizer.bos is None else tokenizer.special["bos_token"] + prompt
+    text = start + completion + (tokenizer.special["eos_token"] if ends else "")
+    return Piece(text, rendered=True, spans=None if mask == "all" else ((len(start), len(text)),))
 
 
 def _messages(values: list, columns: str, place: str) -> list[dict[str, Any]]:
@@ -167,7 +220,14 @@ def _messages(values: list, columns: str, place: str) -> list[dict[str, Any]]:
         [{"role": role, "content": value}] if isinstance(value, str) else value
         for role, value in zip(("user", "assistant"), values, strict=False)
     ]
-    messages = [turn for x in turns for turn in (x if isinstance(x, list) else [x])]
+    messages = [_turn(turn) for x in turns for turn in (x if isinstance(x, list) else [x])]
     if not all(isinstance(x, dict) and isinstance(x.get("role"), str) for x in messages):
         raise UserError(f"{place}: expected text or messages with role and content in {columns}")
     return [{k: v for k, v in message.items() if v is not None} for message in messages]
+
+
+def _turn(message: Any) -> Any:
+    match message:
+        case {"from": str(role), "value": str(content)}:
+            return {"role": ROLES.get(role, role), "content": content}
+    return message

@@ -25,7 +25,8 @@ import numpy as np
 from runtime import errors, files, report
 from runtime.errors import LOCAL, UserError, above
 from text import records
-from text.files import Source, find
+from text.files import Source
+from text.packing import best_fit, cut
 from text.records import Piece
 from text.tokenizer import Tokenizer
 
@@ -52,14 +53,14 @@ class Store:
     """Of all the above but the folder, and of the files."""
 
 
-def open_store(name: str, tokenizer: Tokenizer, config: Any) -> Store:
+def open_store(source: Source, tokenizer: Tokenizer, config: Any, seq_len: int) -> Store:
     """The store of a source in the cache of a `data.Config`; built if there is none that is whole.
 
     `config.held_out` is the share of the documents that are not to train on.
     """
-    source = find(name, streaming=config.streaming)
-    options = [config.text_field, config.documents, config.mask, config.held_out]
-    facts = [VERSION, source.fingerprint, tokenizer.fingerprint, options]
+    row = [seq_len] if config.packing == "fit" else []
+    options = [config.text_field, config.documents, config.mask, config.held_out, *row]
+    facts = [VERSION, records.SHAPES, source.fingerprint, tokenizer.fingerprint, options]
     cache = files.local_path(config.cache or files.cache_folder())
     folder = cache / files.digest(facts)
     with files.disk_errors(cache, REMEDY):
@@ -73,7 +74,7 @@ def open_store(name: str, tokenizer: Tokenizer, config: Any) -> Store:
                 return store
             with files.atomic_write(folder, REMEDY) as partial:
                 partial.mkdir(0o777 if config.cache else 0o700)  # text may be private
-                build(partial, source, tokenizer, config)
+                build(partial, source, tokenizer, config, *row)
                 if load(folder):  # by another host, where it does not see this lock
                     shutil.rmtree(partial)
             return load(folder)
@@ -166,19 +167,29 @@ class TokenFiles(contextlib.ExitStack):
         self.tokens += other.tokens
 
 
-def build(folder: Path, source: Source, tokenizer: Tokenizer, config: Any) -> None:
-    """Tokenizes a source into an empty folder."""
+def build(
+    folder: Path, source: Source, tokenizer: Tokenizer, config: Any, row: int | None = None
+) -> None:
+    """Tokenizes a source into an empty folder, in rows of so many tokens if they are given."""
     dtype = "uint16" if tokenizer.size <= 1 << 16 else "uint32"
     with TokenFiles(folder, dtype) as training:
         with TokenFiles(folder / "held", dtype) as held_out:
-            size = _tokenize(source, tokenizer, config, training, held_out)
+            if row is None:
+                size = _tokenize(source, tokenizer, config, training, held_out)
+            else:
+                loose = [TokenFiles(folder / name, dtype) for name in ("loose", "loose-held")]
+                with loose[0], loose[1]:
+                    size = _tokenize(source, tokenizer, config, *loose)
+                for documents, out in zip(loose, (training, held_out), strict=True):
+                    pack(documents, out, row, config.mask == "assistant")
+                    shutil.rmtree(documents.folder)
         count = training.tokens
         training.extend(held_out)
     shutil.rmtree(held_out.folder)
     documents, trained = ((folder / name).stat().st_size // 8 for name in FILES[1:])
     if not documents:
         raise UserError(f"{source.name}: no documents in it: all it holds is empty or blank")
-    masked = config.mask == "assistant"
+    masked = config.mask == "assistant" or row is not None  # of rows, the padding is
     if masked and not trained:
         raise UserError(f"{source.name}: no assistant turns in it to learn from")
     write_sums(folder)
@@ -188,6 +199,23 @@ def build(folder: Path, source: Source, tokenizer: Tokenizer, config: Any) -> No
     manifest["files"] = {name: files.file_digest(folder / name) for name in (*FILES, "sums")}
     manifest |= {"digest": files.digest(manifest), "source": source.name}
     (folder / "store.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def pack(loose: TokenFiles, out: TokenFiles, row: int, masked: bool) -> None:
+    """Writes documents by best fit into rows of so many tokens, each filled up with padding."""
+    ends, trained = (np.fromfile(loose.folder / name, np.int64) for name in FILES[1:])
+    documents = np.stack([np.append(0, ends)[:-1], ends], axis=1)
+    runs = trained.reshape(-1, 2) if masked else documents  # what is learned
+    pieces = [x for a, b in documents.tolist() for x in cut(a, b, row, runs if masked else None)]
+    if (left_out := loose.tokens - sum(b - a for a, b in pieces)) > 0:
+        report.say(f"{report.count(left_out)} tokens left out, of answers longer than a row")
+    tokens = np.memmap(loose.folder / "tokens", loose.code, "r") if pieces else None
+    for members in best_fit([b - a for a, b in pieces], row):
+        begun = out.tokens
+        for a, b in (pieces[i] for i in members):
+            inside = slice(np.searchsorted(runs[:, 1], a, "right"), np.searchsorted(runs[:, 0], b))
+            out.add(tokens[a:b].tolist(), (runs[inside].clip(a, b) - a).ravel().tolist(), True)
+        out.add([0] * (begun + row - out.tokens), [], True)
 
 
 def write_sums(folder: Path) -> None:

@@ -5,13 +5,14 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.files import digest, library_errors, printable, read_json
-from text.chat import environment, split_marks
+from runtime.files import digest, library_errors, local_path, printable, read_json
+from text.chat import CHATML, environment, split_marks
+from text.files import Source, written_settings
 from text.records import Piece
 
 Messages = Sequence[Mapping[str, Any]]
@@ -57,8 +58,9 @@ class Tokenizer:
     def _render(self, messages: Messages, place: str, prompt: bool = False) -> str:
         if self.template is None:
             problem = "a conversation, but the tokenizer has no chat template"
-            remedy = "put a chat_template.jinja beside tokenizer.json, or give plain text"
-            raise UserError(f"{place}: {problem}: {remedy}")
+            remedy = "put a chat_template.jinja beside tokenizer.json"
+            flag = "" if prompt else ", name one with --data.chat-template (a file, or chatml)"
+            raise UserError(f"{place}: {problem}: {remedy}{flag}, or give plain text")
         options = {"add_generation_prompt": prompt, "tools": None, "documents": None}
         with library_errors(f"{place}: the chat template refuses it"):
             text = self.template.render(messages=messages, **options, **self.special)
@@ -102,17 +104,20 @@ class Tokenizer:
         return start, stop + len(end)
 
 
-def load_tokenizer(folder: Path | str, vocab: int | None = None) -> Tokenizer:
-    """The tokenizer of a model's folder: tokenizer.json and what the configs beside it say.
+def load_tokenizer(
+    folder: Path | str, vocab: int | None = None, template: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a model's folder: tokenizer.json and what the configs beside it say, unless
+    it is given another chat template.
 
     It is refused if it has ids that a vocabulary of the size `vocab` lacks.
     """
     folder = Path(folder)
-    path, template_path = folder / "tokenizer.json", folder / "chat_template.jinja"
+    path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder}: no tokenizer.json in it; save the model's fast tokenizer there")
     encoder, config = _encoder(path), _config(folder / "tokenizer_config.json")
-    special, ids, template = {}, {}, config.get("chat_template")
+    special, ids, template = {}, {}, template or chat_template(folder)
     for key, value in config.items():
         token = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(token, str):
@@ -124,12 +129,6 @@ def load_tokenizer(folder: Path | str, vocab: int | None = None) -> Tokenizer:
                 special[role], ids[role] = token, encoder.token_to_id(token)
                 if ids[role] is None:
                     raise UserError(f"{role} {printable(token)!r} is not in tokenizer.json")
-        if template_path.is_file():
-            template = template_path.read_text(encoding="utf-8")
-        elif isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if template is not None and not isinstance(template, str):
-            raise TypeError("its chat template is not text")
     bos, eos, adds_bos = ids.get("bos_token"), ids.get("eos_token"), config.get("add_bos_token")
     if eos is None:
         raise UserError(f"{folder}: no eos_token in tokenizer_config.json to end documents with")
@@ -150,6 +149,35 @@ def load_tokenizer(folder: Path | str, vocab: int | None = None) -> Tokenizer:
     return Tokenizer(
         encoder, size, bos, eos, special, tuple(closing), added, template, marks, digest(facts)
     )
+
+
+def chat_template(folder: Path | str) -> str | None:
+    """The chat template in a tokenizer's folder."""
+    path = Path(folder) / "chat_template.jinja"
+    template = _config(path.with_name("tokenizer_config.json")).get("chat_template")
+    with library_errors(f"{folder}: its chat template cannot be read"):
+        if path.is_file():
+            template = path.read_text(encoding="utf-8")
+        elif isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if template is not None and not isinstance(template, str):
+            raise TypeError("it is not text")
+    return template
+
+
+def choose_template(asked: str | None, folder: Path | str, sources: Iterable[Source]) -> str | None:
+    """The chat template for what the tokenizer's own is not: a file or chatml, as asked for, or
+    where it has none, that of the model that wrote a source."""
+    if asked == "chatml":
+        return CHATML
+    if asked is not None:
+        with library_errors(f"--data.chat-template {asked}: cannot be read"):
+            return local_path(asked).read_text(encoding="utf-8")
+    if chat_template(folder) is None:
+        for settings in (written_settings(x.files[0]) for x in sources if x.files):
+            if isinstance(template := settings.get("chat-template"), str):
+                return template
+    return None
 
 
 def _encoder(path: Path) -> Any:

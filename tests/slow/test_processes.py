@@ -28,7 +28,8 @@ def commands(config: distill.Config, count: int, port: int, *more: str) -> list[
         "steps": config.steps, "eval-every": 4, "eval-windows": 8, "save-every": 3,
         "log-every": config.log_every, "data.source": config.data.source[0],
         "data.documents": "paragraph", "data.cache": config.data.cache, "optim.lr": 1e-2,
-        "optim.eps": 1e-4, "out": config.out,
+        "optim.eps": 1e-4, "out": config.out, "student-heal": config.student_heal,
+        "heal-tokens": config.heal_tokens,
     }  # fmt: skip
     flags |= {"student": config.student} if config.student else {"student-layers": 2}
     words = [sys.executable, str(ROOT / "distill.py"), "--quiet", *more]

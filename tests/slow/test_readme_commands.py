@@ -69,7 +69,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A hub with a tiny random model by each name, all with the tokenizer of the demo."""
+    """A hub with a tiny random model by each name, all with the tokenizer of the demo, and a chat
+    template where the model of that name has one."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
@@ -83,7 +84,10 @@ def hub(tmp_path_factory):
             family.Config.read(HFConfig(config)), jax.random.key(i)
         )
         models.save(model, folder / str(i), tokenizer=tokenizer)
-        server.add(name, main=files_of(folder / str(i)))
+        files = files_of(folder / str(i))
+        if "Instruct" not in name:
+            del files["chat_template.jinja"]
+        server.add(name, main=files)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -97,11 +101,7 @@ def place(tmp_path_factory):
     (place / "my").mkdir()
     stories = (ROOT / "demo" / "stories.txt").read_text().split("\n\n")[:80]
     for name, some in (("prompts", stories[:30]), ("original", stories[30:])):
-        lines = []
-        for story in some:
-            asked, said = story[:40], story[40:]
-            turns = [("user", asked), ("assistant", said)]
-            lines.append({"messages": [{"role": role, "content": x} for role, x in turns]})
+        lines = [{"prompt": story[:40], "completion": story[40:]} for story in some]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (place / "my" / f"{name}.jsonl").write_text(text)
     (place / "demo").mkdir()

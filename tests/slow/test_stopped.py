@@ -16,9 +16,10 @@ def test_sigterm_saves_and_says_how_to_go_on(config, teacher, text):
     out = Path(config.out)
     command = [
         sys.executable, "distill.py", "--teacher", str(teacher), "--student-layers", "2",
-        "--student-init", "last", "--student-heal", "none",
-        "--data.source", str(text), "--data.documents", "paragraph", "--data.cache", str(text.parent), "--seq-len", "32", "--batch-size", "4",
-        "--steps", "400", "--save-every", "1000", "--log-every", "1", "--out", str(out),
+        "--student-init", "last", "--student-heal", "none", "--data.source", str(text),
+        "--data.documents", "paragraph", "--data.cache", str(text.parent), "--seq-len", "32",
+        "--batch-size", "4", "--steps", "400", "--save-every", "1000", "--log-every", "1",
+        "--out", str(out),
     ]  # fmt: skip
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     run = subprocess.Popen(
