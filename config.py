@@ -123,6 +123,8 @@ class Config(processes.Config):
     """Add norms of parameters and gradients, per layer, to the metrics."""
     profile_steps: str | None = None
     """Steps a:b to trace, for TensorBoard or Perfetto; the trace is left in the run's folder."""
+    export: bool = False
+    """Write the student of the last checkpoint, with curves and card, and end."""
     quiet: bool = False
     """Print only warnings and the result."""
     plan: bool = False
@@ -182,6 +184,7 @@ class Config(processes.Config):
                 self.student or self.student_layers or student_widths(self)
                 or self.student_init not in (None, *students.METHODS[:-1])),
              "--student-params", "it decides which blocks and widths a cut of the teacher keeps"),
+            (self.export and not self.resume, "--export with --no-resume", alone),
             (self.student is not None and self.student_init is not None,
              "--student-init with --student", "that student is whole already"),
         ):  # fmt: skip
@@ -206,8 +209,13 @@ MAY_CHANGE = frozenset({
     "--teacher-devices", "--export-dtype", "--remat", "--microbatches", "--loss.chunk",
     "--data.cache", "--data.cache-limit", "--data.streaming", "--profile-steps", "--plan",
     "--devices", "--topology", "--device-memory", "--force", "--distributed", "--coordinator",
-    "--processes", "--process-id", "--requeue-status",
+    "--processes", "--process-id", "--requeue-status", "--export",
     "--data.text-field",  # what it says of the text is compared itself
+})  # fmt: skip
+# Of these, the ones that a finished run cannot heed any more.
+DURING_STEPS = frozenset({
+    "--eval-every", "--eval-windows", "--eval-teacher", "--save-every", "--keep-best",
+    "--log-every", "--log-norms", "--profile-steps",
 })  # fmt: skip
 
 

@@ -27,7 +27,7 @@ import text
 from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, with_defaults
 from losses import features
 from models.base import LanguageModel, add_rows, check_tokens
-from runtime import checkpoint, errors, files, on_policy, plan, prepare, processes, report, results
+from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results
 from runtime.errors import UserError
 from runtime.prepare import Placement, Run
 
@@ -239,24 +239,46 @@ def device_bytes(config: Config, placement: Placement) -> plan.DeviceBytes:
 
 
 def print_plan(config: Config, placement: Placement) -> None:
-    """Prints what each device would hold, and the settings nearest to these that would fit."""
-    total, (memory, _) = device_bytes(config, placement), plan.device_memory(config)
-    objective = prepare.optimizer_and_objective(config)[1]
+    """Prints what each device would hold; what does not fit ends with a remedy and status 3."""
+    need, objective = device_bytes(config, placement), prepare.optimizer_and_objective(config)[1]
     loss = plan.loss_bytes(config, *abstract_arguments(config, placement), objective)
-    print(plan.table(config, placement, total, loss))
-    if total.own_teacher > memory:
-        print("it does not fit: give the teacher more --teacher-devices")
-    elif total.total <= memory < float("inf"):
+    print(plan.table(config, placement, need, loss))
+    if not plan.fits(config, need):
+        print(remedy(config, placement, need))
+        raise SystemExit(3)
+    if plan.device_memory(config)[0] < float("inf"):
         print("it fits")
-    elif total.total > memory:
-        for flags, smaller in plan.smaller_settings(config, placement):
-            if (less := device_bytes(smaller, placement).total) <= memory:
-                print(f"it does not fit; with{flags} it does, in {report.size(less)}")
-                return
-        print(
-            "it does not fit, nor with --remat full, the most --microbatches and bfloat16 moments:"
-            " take more devices, a smaller --batch-size or --seq-len, or fewer --student-layers"
-        )
+
+
+def remedy(config: Config, placement: Placement, need: plan.DeviceBytes) -> str:
+    """What to change of a run that does not fit: the nearest settings that would, if there are."""
+    if need.own_teacher > plan.device_memory(config)[0]:
+        return "it does not fit: give the teacher more --teacher-devices"
+    for flags, smaller in plan.smaller_settings(config, placement):
+        if plan.fits(config, less := device_bytes(smaller, placement)):
+            return f"it does not fit; with{flags} it does, in {report.size(less.total)}"
+    return (
+        "it does not fit, nor with --remat full, the most --microbatches, bfloat16 moments or"
+        " adafactor: take more devices, a smaller --batch-size or --seq-len, fewer"
+        " --student-layers, kept targets in the teacher's place (targets.py), or --optim.freeze"
+    )
+
+
+def check_memory(
+    config: Config, placement: Placement, arguments: Any, optimizer: optim.Optimizer,
+    program: Any = None,
+) -> None:  # fmt: skip
+    """Refuses a run that cannot fit: by its arrays alone, or by its compiled step."""
+    need = plan.resident_bytes(config, placement, *arguments, optimizer, program)
+    if config.force or plan.fits(config, need):
+        return
+    memory, source = plan.device_memory(config)
+    what, words = "arrays and gradients alone need", "--plan tells what would fit"
+    if program is not None:
+        what, words = "a step needs", remedy(config, placement, need)
+    needed = report.size(max(need.total, need.own_teacher))
+    why = f"a device has {report.size(memory)} ({source}), and {what} {needed}"
+    raise UserError(f"{why}: {words}; --force tries all the same")
 
 
 def train(config: Config) -> Path:
@@ -274,24 +296,19 @@ def train(config: Config) -> Path:
         if config.plan:
             print_plan(deepest, placement)
             return out
-        folder = prepare.make_folder(config)
-        with checkpoint.lock(out):
+        with prepare.open_folder(config) as folder, checkpoint.lock(out):
             last = prepare.last_step(config, folder)
-            if last is not None and last >= config.steps and (out / "student").exists():
+            if last is not None and last >= config.steps and results.is_exported(folder, last):
                 report.say(f"this run is finished: the student is in {out / 'student'}")
                 return out / "student"
-            student_folder = models.hub.check_replaceable(out / "student")  # now, not in the end
+            models.hub.check_replaceable(out / "student")  # now, not in the end
             if config.keep_best:
                 models.hub.check_replaceable(out / "student-best")
-            if not config.force:
-                optimizer, _ = prepare.optimizer_and_objective(deepest)
-                arguments = abstract_arguments(deepest, placement)
-                plan.refuse(config, plan.resident_bytes(config, placement, *arguments, optimizer))
+            optimizer, _ = prepare.optimizer_and_objective(deepest)
+            check_memory(deepest, placement, abstract_arguments(deepest, placement), optimizer)
             run, state = prepare_state(config, out, placement)
             prepare.print_summary(run, state.student)
-            if int(state.step) < config.steps:
-                if jax.process_index() == 0 and student_folder.exists():  # that of fewer steps
-                    files.remove(student_folder)
+            if int(state.step) < config.steps and not config.export:
                 with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:
                     state = loop(run, state, saved, begun)
             return results.finish(run, state.student, int(state.step))
@@ -309,7 +326,8 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
     _, like = abstract_arguments(run.config, placement, run.layers)
     state, extra, step = checkpoint.restore(out / "checkpoints", like)
     run = prepare.continued(run, step, extra)
-    prepare.write_config(run_folder(config))  # only now: what is refused leaves the run as it was
+    if not config.export:
+        prepare.write_config(run_folder(config))  # what is refused leaves the run as it was
     return run, eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
 
 
@@ -359,14 +377,18 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     results.evaluate(run, state.student, number, log)
                 if saves:
                     saved.save(number, state, run.facts | {"tokens": run.tokens(number)})
-                log.lap(number)  # neither is time of the steps
+                if stops or (evaluates and number < config.steps):
+                    results.draw_curves(run)
+                log.lap(number)  # none of this is time of the steps
                 if stops:
                     saved.wait()
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")
+                    log.say("for the student of this step, add --export to that command")
                     raise SystemExit(config.requeue_status)
         except results.NotFinite:
             saved.save(last := int(state.step), state, run.facts | {"tokens": run.tokens(last)})
             saved.wait()
+            results.draw_curves(run)
             raise
     return state
 
@@ -381,6 +403,7 @@ def compile_step(run: Run, state: State) -> Any:
     stats = program.compiled.memory_analysis()
     arrays, rest = map(report.size, (stats.argument_size_in_bytes, stats.temp_size_in_bytes))
     report.say(f"compiled  in {took}, {arrays} of arrays and {rest} to work in, a device")
+    check_memory(run.config, run.placement, arguments, run.optimizer, program.compiled)
     if start:
         report.say(f"goes on   from step {start}")
     return program

@@ -1,5 +1,6 @@
 """How good a model is on held-out text, and how near to its teacher.
 
+python eval.py --run DIR
 python eval.py --model DIR [--teacher DIR] --data.source FILE
 """
 
@@ -18,7 +19,7 @@ import models
 import sharding
 import text
 from models.base import LanguageModel
-from runtime import errors, processes, report
+from runtime import commits, errors, files, processes, report
 from runtime.errors import UserError, at_least
 
 Data = data.Config  # a field of a config hides the module it is named after
@@ -28,13 +29,18 @@ Data = data.Config  # a field of a config hides the module it is named after
 class Config:
     """Score a model on a text, every token once."""
 
-    model: str
-    """Folder or hub id of the model."""
+    run: str | None = None
+    """Folder of a run: scores its student beside its teacher, on the text that it held out."""
+    model: str | None = None
+    """Folder or hub id of the model, where no --run says it."""
     teacher: str | None = None
     """Folder or hub id of a teacher with the same vocabulary: adds KL and agreement."""
-    data: Data = dataclasses.field(default_factory=Data)
-    seq_len: Annotated[int, at_least(1)] = 512
-    """Tokens a window predicts; each window is read without those before it."""
+    data: Data = dataclasses.field(default_factory=lambda: Data(held_out=1.0))
+    seq_len: Annotated[int | None, at_least(1)] = None
+    """Tokens a window predicts; each window is read without those before it. By default the run's,
+    else 512."""
+    windows: Annotated[int | None, at_least(1)] = None
+    """Score the first so many windows, or all where there are fewer."""
     batch_size: Annotated[int, at_least(1)] = 8
     """Windows at a time."""
     mesh: sharding.Sizes = dataclasses.field(default_factory=sharding.Sizes)
@@ -43,7 +49,11 @@ class Config:
 
     def __post_init__(self):
         errors.check(self)
-        if not self.data.source:
+        if (self.run is None) == (self.model is None):
+            raise UserError("--run or --model: give one of the two")
+        if self.run is not None and self.data != Data(held_out=1.0):
+            raise UserError("--data with --run: it has its text; for another give its --model")
+        if self.model is not None and not (self.data.source or self.data.eval_source):
             raise UserError("--data.source is missing: name the text to score")
 
 
@@ -74,30 +84,56 @@ def evaluate(
     return {"tokens": int(tokens)} | {name: v / max(tokens, 1) for name, v in totals.items()}
 
 
+def of_run(config: Config) -> Config:
+    """The configuration that scores the student of `config.run`."""
+    folder = files.local_path(config.run)
+    settings = files.read_json(folder / "config.json", ": give the folder of a run")
+    if not (student := folder / "student").exists():
+        remedy = "let it finish, or give its command --export"
+        raise UserError(f"--run {config.run}: it has no student yet: {remedy}")
+    if (path := folder / commits.FILE).exists():
+        commits.COMMITS.update(files.read_json(path))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["data"].items()}
+    teacher = settings["teacher"]
+    if settings["targets"] or teacher == settings["student"]:  # no teacher was in its memory
+        teacher = None
+    return dataclasses.replace(
+        config, run=None, model=str(student), teacher=config.teacher or teacher,
+        data=Data(**values), seq_len=config.seq_len or settings["seq_len"],
+    )  # fmt: skip
+
+
 def score(config: Config) -> None:
     """Prints the figures of a model on a text."""
-    folder = models.fetch(config.model)
-    models.seq_len(config.seq_len, config.seq_len, config.model, config.teacher or config.model)
+    config = config if config.run is None else of_run(config)
+    folder, source = models.fetch(config.model), config.data
+    seq_len = models.seq_len(config.seq_len, 512, config.model, config.teacher or config.model)
     if config.teacher is not None:
         text.same_tokenizer(models.fetch(config.teacher, weights=False), folder)
-    everything = dataclasses.replace(config.data, held_out=1.0, eval_source=None, packing="stream")
+    if source.eval_source is not None:
+        all_of_it = {"source": (source.eval_source,), "held_out": 1.0}
+        source = dataclasses.replace(source, weights=(), eval_source=None, **all_of_it)
     vocab = models.config(folder).vocab
-    corpus = data.open_corpus(everything, folder, seq_len=config.seq_len, seed=0, vocab=vocab)
+    corpus = data.open_corpus(source, folder, seq_len=seq_len, seed=0, vocab=vocab)
     mesh = sharding.make_mesh(**config.mesh.sizes)
     model = models.load(folder, mesh=mesh)
     teacher = None if config.teacher is None else models.load(config.teacher, mesh=mesh)
     rows = -(-config.batch_size // mesh.size) * mesh.size  # each device has as many
-    total = -(-sum(part.windows for part in corpus.held_out) // rows)
+    windows = sum(part.windows for part in corpus.held_out)
+    limit = min(config.windows or windows, windows)
+    batches = data.evaluation(corpus, rows, limit=limit)
     with jax.set_mesh(mesh):
         means = evaluate(
-            model, teacher, report.track(data.evaluation(corpus, rows), "scoring", total),
+            model, teacher, report.track(batches, "scoring", -(-limit // rows)),
             to_device=partial(sharding.from_host, mesh=mesh), dtype=sharding.compute_dtype(),
         )  # fmt: skip
     if not means["tokens"]:
-        raise UserError(f"{' '.join(config.data.source)}: no token to score")
+        raise UserError(f"{' '.join(source.source)}: no token to score")
     tokens, ce = means["tokens"], means["ce"]
     figures = {"tokens": tokens, "ce": ce, "perplexity": math.exp(min(ce, 700))}
-    figures["bits_per_byte"] = ce * tokens / math.log(2) / corpus.bytes
+    if source.held_out == 1 and source.packing == "stream" and limit == windows:
+        # Of a part, nobody has counted the bytes.
+        figures["bits_per_byte"] = ce * tokens / math.log(2) / corpus.bytes
     if teacher is not None:
         figures |= {name: means[name] for name in ("kl", "reverse_kl", "agreement", "teacher_ce")}
         figures["teacher_perplexity"] = math.exp(min(means["teacher_ce"], 700))
@@ -105,7 +141,8 @@ def score(config: Config) -> None:
         print(json.dumps({name: report.plain(value) for name, value in figures.items()}))
     else:
         for name, value in figures.items():
-            print(f"{name:{max(map(len, figures))}}  {value:{',' if name == 'tokens' else '.4f'}}")
+            shown = f"{value:,}" if name == "tokens" else report.figure(value)
+            print(f"{name:{max(map(len, figures))}}  {shown}")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 COMMITS: dict[str, str] = {}  # by kind, `owner/name` and revision
+FILE = "commits.json"  # of a run
 CACHED: set[str] = set()  # commits of which the hub said nothing, so that the cache must do
 REVISION = r"(?:@(?!.*\.\.)\w[\w./-]*)?"
 

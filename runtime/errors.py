@@ -11,10 +11,20 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
+
+
+# Flags that other tools have, and what does their work here where a program has it.
+OTHERS = {
+    "--learning-rate": "--optim.lr", "--max-steps": "--steps",
+    "--epochs": "--steps, of which windows / --batch-size are an epoch",
+    "--num-layers": "--student-layers", "--output-dir": "--out", "--data": "--data.source",
+    "--dataset": "--data.source", "--config": "flags alone: a config.json is written, not read",
+    "--version": "the commit of its checkout: git log -1",
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -139,9 +149,20 @@ def cli(Config: type[T], args: Sequence[str] | None = None, **options: Any) -> T
     except SystemExit as refusal:
         if not refusal.code:  # --help
             raise
-        raise UserError(_refusal(printed.getvalue(), args)) from None
+        reason, flags = _refusal(printed.getvalue(), args), set(_flags(Config))
+        for name in (name for name in given if name in OTHERS and name not in flags):
+            ours = OTHERS[name]
+            if ours.partition(",")[0] in flags or not ours.startswith("--"):
+                reason += f"; instead of {name} it has {ours}"
+        raise UserError(reason) from None
     sys.stderr.write(printed.getvalue())  # nothing was refused: these are warnings of a config
     return config
+
+
+def _flags(kind: type, prefix: str = "--") -> Iterator[str]:
+    for name, hint in typing.get_type_hints(kind).items():
+        flag = prefix + name.replace("_", "-")
+        yield from _flags(hint, f"{flag}.") if dataclasses.is_dataclass(hint) else (flag,)
 
 
 def _with_constraints(info: Any) -> Any:

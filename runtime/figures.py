@@ -16,7 +16,7 @@ PANELS = {  # what each panel draws of the metrics, and how
         "eval/ce": HELD_OUT,
         "eval/teacher_ce": {"color": "tab:green", "ls": "--", "label": "teacher, held out"},
     },
-    "KL from the teacher, nats per token": {"eval/kl": HELD_OUT},
+    "KL from the teacher, nats per token": {"kl": {"label": "training"}, "eval/kl": HELD_OUT},
     "learning rate": {"lr": {}},
 }
 
@@ -63,10 +63,11 @@ def rows(metrics: Sequence[Metrics]) -> list[list[str]]:
     for name, line in models.items():
         ce, kl, agreement = (line.get(f"eval/{key}") for key in ("ce", "kl", "agreement"))
         recovered = None if name == "teacher" or None in (gap, ce) else (start - ce) / gap
-        perplexity = math.exp(min(ce or 0, 700))
+        perplexity = math.inf if ce is None else math.exp(min(ce, 700))
         shown = f"{perplexity:.2f}" if perplexity < 1e4 else count(perplexity)
+        shown = shown if perplexity < 1e15 else "diverged"
         shares = ["-" if share is None else f"{share:.1%}" for share in (agreement, recovered)]
-        table.append([name, figure(ce), "-" if ce is None else shown, figure(kl), *shares])
+        table.append([name, figure(ce), shown, figure(kl), *shares])
     return table
 
 

@@ -22,7 +22,6 @@ import sharding
 from config import Config, needs_teacher, profile_window, uses_teacher_loss
 from models.base import LanguageModel
 from runtime import on_policy, prepare, report, roofline, target_store, topology
-from runtime.errors import UserError
 from runtime.prepare import Placement
 from runtime.report import size
 
@@ -192,18 +191,12 @@ def host_memory() -> float:
     return float(min(limits))
 
 
-def refuse(config: Config, resident: DeviceBytes) -> None:
-    """Ends a run that cannot fit before it begins."""
-    memory, source = device_memory(config)
-    least = max(resident.arrays + resident.gradients, resident.own_teacher)
-    if least > memory:
-        why = f"arrays and gradients alone need {size(least)}"
-        remedy = "--plan tells what would fit, --force tries all the same"
-        raise UserError(f"a device has {size(memory)} ({source}), and {why}: {remedy}")
+def fits(config: Config, need: DeviceBytes) -> bool:
+    return max(need.total, need.own_teacher) <= device_memory(config)[0]
 
 
 def smaller_settings(config: Config, placement: Placement) -> Iterator[tuple[str, Config]]:
-    """Settings that need less and less memory; only the last changes the mathematics."""
+    """Settings that need less and less memory; only the last two change the mathematics."""
     flags = ""
     for policy in ("dots", "full"):
         if config.remat != policy and (config.remat, policy) != ("full", "dots"):
@@ -219,9 +212,12 @@ def smaller_settings(config: Config, placement: Placement) -> Iterator[tuple[str
     if config.microbatches > 1:
         flags += f" --microbatches {config.microbatches}"
     if config.optim.name != "adafactor" and config.optim.moment_dtype == "float32":
-        optimizer = dataclasses.replace(config.optim, moment_dtype="bfloat16")
-        config = dataclasses.replace(config, optim=optimizer)
-        yield f"{flags} --optim.moment-dtype bfloat16", config
+        for flag, change in (
+            ("--optim.moment-dtype bfloat16", {"moment_dtype": "bfloat16"}),
+            ("--optim.name adafactor", {"name": "adafactor"}),
+        ):
+            optimizer = dataclasses.replace(config.optim, **change)
+            yield f"{flags} {flag}", dataclasses.replace(config, optim=optimizer)
 
 
 def table(config: Config, placement: Placement, need: DeviceBytes, loss: int) -> str:

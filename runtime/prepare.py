@@ -1,9 +1,11 @@
 """From a configuration to all that a run needs before its first step."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +32,7 @@ from runtime import checkpoint, commits, files, processes, report, target_store,
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-CHOICE, COMMITS = "choice.json", "commits.json"  # of a run
+CHOICE = "choice.json"  # of a run
 ROUNDS = "choice-rounds.json"  # what remains after each round of a choice that goes on
 
 
@@ -149,7 +151,7 @@ def restore_commits(config: Config) -> None:
     or what they mean now to the first process."""
     for source in (*config.data.source, config.data.eval_source or ""):
         text.hub_commit(source)
-    path = run_folder(config).path / COMMITS
+    path = run_folder(config).path / commits.FILE
     if config.resume and path.exists():
         commits.COMMITS.update(files.read_json(path))
     commits.COMMITS.update(processes.gather(commits.COMMITS)[0])
@@ -167,6 +169,24 @@ def make_folder(config: Config) -> files.RunFolder:
                 folder.path.mkdir()
                 report.say(f"the run that was in {folder.path} is in {aside} now")
     return folder
+
+
+@contextlib.contextmanager
+def open_folder(config: Config) -> Iterator[files.RunFolder]:
+    """The folder of a run. A new one goes again where the run is refused before it has decided
+    anything."""
+    path = run_folder(config).path
+    new = [place for place in (path, *path.parents) if not place.exists()]
+    try:
+        yield make_folder(config)
+    except UserError:
+        if jax.process_index() == 0 and path in new and path.is_dir():
+            if {entry.name for entry in path.iterdir()} <= {".lock", "config.json", commits.FILE}:
+                shutil.rmtree(path)
+                with contextlib.suppress(OSError):  # where another run began meanwhile
+                    for parent in new[1:]:
+                        parent.rmdir()
+        raise
 
 
 def check_processes(folder: files.RunFolder) -> None:
@@ -196,6 +216,8 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
     check_processes(folder)
     last, previous = checkpoint.latest(folder.path / "checkpoints"), folder.previous()
     changed = folder.changed()
+    if last is None and config.export:
+        raise UserError(f"--export: {folder.path} has no checkpoint yet: leave the flag out")
     if last is not None and previous is None:
         remedy = "restore it, or begin anew with --no-resume"
         raise UserError(f"{folder.path} has checkpoints, but no config.json: {remedy}")
@@ -210,7 +232,10 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
         raise UserError(f"{folder.path} has other settings ({'; '.join(changed)}): {remedy}")
     if changed:
         report.say(f"continued anyway: {'; '.join(changed)}")
-    if (steps := previous.get("steps", config.steps)) != config.steps:
+    if last > config.steps and not config.export:
+        remedy = "give that many or more, another --out, or --no-resume"
+        raise UserError(f"--steps {config.steps}: {folder.path} is at step {last}: {remedy}")
+    if (steps := previous.get("steps", config.steps)) != config.steps and not config.export:
         report.say(f"--steps was {steps}: schedules now end at {config.steps}")
     return last
 
@@ -219,7 +244,7 @@ def write_config(folder: files.RunFolder) -> None:
     if jax.process_index() == 0:
         folder.write()
         if commits.COMMITS:
-            files.write_json(folder.path / COMMITS, commits.COMMITS)
+            files.write_json(folder.path / commits.FILE, commits.COMMITS)
 
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:
@@ -386,7 +411,9 @@ def choose(
         if "round" in state:  # of a deeper one, perhaps: those are first
             layers, kl, increases = state["round"]
             start = students.Choice(tuple(layers), kl, tuple(increases))
-        with report.progress("choosing blocks") as progress:
+        cheaper = config.student_init == "greedy"
+        hint = "(one pass: --student-init influence)" if cheaper else ""
+        with report.progress("choosing blocks", hint=hint) as progress:
             choice = students.choose_layers(
                 teacher, candidate.student_layers, config.student_init, text, start=start,
                 save=lambda choice: save(round=choice), dtype=config.compute_dtype,

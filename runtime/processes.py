@@ -109,7 +109,8 @@ def exit_with_peers() -> Iterator[None]:
         yield
     except (UserError, MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            remedy = "--plan tells what fits; --remat full and more --microbatches need less"
+            remedy = "--plan tells what fits; --remat full, more --microbatches, kept targets"
+            remedy += " (targets.py), --optim.name adafactor and --optim.freeze need less"
             error = UserError(f"out of memory ({files.printable(error, 160)}): {remedy}")
         if jax.process_count() == 1:
             raise error from None

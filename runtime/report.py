@@ -18,6 +18,7 @@ Metrics = Mapping[str, Any]
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 # Seconds until a phase is shown, and between two times.
 ON_TERMINAL, ELSEWHERE = (0.5, 0.2), (5.0, 10.0)
+LONG = 300  # seconds left of a phase that somebody may want to shorten
 
 
 def count(number: float | int, units: tuple[str, ...] = ("", "k", "M", "B", "T")) -> str:
@@ -45,7 +46,7 @@ def duration(seconds: float | int) -> str:
 def figure(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.1e}"
 
 
 class Log(ExitStack):
@@ -141,11 +142,12 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress(name: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+def progress(name: str, total: int | None = None, hint: str = "") -> Iterator[Callable[..., None]]:
     """Shows a phase that takes its time: a bar on a terminal, elsewhere a plain line now and then.
 
     Yields `advance(done, total=None, remark="")`, which costs nothing: a thread shows what it was
-    called with last. A phase that never calls it is shown with the time it has taken.
+    called with last. A phase that never calls it is shown with the time it has taken; `hint` is
+    shown until it will end in minutes.
     """
     screen, start, ended = sys.stderr, time.monotonic(), threading.Event()
     state = [0, total, ""]
@@ -160,7 +162,7 @@ def progress(name: str, total: int | None = None) -> Iterator[Callable[..., None
         with suppress(OSError, ValueError):  # of a screen that is gone
             while not ended.wait(pause):
                 pause, (done, total, remark) = interval, state
-                line = phase_line(name, done, total, remark, time.monotonic() - start)
+                line = phase_line(name, done, total, remark, time.monotonic() - start, hint)
                 if not screen.isatty():
                     print(line, file=screen, flush=True)
                     continue
@@ -191,11 +193,16 @@ def track(items: Iterable[Any], name: str, total: int | None = None) -> Iterator
             yield item
 
 
-def phase_line(name: str, done: int, total: int | None, remark: str, seconds: float) -> str:
+def phase_line(
+    name: str, done: int, total: int | None, remark: str, seconds: float, hint: str = ""
+) -> str:
     """How far a phase is: counted and with the time left where its total is known."""
     parts = [name, f"{count(done)}/{count(total)}" if total else duration(seconds), remark]
-    if total and done:
-        parts.append(f"ETA {duration(seconds / done * max(total - done, 0))}")
+    left = seconds / done * max(total - done, 0) if total and done else math.inf
+    if left < math.inf:
+        parts.append(f"ETA {duration(left)}")
+    if left >= LONG:
+        parts.append(hint)
     return "  ".join(filter(None, parts))
 
 

@@ -1,5 +1,7 @@
 """What a run measures of its student, and what it leaves: the checkpoint, the curves, the table."""
 
+import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import eval as evaluation
 import models
 import sharding
 import text
-from config import describe_loss, student_widths, uses_teacher_loss
+from config import DURING_STEPS, describe_loss, student_widths, uses_teacher_loss
 from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
 from models.hub import GENERATION
@@ -25,6 +27,7 @@ from runtime.prepare import Run
 from runtime.report import Log
 
 PATIENCE = 5  # updates in a row that may be left out
+EXPORTED = "exported.json"  # of which step the exported student is, and its dtype
 
 
 class NotFinite(UserError):
@@ -43,6 +46,7 @@ def step_logger(
     """What records the metrics of a step, and shows them."""
     config = run.config
     teaches = run.targets is None and uses_teacher_loss(config.loss)
+    loss = config.loss.divergence, config.loss.temperature, config.loss.temperature_end
     flops = plan.step_flops(student, run.teacher if teaches else None, config.seq_len)
     peak = plan.matrix_peak(config.compute_dtype)
 
@@ -61,6 +65,8 @@ def step_logger(
         line = {"step": number} | {name: metrics[name] for name in names if name in metrics}
         if not uses_teacher_loss(config.loss):
             line["divergence"] = None
+        elif loss == ("forward_kl", 1.0, None):  # what evaluations measure
+            line["kl"] = line["divergence"]
         if config.on_policy.fraction:
             line["on_policy"] = int(written[number - 1 - start])
         rate = config.batch_size * config.seq_len * steps / seconds
@@ -171,8 +177,30 @@ share of the cross-entropy gap between teacher and untrained student that traini
 """
 
 
+def is_exported(folder: files.RunFolder, step: int) -> bool:
+    """Whether the student of this step is there in the dtype asked for; then what only a run that
+    goes on can heed is refused."""
+    path = folder.path / EXPORTED
+    exported = files.read_json(path) if path.exists() else {}
+    if exported.get("step") != step or not (folder.path / "student").exists():
+        return False
+    heeded = dataclasses.replace(folder, may_change=folder.may_change - DURING_STEPS)
+    if changed := heeded.changed():
+        remedy = "give more --steps, or --no-resume"
+        raise UserError(f"{'; '.join(changed)}, but the run in {folder.path} is finished: {remedy}")
+    return exported["dtype"] == folder.settings["export_dtype"]
+
+
+def draw_curves(run: Run) -> None:
+    """Draws the curves of a run that goes on or has saved: a full disk is not to end it here."""
+    if jax.process_index() == 0:
+        with contextlib.suppress(UserError):
+            figures.curves(run.out / "metrics.jsonl", run.out / "curves.png")
+
+
 def finish(run: Run, student: LanguageModel, step: int) -> Path:
-    """Curves, the exported student, samples and the table."""
+    """Curves, the exported student, samples and the table. An older student stays until the new one
+    is whole."""
     folder, path = run.out / "student", run.out / "metrics.jsonl"
     first = jax.process_index() == 0
     metrics = report.read_metrics(path) if first else []
@@ -183,8 +211,11 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
         metrics = report.read_metrics(path) if first else []
     if first:
         figures.curves(path, run.out / "curves.png")
-    # Last of all files: a run that has its student is finished.
+        (run.out / EXPORTED).unlink(missing_ok=True)
     export(run, student, step, folder, metrics)
+    if first:  # last of all files: a run that has it is finished
+        facts = {"step": step, "dtype": run.config.export_dtype}
+        files.write_json(run.out / EXPORTED, facts)
     for line in samples(run, student):
         report.say(line)
     if first:

@@ -284,7 +284,7 @@ def test_what_a_run_leaves(trained, ended, capsys):
     folder, lines = out / "student", metrics_of(ended.out)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
-    needed = {"step", "loss", "divergence", "ce", "grad_norm", "lr", "tokens"}
+    needed = {"step", "loss", "divergence", "kl", "ce", "grad_norm", "lr", "tokens"}
     assert all(needed <= line.keys() and "on_policy" not in line for line in steps)
     assert steps[-1]["tokens"] == 6 * 8 * 32
     held_out = [line for line in lines if "eval/kl" in line]
@@ -401,14 +401,57 @@ def test_a_run_stops_when_nothing_is_finite(config, teacher, tmp_path, one_devic
     assert saved == results.PATIENCE + 1  # the one that was under way when the last was told
 
 
-def test_a_finished_run_that_goes_on_gives_up_its_student_first(trained, ended):
-    longer = dataclasses.replace(ended, steps=8)
-    folder = distill.train(longer)
-    shutil.rmtree(Path(ended.out) / "checkpoints" / "8")
-    # As a kill between the last step and the export leaves it.
-    shutil.rmtree(folder)
+def die(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_finished_run_that_goes_on_keeps_its_student_until_the_new_one_is_whole(
+    trained, ended, monkeypatch
+):
+    longer, folder = dataclasses.replace(ended, steps=8), Path(ended.out) / "student"
+    before = models.load(trained[0] / "student")
+    for module, name in ((results, "evaluate"), (models, "save")):  # in its steps, and behind them
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, die)
+            distill.train(longer)
+        assert eqx.tree_equal(models.load(folder), before)
+    assert checkpoint.latest(Path(ended.out) / "checkpoints") == 8
     distill.train(longer)
-    assert not eqx.tree_equal(models.load(folder), models.load(trained[0] / "student"))
+    assert not eqx.tree_equal(models.load(folder), before)
+
+
+def test_a_finished_run_does_what_other_flags_say_or_refuses_them(trained, ended):
+    folder, change = Path(ended.out) / "student", dataclasses.replace
+    with pytest.raises(UserError, match="--steps 4: .* is at step 6: give that many or more"):
+        distill.train(change(ended, steps=4))
+    with pytest.raises(UserError, match="--keep-best was False, is True, but .*is finished: give"):
+        distill.train(change(ended, keep_best=True))
+    distill.train(change(ended, export_dtype="bfloat16"))
+    assert models.load(folder).embedding.dtype == jnp.bfloat16
+    distill.train(ended)
+    assert eqx.tree_equal(models.load(folder), models.load(trained[0] / "student"))
+
+
+def test_a_run_goes_on_where_its_curves_cannot_be_drawn(quick, monkeypatch):
+    def full(*_):
+        raise UserError("curves.png: cannot be written (No space left on device)")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr(figures, "curves", full)
+        distill.train(quick)
+    assert checkpoint.latest(Path(quick.out) / "checkpoints") == 6
+    assert distill.train(quick).exists()
+
+
+def test_the_student_of_the_last_checkpoint_is_exported(trained, cut):
+    out = Path(cut.out)
+    before = (out / "config.json").read_bytes()
+    folder = distill.train(dataclasses.replace(cut, export=True, steps=300))
+    assert "in 3 optimizer steps" in (folder / "README.md").read_text()
+    assert (out / "config.json").read_bytes() == before
+    assert [line["step"] for line in metrics_of(out) if "eval/ce" in line] == [0, 3]
+    distill.train(cut)
+    assert eqx.tree_equal(models.load(folder), models.load(trained[0] / "student"))
 
 
 # ---- stopped, continued, kept ----
@@ -421,10 +464,7 @@ def quick(config, one_device) -> distill.Config:
 
 
 def test_a_run_that_dies_while_it_ends_is_not_yet_finished(quick, monkeypatch):
-    def die(*_, **__):
-        raise KeyboardInterrupt
-
-    out = Path(quick.out)
+    out, quick = Path(quick.out), dataclasses.replace(quick, eval_every=100)
     for module, name in ((figures, "curves"), (models, "save")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, name, die)
@@ -445,7 +485,9 @@ def test_a_time_limit_saves_and_the_run_goes_on_as_if_there_was_none(quick, caps
         told = capsys.readouterr().err
         assert f"stopped at step {step}, all is saved; to continue: python" in told
         assert checkpoint.latest(out / "checkpoints") == step
-        assert not (out / "student").exists()
+        assert "for the student of this step, add --export" in told
+        assert not (out / "student").exists() and (out / "curves.png").exists()
+        (out / "curves.png").unlink()
     continued = models.load(distill.train(quick))
     whole = dataclasses.replace(quick, out=quick.out + "-whole")
     assert eqx.tree_equal(continued, models.load(distill.train(whole)))
@@ -767,6 +809,17 @@ def test_a_share_of_the_parameters_decides_depth_and_width(quick, monkeypatch, c
         distill.train(dataclasses.replace(shared, student_params=0.9, steps=8))
 
 
+@pytest.mark.parametrize("how", ["greedy", "influence"])
+def test_a_choice_that_may_take_long_names_the_cheaper_way(quick, monkeypatch, capsys, how):
+    monkeypatch.setattr(report, "ELSEWHERE", (0.0, 0.001))
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(distill, "loop", die)
+        distill.train(dataclasses.replace(quick, student_init=how, quiet=False))
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("choosing blocks")]
+    assert lines
+    assert ("(one pass: --student-init influence)" in lines[0]) == (how == "greedy")
+
+
 @pytest.mark.parametrize(
     "blocks", [[0, 7], [-1, 0], [1, 0], [0, 0], ["0", "1"], "01", [0, 1.5], [0]]
 )
@@ -851,10 +904,6 @@ def test_damaged_notes_are_named(ended):
 def test_a_run_that_needs_no_teacher_is_continued_from_nothing(quick, monkeypatch):
     """Killed after its blocks were chosen, before its first checkpoint."""
     alone = dataclasses.replace(quick, loss=losses.Config(alpha=0.0))
-
-    def die(*_, **__):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(distill, "loop", die)
         distill.train(alone)
@@ -880,7 +929,8 @@ def test_what_is_refused_leaves_the_run_as_it_was(ended):
     with pytest.raises(UserError, match="opt_state"):
         distill.train(other)
     assert note.read_bytes() == before
-    distill.train(dataclasses.replace(ended, steps=4))  # finished beyond that
+    with pytest.raises(UserError, match="--steps 4"):  # finished beyond that
+        distill.train(dataclasses.replace(ended, steps=4))
     assert note.read_bytes() == before
     shallow = dataclasses.replace(ended, student_layers=1, steps=8, resume_anyway=True)
     with pytest.raises(UserError, match="expected the choice of 1 blocks"):
@@ -930,6 +980,15 @@ def arguments(*words: str) -> distill.Config:
     ("words", "says"),
     [
         (["--loss.divergnce", "jsd"], "--loss.divergence"),
+        (["--learning-rate", "1e-3"], "; instead of --learning-rate it has --optim.lr$"),
+        (["--epochs=3"], "; instead of --epochs it has --steps, of which windows / --batch-size"),
+        (["--max_steps", "3"], "; instead of --max-steps it has --steps$"),
+        (["--output-dir", "a"], "; instead of --output-dir it has --out$"),
+        (["--num-layers", "3"], "; instead of --num-layers it has --student-layers$"),
+        (["--data", "a"], "; instead of --data it has --data.source$"),
+        (["--dataset", "a"], "; instead of --dataset it has --data.source$"),
+        (["--config", "a"], "; instead of --config it has flags alone"),
+        (["--version"], "; instead of --version it has the commit of its checkout"),
         (["--loss.divergence", "forwardkl"], "forward_kl"),
         (["--loss.alpha", "1.5"], "alpha"),
         (["--steps", "0"], "--steps"),
@@ -990,6 +1049,23 @@ def test_runs_that_cannot_be(config, change, says):
     assert "\n" not in str(error.value)
 
 
+def test_a_refused_start_leaves_no_folder(quick, tmp_path):
+    new = tmp_path / "new" / "run"
+    refused = dataclasses.replace(quick, out=str(new), batch_size=10**6)
+    with pytest.raises(UserError, match="too little text"):
+        distill.train(refused)
+    assert not new.parent.exists()
+    with pytest.raises(UserError, match="--export with --no-resume: leave one out"):
+        dataclasses.replace(refused, export=True, resume=False)
+    with pytest.raises(UserError, match="--export: .* has no checkpoint yet"):
+        distill.train(dataclasses.replace(refused, export=True))
+    assert not new.parent.exists()
+    new.mkdir(parents=True)
+    with pytest.raises(UserError, match="too little text"):
+        distill.train(refused)
+    assert new.exists()
+
+
 def test_other_tokenizers_are_refused_by_their_first_id(config, teacher, tmp_path):
     other = tmp_path / "other"
     models.save(models.load(teacher), other, tokenizer=teacher)
@@ -1041,6 +1117,55 @@ def test_eval_prints_one_object(teacher, text, tmp_path, capsys, monkeypatch):
     assert found["ce"] == found["teacher_ce"] == pytest.approx(np.log(found["perplexity"]))
     size = len(text.read_bytes())  # one document: by file
     assert found["bits_per_byte"] == pytest.approx(found["ce"] * found["tokens"] / np.log(2) / size)
+
+
+@pytest.fixture
+def scored(monkeypatch, capsys):
+    """The figures that eval.py prints."""
+
+    def scored(*words: object) -> dict:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words), "--json"])
+        eval.main()
+        return json.loads(capsys.readouterr().out)
+
+    return scored
+
+
+def test_eval_scores_the_student_of_a_run_on_what_it_held_out(trained, ended, scored):
+    figures = scored("--run", ended.out)
+    assert figures["kl"] > 0 and figures["tokens"] < 8 * 32 * 8 and "bits_per_byte" not in figures
+    last = metrics_of(trained[0])[-1]
+    part = scored("--run", ended.out, "--windows", ended.eval_windows)
+    for name in ("ce", "kl", "agreement", "teacher_ce"):
+        assert part[name] == pytest.approx(last[f"eval/{name}"], rel=1e-5)
+    assert scored("--run", ended.out, "--windows", 1)["tokens"] <= 32
+    shutil.rmtree(Path(ended.out) / "student")
+    with pytest.raises(UserError, match="--run .*run: it has no student yet: .* --export"):
+        scored("--run", ended.out)
+
+
+def test_eval_heeds_what_is_held_out(teacher, text, tmp_path, scored):
+    words = ["--model", teacher, "--data.cache", tmp_path, "--data.documents", "paragraph"]
+    words += ["--seq-len", 32]
+    everything = scored(*words, "--data.source", text)
+    part = scored(*words, "--data.source", text, "--data.held-out", 0.2)
+    assert 0.1 < part["tokens"] / everything["tokens"] < 0.4
+    assert scored(*words, "--data.eval-source", text) == everything
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "--run or --model: give one of the two"),
+        ("--run a --model b", "--run or --model: give one of the two"),
+        ("--model b", "--data.source is missing"),
+        ("--run a --data.source b", "--data with --run: it has its text"),
+        ("--run a", "a/config.json .*: give the folder of a run"),
+    ],
+)
+def test_what_eval_cannot_score(words, says, scored):
+    with pytest.raises(UserError, match=says):
+        scored(*words.split())
 
 
 def test_a_students_folder_with_files_of_the_users_is_refused_before_the_run(

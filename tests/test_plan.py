@@ -1,5 +1,6 @@
 """What a run needs is told before a weight is read, and is what it then holds."""
 
+import contextlib
 import dataclasses
 import re
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import readme
 from test_distill import config_of, teacher, text  # noqa: F401
 
 import distill
@@ -127,19 +129,25 @@ def test_a_plan_says_what_would_fit(config, monkeypatch, capsys):
     monkeypatch.setattr(jax, "devices", lambda *_: one)
 
     def planned(*more: str) -> str:
-        distill.train(errors.cli(distill.Config, [*words, *more]))
+        with contextlib.suppress(SystemExit):
+            distill.train(errors.cli(distill.Config, [*words, *more]))
         return capsys.readouterr().out
 
     said = planned()
     assert "unknown" in said and "estimate" in said and "fit" not in said
     whole = next(iter(known.values()))
     less = ("--device-memory", str((whole.total - 1000) / 1e9))
-    said = planned(*less)
+    with pytest.raises(SystemExit) as ended:
+        distill.train(errors.cli(distill.Config, [*words, *less]))
+    said = capsys.readouterr().out
+    assert ended.value.code == 3
     flags = re.search(r"it does not fit; with( .*) it does, in", said)
     assert flags, said
     assert planned(*less, *shlex.split(flags[1])).endswith("it fits\n")
     monkeypatch.setattr(distill, "device_bytes", lambda *_: whole)
-    assert "it does not fit, nor with" in planned(*less)
+    said = planned(*less)
+    assert "it does not fit, nor with" in said
+    assert all(word in said for word in ("kept targets", "adafactor", "--optim.freeze"))
 
 
 def test_a_teacher_that_no_step_is_given_counts(config, monkeypatch, capsys):
@@ -149,7 +157,8 @@ def test_a_teacher_that_no_step_is_given_counts(config, monkeypatch, capsys):
     assert "its own" in capsys.readouterr().out
     whole = resident(config)._replace(own_teacher=10**15)
     monkeypatch.setattr(distill, "device_bytes", lambda *_: whole)
-    distill.train(planned)
+    with pytest.raises(SystemExit):
+        distill.train(planned)
     assert "give the teacher more --teacher-devices" in capsys.readouterr().out
 
 
@@ -163,7 +172,9 @@ def test_what_is_easier_is_what_its_flags_say(name):
     assert parts == sorted(parts) and set(parts) == {1, 2, 4, 8}
     assert (tried[-1][1].optim != given.optim) == (name == "adamw")
     for flags, config in tried:
-        assert errors.cli(distill.Config, [*words, *shlex.split(flags)]) == config
+        flags = shlex.split(flags)
+        flags = dict(zip(flags[::2], flags[1::2], strict=True))  # in the place of those given
+        assert errors.cli(distill.Config, readme.with_flags(words, flags)) == config
 
 
 def test_what_is_easier_divides_by_the_rules_of_the_mesh():
@@ -189,6 +200,20 @@ def test_what_cannot_fit_is_refused_but_not_by_force(config, begun, monkeypatch)
     small = dataclasses.replace(config, device_memory=(least - 1) / 1e9)
     with pytest.raises(UserError, match="--device-memory.*--force"):
         distill.train(small)
+
+
+def test_a_compiled_step_that_cannot_fit_is_refused_with_what_would(config, monkeypatch):
+    """Its arrays and gradients would fit."""
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
+    need = resident(config)
+    memory = (need.arrays + need.gradients) / 1e9
+    refused = dataclasses.replace(config, device_memory=memory, steps=1)
+    monkeypatch.setattr(plan, "smaller_settings", lambda *_: [(" --remat full", config)])
+    monkeypatch.setattr(distill, "device_bytes", lambda *_: need._replace(teacher=0))
+    with pytest.raises(UserError, match="a step needs .* with --remat full it does, in .*--force"):
+        distill.train(refused)
+    assert distill.train(dataclasses.replace(refused, force=True)).exists()
 
 
 @pytest.mark.parametrize(
