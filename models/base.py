@@ -108,7 +108,7 @@ class Tensors(eqx.Module):
 
 class LanguageModel(Tensors):
     """A decoder: its family says what a block computes, here they are walked. Leaves of `blocks`
-    are stacked: they have a leading dimension `layers`."""
+    are stacked: they have a leading dimension `layers`; but see `unstacked`."""
 
     Config: eqx.AbstractClassVar[type]
     PREFIX: eqx.AbstractClassVar[str]  # of names; checkpoints of the bare decoder leave it out
