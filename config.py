@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import data
 import losses
 import models
+import mup
 import optim
 import sharding
 import student as students
@@ -18,7 +19,7 @@ from runtime import files, on_policy, processes, target_store
 from runtime.errors import LOCAL, SEED, UserError, above, at_least, below, between, check
 
 # A field hides the module it is named after.
-Data, Optim, OnPolicy = data.Config, optim.Config, on_policy.Config
+Data, Optim, OnPolicy, Mup = data.Config, optim.Config, on_policy.Config, mup.Config
 DEMO = Path(__file__).resolve().parent / "demo"
 
 
@@ -142,6 +143,7 @@ class Config(processes.Config):
     loss: losses.Config = field(default_factory=losses.Config)
     on_policy: OnPolicy = field(default_factory=OnPolicy)
     optim: Optim = field(default_factory=Optim)
+    mup: Mup = field(default_factory=Mup)
     mesh: Mesh = field(default_factory=Mesh)
 
     def __post_init__(self):
@@ -158,6 +160,7 @@ class Config(processes.Config):
         writes, features = self.on_policy.fraction > 0, self.loss.features != "off"
         several = self.distributed or self.coordinator is not None
         judged = self.loss.alpha > 0 or bool(self.loss.alpha_end)
+        scaled = self.mup.base_embed is not None
         alone, together = "leave one out", "it needs the teacher on the student's devices"
         for conflicts, flags, reason in (
             (targets and not uses_teacher_loss(self.loss), "--targets with --loss.alpha 0", alone),
@@ -185,6 +188,14 @@ class Config(processes.Config):
                 or self.student_init not in (None, *students.METHODS[:-1])),
              "--student-params", "it decides which blocks and widths a cut of the teacher keeps"),
             (self.export and not self.resume, "--export with --no-resume", alone),
+            (scaled and self.student_init != "random",
+             "--mup.base-embed without --student-init random",
+             "it scales fresh weights, others have the scales that they were trained with"),
+            (scaled and self.optim.name in ("adafactor", "sgd"),
+             f"--mup.base-embed with --optim.name {self.optim.name}",
+             "its rule is known for adamw, lion and muon"),
+            (not scaled and self.mup != mup.OFF, "--mup.qk-scale or --mup.zero-init",
+             "they need --mup.base-embed"),
             (self.student is not None and self.student_init is not None,
              "--student-init with --student", "that student is whole already"),
         ):  # fmt: skip

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
+import mup
 import sharding
 from runtime.errors import Constraint, UserError, above, at_least, below, check
 
 Axes = tuple[str, ...] | None
+Mup = mup.Config  # a field hides the module it is named after
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,12 @@ class Config:
             raise UserError("--optim.moment-dtype bfloat16: adafactor has no first moment")
 
 
-def make(config: Config, steps: int) -> "Optimizer":
+def make(config: Config, steps: int, mup: Mup = mup.OFF) -> "Optimizer":
     """The optimizer of a run of `steps` optimizer steps."""
     warmup = steps // 20 if config.warmup is None else config.warmup
     if warmup > steps:
         raise UserError(f"--optim.warmup is {warmup}: it must not exceed --steps ({steps})")
-    return Optimizer(replace(config, warmup=warmup), steps)
+    return Optimizer(replace(config, warmup=warmup), steps, mup)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Optimizer:
 
     config: Config
     steps: int
+    mup: Mup = mup.OFF
 
     def lr(self, step: Int[Array, ""] | int) -> Float32[Array, ""]:
         """The learning rate of the update that leads from `step` to `step + 1`."""
@@ -118,7 +121,8 @@ class Optimizer:
         """The moments of every leaf that is not frozen. Call it on placed parameters outside of
         jit, or constrain the result by `sharding.specs`."""
         trainable = eqx.filter(params, self.trainable(params))
-        return self._chain(1.0, 0, True).init(optax.tree.cast(trainable, jnp.float32))
+        chain = self._chain(1.0, 0, True, self._lr_factors(params))
+        return chain.init(optax.tree.cast(trainable, jnp.float32))
 
     def update(
         self,
@@ -130,7 +134,7 @@ class Optimizer:
     ) -> tuple[PyTree, PyTree, dict[str, Array]]:
         """New parameters, new state, and `grad_norm` (before clipping), `lr` and `finite`. Where
         the norm is not finite, or `finite` is false, both stay as they are."""
-        trainable = self.trainable(params)
+        trainable, factors = self.trainable(params), self._lr_factors(params)
         params, frozen = eqx.partition(params, trainable)
         grads = optax.tree.cast(eqx.filter(grads, trainable), jnp.float32)
         squares = jax.tree.map(_square_sum, grads, sharding.axes(grads))
@@ -138,17 +142,28 @@ class Optimizer:
         finite &= jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
             master = optax.tree.cast(params, jnp.float32)
-            updates, state = self._chain(norm, step, finite).update(grads, state, master)
+            chain = self._chain(norm, step, finite, factors)
+            updates, state = chain.update(grads, state, master)
             params = optax.tree.where(finite, optax.apply_updates(params, updates), params)
         metrics = {"grad_norm": norm, "lr": self.lr(step), "finite": finite}
         return eqx.combine(params, frozen), state, metrics
 
-    def _chain(self, norm, step, finite) -> optax.GradientTransformation:
+    def _lr_factors(self, params: PyTree) -> PyTree | None:
+        """What µP multiplies the learning rate of every leaf by that is not frozen."""
+        if self.mup.base_embed is None:
+            return None
+        factors = mup.scales(self.mup, params, muon=self.config.name == "muon").lr
+        return eqx.filter(factors, self.trainable(params))
+
+    def _chain(self, norm, step, finite, factors) -> optax.GradientTransformation:
         """The update of a step whose gradient has this norm: the chain itself counts no steps."""
-        clip = self.config.clip
+        clip, scaled = self.config.clip, []
+        if factors is not None:  # before the decay, whose strength is that of every width
+            scaled = [optax.stateless(lambda grads, _: jax.tree.map(jnp.multiply, grads, factors))]
         return optax.chain(
             optax.scale(jnp.minimum(clip / norm, 1)) if clip else optax.identity(),
             _rule(self.config, finite),
+            *scaled,
             optax.add_decayed_weights(self.config.weight_decay, _over_axes(is_matrix)),
             optax.scale_by_learning_rate(self.lr(step)),
         )

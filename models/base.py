@@ -21,6 +21,8 @@ from models.attention import Cache, Hidden, Positions, einsum_f32, positions
 from runtime.errors import UserError
 from sharding import constrain
 
+STD = 0.02  # of fresh matrices
+
 
 class ModelConfig:
     """What the frozen dataclasses that size a family share. Sizes are named as axes are."""
@@ -91,7 +93,7 @@ class Tensors(eqx.Module):
             else:
                 shape = tuple(int(x) if x.isdigit() else getattr(config, x) for x in axes)
                 if name in keys:
-                    array = 0.02 * jax.random.normal(keys[name], shape, jnp.float32)
+                    array = STD * jax.random.normal(keys[name], shape, jnp.float32)
                 else:
                     array = jnp.ones(shape) if name.endswith("norm") else jnp.zeros(shape)
             setattr(self, name, array)

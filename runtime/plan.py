@@ -19,7 +19,7 @@ import losses
 import models
 import optim
 import sharding
-from config import Config, needs_teacher, profile_window, uses_teacher_loss
+from config import Config, needs_teacher, profile_window, student_config, uses_teacher_loss
 from models.base import LanguageModel
 from runtime import on_policy, prepare, report, roofline, target_store, topology
 from runtime.prepare import Placement
@@ -232,6 +232,8 @@ def table(config: Config, placement: Placement, need: DeviceBytes, loss: int) ->
             spelled = (f"{axis}={','.join(places)}" for axis, places in rules.items())
             lines.append(f"{name:11}{' '.join(spelled)}")
     lines.append(f"attention  {prepare.attention(config, models.config(config.teacher))}")
+    if config.mup.base_embed is not None:
+        lines.append(f"µP         {config.mup.describe(student_config(config).embed)}")
     rest = max(need.temporaries - loss - need.gradients, 0)
     parts = ("teacher", "student", "moments", "batch", "gradients")
     rows = [(name, getattr(need, name), "") for name in parts]

@@ -143,7 +143,7 @@ def optimizer_and_objective(
         depth, given = models.config(config.teacher).layers, config.loss.feature_pairs
         pairs = features.pairs(given, config.student_layers, depth, layers)
         objective = dataclasses.replace(objective, pairs=pairs)
-    return optim.make(config.optim, config.steps), objective
+    return optim.make(config.optim, config.steps, config.mup), objective
 
 
 def restore_commits(config: Config) -> None:
@@ -343,7 +343,7 @@ def teacher_and_student(
         student = models.load(config.student, dtype=jnp.float32, mesh=mesh)
     elif not begun and not cuts:
         shape, key = student_config(config), jax.random.key(config.seed)
-        student = students.fresh(models.FAMILIES[shape.model_type], shape, key)
+        student = students.fresh(models.FAMILIES[shape.model_type], shape, key, config.mup)
     if student is not None:
         student = jax.device_put(student, sharding.specs(student, mesh, layout.params))
     return config, teacher if needs_teacher(config) else None, student, layers
@@ -523,6 +523,8 @@ def print_summary(run: Run, student: LanguageModel) -> None:
     mesh = " x ".join(f"{name} {size}" for name, size in run.placement.mesh.shape.items())
     devices = f"{jax.device_count()} x {device.device_kind}"
     report.say(f"device    {devices} ({mesh}), {config.compute_dtype}")
+    if config.mup.base_embed is not None:
+        report.say(f"µP        {config.mup.describe(student.config.embed)}")
     report.say(f"attention {attention(config, student.config)}")
 
 

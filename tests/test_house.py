@@ -17,6 +17,7 @@ FLOORS = [
     {"runtime.target_store"},
     {"generate", "eval"},
     {"student", "losses.features", "optim", "runtime.checkpoint", "runtime.answers"},
+    {"mup"},
     {"losses", "models", "data"},
     {"text"},
     {"runtime.figures"},
