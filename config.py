@@ -194,7 +194,7 @@ class Config(processes.Config):
             (scaled and self.optim.name in ("adafactor", "sgd"),
              f"--mup.base-embed with --optim.name {self.optim.name}",
              "its rule is known for adamw, lion and muon"),
-            (not scaled and self.mup != mup.OFF, "--mup.qk-scale or --mup.zero-init",
+            (not scaled and self.mup != Mup(), "--mup.qk-scale or --mup.zero-init",
              "they need --mup.base-embed"),
             (self.student is not None and self.student_init is not None,
              "--student-init with --student", "that student is whole already"),

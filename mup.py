@@ -27,17 +27,13 @@ class Config:
     qk_scale: Annotated[float, above(0)] = 8.0
     """Attention multiplies scores by this / head_dim; 8 is as usual at a head_dim of 64."""
     zero_init: bool = False
-    """Start queries, unless they are normalised, and the last projections of attention and MLP at
-    zero."""
+    """Start queries (unless they are normalised) and the projections into the stream at zero."""
 
     def __post_init__(self):
         check(self, "--mup.")
 
     def describe(self, embed: int) -> str:
         return f"m = {embed / self.base_embed:g} over width {self.base_embed}"
-
-
-OFF = Config()
 
 
 class Scale(NamedTuple):
@@ -48,15 +44,9 @@ class Scale(NamedTuple):
 
 
 def scale(
-    config: Config,
-    names: tuple[str, ...],
-    shape: tuple[int, ...],
-    *,
-    behind: bool = False,
-    tied: bool = False,
-    normalised: bool = False,
-    muon: bool = False,
-) -> Scale:
+    config: Config, names: tuple[str, ...], shape: tuple[int, ...], *, behind: bool = False,
+    tied: bool = False, normalised: bool = False, muon: bool = False,
+) -> Scale:  # fmt: skip
     """What the axes of a leaf say. It may stand `behind` the blocks of a model, whose embedding may
     be `tied` to the head, and whose queries and keys may be `normalised`."""
     base, size = config.base_embed, dict(zip(names, shape, strict=True))
@@ -68,7 +58,7 @@ def scale(
         return Scale(readout, readout) if tied else Scale(1.0, 1.0)
     init = lr = 1.0
     if "embed" in names and len(names) > 1:
-        adds = names[0] == "embed"  # to the residual stream; all else reads it
+        adds = names[0] == "embed"  # to the residual stream, which all others read
         fan_in = math.prod(shape[1:]) if adds else shape[-1]
         init = 0.0 if adds and config.zero_init else fan_in**-0.5 / STD
         # What must not grow is the spectral norm of an update (Yang, Simon and Bernstein 2023). Of
@@ -81,35 +71,27 @@ def scale(
     if names == ("head_dim",):
         return Scale(sharpness**0.5, sharpness**0.5)
     if names[0] == "heads" and not normalised:
-        query = _first_part(names, shape)
-        lr = lr * sharpness**query
-        init = init * (1 - query if config.zero_init else sharpness**query)
+        # Ones for queries, zeros for the keys and values that may be fused with them.
+        query = np.zeros([size[name] if name.isdigit() else 1 for name in names], np.float32)
+        query.flat[0] = 1
+        init *= 1 - query if config.zero_init else sharpness**query
+        lr *= sharpness**query
     return Scale(init, lr)
 
 
-def _first_part(names: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """One for queries and zero for keys and values that are fused with them, along their axis."""
-    sizes = [size if name.isdigit() else 1 for name, size in zip(names, shape, strict=True)]
-    part = np.zeros(sizes, np.float32)
-    part.flat[0] = 1
-    return part
-
-
 def scales(config: Config, tree: PyTree, muon: bool = False) -> Scale:
-    """Those of every leaf of a model, or of a tree that has one: fields stand in the order in which
-    a token meets them, so that head and final norm are what is behind the blocks."""
+    """Those of every leaf of a model, or of a tree that has one. Fields stand in the order in which
+    a token meets them, so that the final norm and the head are what is behind the blocks."""
     leaves, structure = jax.tree.flatten(tree)
-    axes = [names or () for names in structure.flatten_up_to(sharding.axes(tree))]
-    first = next((i for i, names in enumerate(axes) if "layers" in names), len(axes))
-    behind = [i > first and "layers" not in names for i, names in enumerate(axes)]
+    axes = structure.flatten_up_to(sharding.axes(tree))
+    stacked = ["layers" in names for names in axes]
+    behind = [any(stacked[:i]) and not stacked[i] for i in range(len(axes))]
     tied = not any(late and "vocab" in names for late, names in zip(behind, axes, strict=True))
-    normalised = ("layers", "head_dim") in axes
+    facts = {"tied": tied, "normalised": ("layers", "head_dim") in axes, "muon": muon}
     entries = [
-        scale(
-            config, names, leaf.shape, behind=late, tied=tied, normalised=normalised, muon=muon
-        ) if names else Scale(1.0, 1.0)
-        for leaf, names, late in zip(leaves, axes, behind, strict=True)
-    ]  # fmt: skip
+        scale(config, names, leaf.shape, behind=late, **facts)
+        for names, leaf, late in zip(axes, leaves, behind, strict=True)
+    ]
     return Scale(*(jax.tree.unflatten(structure, part) for part in zip(*entries, strict=True)))
 
 

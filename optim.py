@@ -65,12 +65,12 @@ class Config:
             raise UserError("--optim.moment-dtype bfloat16: adafactor has no first moment")
 
 
-def make(config: Config, steps: int, mup: Mup = mup.OFF) -> "Optimizer":
+def make(config: Config, steps: int, mup: Mup | None = None) -> "Optimizer":
     """The optimizer of a run of `steps` optimizer steps."""
     warmup = steps // 20 if config.warmup is None else config.warmup
     if warmup > steps:
         raise UserError(f"--optim.warmup is {warmup}: it must not exceed --steps ({steps})")
-    return Optimizer(replace(config, warmup=warmup), steps, mup)
+    return Optimizer(replace(config, warmup=warmup), steps, mup or Mup())
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Optimizer:
 
     config: Config
     steps: int
-    mup: Mup = mup.OFF
+    mup: Mup = Mup()
 
     def lr(self, step: Int[Array, ""] | int) -> Float32[Array, ""]:
         """The learning rate of the update that leads from `step` to `step + 1`."""
@@ -121,8 +121,7 @@ class Optimizer:
         """The moments of every leaf that is not frozen. Call it on placed parameters outside of
         jit, or constrain the result by `sharding.specs`."""
         trainable = eqx.filter(params, self.trainable(params))
-        chain = self._chain(1.0, 0, True, self._lr_factors(params))
-        return chain.init(optax.tree.cast(trainable, jnp.float32))
+        return self._chain(1.0, 0, True, params).init(optax.tree.cast(trainable, jnp.float32))
 
     def update(
         self,
@@ -134,7 +133,7 @@ class Optimizer:
     ) -> tuple[PyTree, PyTree, dict[str, Array]]:
         """New parameters, new state, and `grad_norm` (before clipping), `lr` and `finite`. Where
         the norm is not finite, or `finite` is false, both stay as they are."""
-        trainable, factors = self.trainable(params), self._lr_factors(params)
+        trainable, model = self.trainable(params), params
         params, frozen = eqx.partition(params, trainable)
         grads = optax.tree.cast(eqx.filter(grads, trainable), jnp.float32)
         squares = jax.tree.map(_square_sum, grads, sharding.axes(grads))
@@ -142,28 +141,22 @@ class Optimizer:
         finite &= jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
             master = optax.tree.cast(params, jnp.float32)
-            chain = self._chain(norm, step, finite, factors)
-            updates, state = chain.update(grads, state, master)
+            updates, state = self._chain(norm, step, finite, model).update(grads, state, master)
             params = optax.tree.where(finite, optax.apply_updates(params, updates), params)
         metrics = {"grad_norm": norm, "lr": self.lr(step), "finite": finite}
         return eqx.combine(params, frozen), state, metrics
 
-    def _lr_factors(self, params: PyTree) -> PyTree | None:
-        """What µP multiplies the learning rate of every leaf by that is not frozen."""
-        if self.mup.base_embed is None:
-            return None
-        factors = mup.scales(self.mup, params, muon=self.config.name == "muon").lr
-        return eqx.filter(factors, self.trainable(params))
-
-    def _chain(self, norm, step, finite, factors) -> optax.GradientTransformation:
+    def _chain(self, norm, step, finite, model) -> optax.GradientTransformation:
         """The update of a step whose gradient has this norm: the chain itself counts no steps."""
         clip, scaled = self.config.clip, []
-        if factors is not None:  # before the decay, whose strength is that of every width
+        if self.mup.base_embed is not None:
+            factors = mup.scales(self.mup, model, muon=self.config.name == "muon").lr
+            factors = eqx.filter(factors, self.trainable(model))
             scaled = [optax.stateless(lambda grads, _: jax.tree.map(jnp.multiply, grads, factors))]
         return optax.chain(
             optax.scale(jnp.minimum(clip / norm, 1)) if clip else optax.identity(),
             _rule(self.config, finite),
-            *scaled,
+            *scaled,  # before the decay, whose strength is that of every width
             optax.add_decayed_weights(self.config.weight_decay, _over_axes(is_matrix)),
             optax.scale_by_learning_rate(self.lr(step)),
         )

@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
 
 import models
-import mup
 import sharding
 from losses import divergences, features, signal
 from models.attention import Hidden, positions
@@ -470,16 +469,9 @@ def kl_between(teacher: LanguageModel, student: LanguageModel, text: Calibration
     return float(jnp.mean(jnp.sum(divergences.kl(log_p, log_q), 0)))
 
 
-def fresh(
-    family: type[LanguageModel], config: Any, key: PRNGKeyArray, scaling: mup.Config = mup.OFF
-) -> LanguageModel:
+def fresh(family: Callable[..., LanguageModel], config: Any, key: PRNGKeyArray) -> LanguageModel:
     """Random weights in float32, made in their places on the mesh in scope, if any."""
-
-    @eqx.filter_jit
-    def draw(key: PRNGKeyArray) -> LanguageModel:
-        return sharding.constrain_tree(mup.initial(scaling, family(config, key)))
-
-    return draw(key)
+    return eqx.filter_jit(lambda key: sharding.constrain_tree(family(config, key)))(key)
 
 
 def resized(config: Any, layers: int, **widths: int) -> Any:

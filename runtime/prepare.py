@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 import data
 import losses
 import models
+import mup
 import optim
 import sharding
 import student as students
@@ -343,7 +344,8 @@ def teacher_and_student(
         student = models.load(config.student, dtype=jnp.float32, mesh=mesh)
     elif not begun and not cuts:
         shape, key = student_config(config), jax.random.key(config.seed)
-        student = students.fresh(models.FAMILIES[shape.model_type], shape, key, config.mup)
+        family = models.FAMILIES[shape.model_type]
+        student = students.fresh(lambda *of: mup.initial(config.mup, family(*of)), shape, key)
     if student is not None:
         student = jax.device_put(student, sharding.specs(student, mesh, layout.params))
     return config, teacher if needs_teacher(config) else None, student, layers
