@@ -76,18 +76,17 @@ def draw(path: str, rates: np.ndarray, results: dict[str, dict[int, np.ndarray]]
 
     sheet = Figure(figsize=(9, 3.6), layout="constrained")
     panels = sheet.subplots(1, len(results), sharey=True)
-    lowest = min(loss.min() for lines in results.values() for loss in lines.values())
     for panel, (name, lines) in zip(panels, results.items(), strict=True):
         for i, (width, loss) in enumerate(lines.items()):
             color = f"C{i}"
             panel.plot(rates, loss, "o-", ms=3, lw=1.2, color=color, label=f"width {width}")
             best = int(np.argmin(loss))
             panel.plot(rates[best], loss[best], "*", ms=13, color=color)
-        panel.set(title=name, xscale="log", xlabel="learning rate", ylim=(lowest - 0.1, lowest + 2))
+        panel.set(title=name, xscale="log", xlabel="learning rate")
         panel.grid(alpha=0.2)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("KL from the teacher, last steps")
-    panels[0].legend(frameon=False)
+    panels[-1].legend(frameon=False)
     sheet.savefig(path, dpi=80)
 
 

@@ -15,6 +15,7 @@ from variants import VARIANTS, build, older_dialect
 
 import generate
 import models
+import mup
 import student
 from models import kernels
 from models.hub import leaves
@@ -105,6 +106,24 @@ def test_narrow_students_load_in_transformers(name, widths, tmp_path):
     expected = reference_logits(back.eval(), tokens)
     assert np.abs(np.asarray(logits_of(narrow, tokens)) - expected).max() <= 1e-4
     assert np.abs(ours(tmp_path / "ours", tokens) - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama-2", "llama-3.2-tied", "llama-biases", "qwen3"])
+def test_fresh_students_in_mup_load_in_transformers(name, tmp_path):
+    """Every multiplier is in their weights: transformers knows of none."""
+    reference = build(name, seed=3)
+    reference.save_pretrained(tmp_path / "theirs")
+    shape, scaling = models.config(tmp_path / "theirs"), mup.Config(8)
+    scaled = mup.initial(scaling, models.FAMILIES[shape.model_type](shape, jax.random.key(0)))
+    models.save(scaled, tmp_path / "ours")
+    back, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    tokens = tokens_for(3)
+    expected = reference_logits(back.eval(), tokens)
+    assert np.abs(np.asarray(logits_of(scaled, tokens)) - expected).max() <= 1e-5
+    assert np.abs(ours(tmp_path / "ours", tokens) - expected).max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["bloom", "bloom-residual", "llama-2", "llama-3.2-tied", "qwen3"])
