@@ -13,9 +13,11 @@ import widths
 from test_distill import config_of, one_device, teacher, text  # noqa: F401
 
 import distill
+import losses
 import models
 import mup
 import optim
+import sharding
 import student as students
 from losses import features
 from models.bloom import Bloom
@@ -226,6 +228,18 @@ def test_off_it_leaves_values_updates_and_states_as_they_are(rule):
     assert len(set(programs)) == 1
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_a_step_costs_what_it_costs_without(name):
+    costs, model = [], fresh(SHAPES[name])
+    for scaling in (mup.Config(), SCALING):
+        optimizer = optim.make(optim.Config(), 10, scaling)
+        state = distill.init_state(model, optimizer)
+        fixed = optimizer, losses.Objective(losses.Config(alpha=0.0), 10)
+        program = sharding.compiled(distill.step.lower((None, widths.BATCH), state, *fixed))
+        costs.append(program.compiled.memory_analysis().temp_size_in_bytes)
+    assert costs[1] <= 1.01 * costs[0]
+
+
 # ---- widths ----
 
 
@@ -237,10 +251,10 @@ def test_states_and_their_changes_are_of_one_size_at_every_width():
 def test_updates_of_muon_have_one_spectral_norm_at_every_width():
     """A factor of 1 / m would let it fall: it is what updates of few directions need."""
     norms = []
-    for width in (64, 256):
-        model = fresh(widths.shape_of("llama", width, False), mup.Config(64))
+    for width in (32, 128):
+        model = fresh(widths.shape_of("llama", width, False), mup.Config(32))
         config = optim.Config("muon", weight_decay=0.0, **PLAIN)
-        new, _ = update(optim.make(config, 10, mup.Config(64)), model, 1)
+        new, _ = update(optim.make(config, 10, mup.Config(32)), model, 1)
         change = jax.tree.map(lambda x, y: np.asarray(x - y)[0], new.blocks, model.blocks)
         matrices = change.up, change.down, change.output.reshape(width, width)
         norms.append([np.linalg.norm(x, 2) for x in matrices])
@@ -250,13 +264,8 @@ def test_updates_of_muon_have_one_spectral_norm_at_every_width():
 # ---- runs ----
 
 
-def test_a_run_says_what_it_scales_by_and_goes_on_by_the_same(
-    teacher,
-    text,
-    tmp_path,
-    capsys,
-    one_device,  # noqa: F811
-):
+@pytest.mark.usefixtures("one_device")
+def test_a_run_says_what_it_scales_by_and_goes_on_by_the_same(teacher, text, tmp_path, capsys):
     config = dataclasses.replace(
         config_of(teacher, text, tmp_path / "run"), student_init="random", mup=mup.Config(4),
         steps=2, quiet=False,

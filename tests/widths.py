@@ -60,8 +60,8 @@ def coordinates(before, after, target) -> dict[str, jax.Array]:
 
 
 def slopes(
-    family: str, tied: bool, scaling: mup.Config, teacher=None, rule="adamw", lr=1e-3,
-    widths=WIDTHS, at=(1, 3, 10), seeds=3,
+    family: str, tied: bool, scaling: mup.Config, teacher=None, lr=4e-3,
+    widths=WIDTHS, at=(1, 3, 10), seeds=4,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """The power of width with which each size grows, after so many steps on one batch (the first
     axis); a mean over fresh students."""
@@ -69,7 +69,7 @@ def slopes(
     if teacher is not None:
         target = jax.nn.softmax(teacher(READ))
     # Adam's eps is small enough; decay and clipping are left out, as they are of no width.
-    config = optim.Config(rule, lr=lr, warmup=0, schedule="constant", weight_decay=0.0, clip=0.0)
+    config = optim.Config(lr=lr, warmup=0, schedule="constant", weight_decay=0.0, clip=0.0)
     optimizer = optim.make(config, 100, scaling)
     objective = losses.Objective(losses.Config(alpha=0.0 if teacher is None else 1.0), 100)
     sizes = []
@@ -92,15 +92,16 @@ def slopes(
 
 
 def check(family: str, tied: bool, teacher=None, **how) -> None:
-    """In µP nothing grows with width, and without it what blocks compute does. A head of random
+    """In µP nothing grows with width, and without it what training changes does. A head of random
     rows is lost among wider states: the logits of a fresh model are smaller in µP."""
-    for name, slope in slopes(family, tied, mup.Config(64), teacher, **how).items():
+    for name, slope in slopes(family, tied, mup.Config(16), teacher, **how).items():
         print(family, tied, name, slope.round(3).tolist())
         if name != "logits":
             assert np.abs(slope).max() < 0.05, (family, tied, name, slope)
         elif not tied:
-            assert np.abs(slope + 0.5).max() < 0.05
-    standard = slopes(family, tied, mup.Config(), teacher, **how | {"seeds": 1})
+            assert np.abs(slope + 0.5).max() < 0.05, (family, slope)
+    how |= {"seeds": 1, "at": (3,), "widths": (64, 512)}
+    standard = slopes(family, tied, mup.Config(), teacher, **how)
     print({name: slope.round(2).tolist() for name, slope in standard.items()})
-    for name in ("states", "change", "added", "change of added", "learned"):
-        assert standard[name][:, -1].min() > 0.5, (family, tied, name, standard[name])
+    for name in ("change", "change of added", "learned"):
+        assert standard[name][0, -1] > 0.5, (family, tied, name, standard[name])

@@ -1,10 +1,22 @@
 """Widths that transfer: real little training at widths of a factor of eight."""
 
 import equinox as eqx
+import numpy as np
 import pytest
-from widths import check, fresh, shape_of
+import readme
+from widths import VOCAB, check, fresh, shape_of
 
+import data
+import losses
 import mup
+from benchmarks.mup import final, sweep
+
+FAMILIES = pytest.mark.parametrize("family", ["llama", "bloom"])
+TAUGHT = pytest.mark.parametrize("taught", [False, True], ids=["text", "teacher"])
+TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+SCALING = mup.Config(32)
+RATES = 2.0 ** np.arange(-7, -1)
+STEPS, ROWS, SEQ = 60, 8, 32
 
 
 def teacher_of(family: str):
@@ -13,8 +25,47 @@ def teacher_of(family: str):
     return eqx.tree_at(lambda model: model.head, model, replace_fn=lambda head: 3 * head)
 
 
-@pytest.mark.parametrize("taught", [False, True], ids=["text", "teacher"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["llama", "bloom"])
+@FAMILIES
+@TIED
+@TAUGHT
 def test_the_coordinate_check(family, tied, taught):
     check(family, tied, teacher_of(family) if taught else None)
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[data.Batch]:
+    """The demo's text by its characters, of which there are few."""
+    text = np.frombuffer((readme.ROOT / "demo" / "stories.txt").read_bytes(), np.uint8)
+    ids = np.searchsorted(np.unique(text), text).astype(np.int32)
+    assert ids.max() < VOCAB
+    rows = ids[: STEPS * ROWS * (SEQ + 1)].reshape(STEPS, ROWS, SEQ + 1)
+    mask = np.ones((ROWS, SEQ), bool)
+    return [data.Batch(tokens, np.ones_like(tokens), mask) for tokens in rows]
+
+
+def curves(width, family, tied, scaling, batches, teacher=None, rates=RATES):
+    loss = losses.Config(alpha=0.0 if teacher is None else 1.0)
+    model = fresh(shape_of(family, width, tied), scaling)
+    return sweep(model, scaling, rates, batches, loss, teacher)
+
+
+@FAMILIES
+@TAUGHT
+def test_the_best_rate_stays_and_wider_is_better_throughout(family, taught, batches):
+    """Llama is tied here, and BLOOM is not."""
+    teacher, tied = teacher_of(family) if taught else None, family == "llama"
+    narrow, wide = (curves(width, family, tied, SCALING, batches, teacher) for width in (32, 256))
+    best, best_wide = (int(np.argmin(final(x))) for x in (narrow, wide))
+    print(family, taught, final(narrow).round(3), final(wide).round(3))
+    assert 0 < best < len(RATES) - 1 and abs(best_wide - best) <= 1
+    tenths = (x[best].reshape(10, -1).mean(1) for x in (narrow, wide))
+    print(*map(np.array, tenths))
+
+
+def test_without_it_the_best_rate_of_a_narrow_student_breaks_a_wide_one(batches):
+    rates = 2.0 ** np.arange(-9, -4)
+    narrow, wide = (
+        final(curves(width, "llama", False, mup.Config(), batches, rates=rates))
+        for width in (32, 256)
+    )
+    print(narrow.round(3), wide.round(3))
