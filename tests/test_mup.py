@@ -106,6 +106,14 @@ def test_initial_values_and_rates_of_every_leaf_are_those_published(name, scale)
             assert not drawn or abs(part.mean()) < 5 * std * part.size**-0.5
 
 
+@pytest.mark.parametrize("name", ["llama tied", "bloom"])
+def test_on_a_mesh_they_are_the_same(name):
+    with sharding.use_mesh(sharding.make_mesh(2, 2, 2)):
+        split = fresh(SHAPES[name])
+    assert len(split.blocks.up.sharding.device_set) == 8
+    jax.tree.map(np.testing.assert_array_equal, split, fresh(SHAPES[name]))
+
+
 def test_at_the_base_width_and_the_usual_head_dim_every_rate_is_that_of_adam():
     shape = dataclasses.replace(LLAMA, embed=64, heads=1, kv_heads=1, head_dim=64)
     rates = leaves(mup.scales(mup.Config(64), fresh(shape, mup.Config(64))).lr)
@@ -294,12 +302,15 @@ RANDOM = "--student-init random --mup.base-embed"
         ("--mup.base-embed 64", "--mup.base-embed without --student-init random: it scales fresh"),
         ("--student-init first --mup.base-embed 64", "--mup.base-embed without --student-init"),
         ("--student x --mup.base-embed 64", "--mup.base-embed without --student-init random"),
-        (f"{RANDOM} 64 --optim.name sgd", "--mup.base-embed with --optim.name sgd: its rule is"),
+        (
+            f"{RANDOM} 64 --optim.name sgd",
+            "--mup.base-embed with --optim.name sgd: no rule is known",
+        ),
         (f"{RANDOM} 64 --optim.name adafactor", "--mup.base-embed with --optim.name adafactor"),
         (f"{RANDOM} 0", "--mup.base-embed is 0: it must be 1 or more"),
         (f"{RANDOM} -64", "--mup.base-embed is -64: it must be 1 or more"),
         (f"{RANDOM} 64 --mup.qk-scale 0", "--mup.qk-scale is 0.0: it must be above 0"),
-        ("--mup.zero-init", "--mup.qk-scale or --mup.zero-init: they need --mup.base-embed"),
+        ("--mup.zero-init", "--mup.qk-scale or --mup.zero-init: add --mup.base-embed"),
     ],
 )
 def test_what_cannot_be_scaled_is_refused_in_a_line(words, says):

@@ -15,8 +15,8 @@ FAMILIES = pytest.mark.parametrize("family", ["llama", "bloom"])
 TAUGHT = pytest.mark.parametrize("taught", [False, True], ids=["text", "teacher"])
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 SCALING = mup.Config(32)
-RATES = 2.0 ** np.arange(-7, -1)
-STEPS, ROWS, SEQ = 60, 8, 32
+RATES = 2.0 ** np.arange(-7, -2)
+STEPS, ROWS, SEQ = 50, 8, 32
 
 
 def teacher_of(family: str):
