@@ -21,9 +21,9 @@ from runtime.errors import above, at_least, check
 @dataclass(frozen=True)
 class Config:
     base_embed: Annotated[int | None, at_least(1)] = None
-    """Width at which --optim.lr was tuned: fresh weights and their learning rates are scaled so
-    that it is right at --student-embed too. MLP and heads are taken to grow along. Weight decay
-    stays --optim.lr times --optim.weight-decay at every width."""
+    """Turns µP on: the width at which --optim.lr was tuned. Fresh weights and their learning rates
+    are scaled so that it is right at --student-embed too; MLP and heads are taken to grow along.
+    Weight decay stays --optim.lr times --optim.weight-decay at every width."""
     qk_scale: Annotated[float, above(0)] = 8.0
     """Attention multiplies scores by this / head_dim; 8 is as usual at a head_dim of 64."""
     zero_init: bool = False

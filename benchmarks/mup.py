@@ -54,8 +54,9 @@ def sweep(
     """The loss at every step of a run at each learning rate."""
     optimizer = optim.make(optim.Config(lr=1.0, **settings), len(batches), scaling)
     objective, curves = losses.Objective(loss, len(batches)), []
+    start = distill.init_state(model, optimizer)
     for rate in rates:
-        state, curve = distill.init_state(model, optimizer), []
+        state, curve = start, []
         for batch in batches:
             frozen = teacher, batch
             state, value = step(frozen, state, np.float32(rate), optimizer, objective)

@@ -11,7 +11,6 @@ import losses
 import models
 import mup
 import optim
-import student as students
 from models.bloom import Bloom
 from models.llama import Llama
 
@@ -24,11 +23,14 @@ READ = jnp.asarray(TOKENS[:, :-1])
 BATCH = data.Batch(TOKENS, np.ones_like(TOKENS), np.ones((2, 16), bool))
 
 
+@eqx.filter_jit
+def drawn(shape, scaling, key):
+    return mup.initial(scaling, models.FAMILIES[shape.model_type](shape, key))
+
+
 def fresh(shape, scaling, seed=0):
-    family = models.FAMILIES[shape.model_type]
-    return students.fresh(
-        lambda *of: mup.initial(scaling, family(*of)), shape, jax.random.key(seed)
-    )
+    """A student of this shape; one program for all seeds."""
+    return drawn(shape, scaling, jax.random.key(seed))
 
 
 def shape_of(family: str, width: int, tied: bool):
@@ -72,14 +74,15 @@ def slopes(
     config = optim.Config(lr=lr, warmup=0, schedule="constant", weight_decay=0.0, clip=0.0)
     optimizer = optim.make(config, 100, scaling)
     objective = losses.Objective(losses.Config(alpha=0.0 if teacher is None else 1.0), 100)
-    sizes = []
+    step, sizes = eqx.filter_jit(distill.step), []  # one that consumes nothing
     for width in widths:
         sizes.append([])
+        start = distill.init_state(fresh(shape_of(family, width, tied), scaling), optimizer)
         for seed in range(seeds):
             model = fresh(shape_of(family, width, tied), scaling, seed)
-            state = distill.init_state(jax.tree.map(jnp.copy, model), optimizer)
+            state = eqx.tree_at(lambda state: state.learner.student, start, model)
             for number in range(1, max(at) + 1):
-                state, _ = distill.step((teacher, BATCH), state, optimizer, objective)
+                state, _ = step((teacher, BATCH), state, optimizer, objective)
                 if number in at:
                     sizes[-1].append(jax.device_get(coordinates(model, state.student, target)))
     exponents = {}

@@ -15,8 +15,8 @@ FAMILIES = pytest.mark.parametrize("family", ["llama", "bloom"])
 TAUGHT = pytest.mark.parametrize("taught", [False, True], ids=["text", "teacher"])
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 SCALING = mup.Config(32)
-RATES = 2.0 ** np.arange(-7, -2)
-STEPS, ROWS, SEQ = 50, 8, 32
+RATES = 2.0 ** np.arange(-8, -2)
+STEPS, ROWS, SEQ = 40, 8, 32
 
 
 def teacher_of(family: str):
@@ -43,7 +43,7 @@ def batches() -> list[data.Batch]:
     return [data.Batch(tokens, np.ones_like(tokens), mask) for tokens in rows]
 
 
-def curves(width, family, tied, scaling, batches, teacher=None, rates=RATES):
+def curves(width, family, tied, scaling, batches, teacher, rates):
     loss = losses.Config(alpha=0.0 if teacher is None else 1.0)
     model = fresh(shape_of(family, width, tied), scaling)
     return sweep(model, scaling, rates, batches, loss, teacher)
@@ -54,18 +54,23 @@ def curves(width, family, tied, scaling, batches, teacher=None, rates=RATES):
 def test_the_best_rate_stays_and_wider_is_better_throughout(family, taught, batches):
     """Llama is tied here, and BLOOM is not."""
     teacher, tied = teacher_of(family) if taught else None, family == "llama"
-    narrow, wide = (curves(width, family, tied, SCALING, batches, teacher) for width in (32, 256))
+    narrow, wide = (
+        curves(width, family, tied, SCALING, batches, teacher, RATES) for width in (32, 256)
+    )
     best, best_wide = (int(np.argmin(final(x))) for x in (narrow, wide))
     print(family, taught, final(narrow).round(3), final(wide).round(3))
     assert 0 < best < len(RATES) - 1 and abs(best_wide - best) <= 1
-    tenths = (x[best].reshape(10, -1).mean(1) for x in (narrow, wide))
-    print(*map(np.array, tenths))
+    assert (final(wide) < final(narrow)).all()
+    tenths = [x[best].reshape(10, -1).mean(1) for x in (narrow, wide)]
+    assert (tenths[1] < tenths[0]).all(), tenths
 
 
 def test_without_it_the_best_rate_of_a_narrow_student_breaks_a_wide_one(batches):
-    rates = 2.0 ** np.arange(-9, -4)
+    rates = RATES / 4
     narrow, wide = (
-        final(curves(width, "llama", False, mup.Config(), batches, rates=rates))
+        final(curves(width, "llama", False, mup.Config(), batches, None, rates))
         for width in (32, 256)
     )
     print(narrow.round(3), wide.round(3))
+    assert np.argmin(narrow) - np.argmin(wide) >= 2
+    assert wide[np.argmin(narrow)] > wide.min() + 0.3
