@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+import jax
 
 import data
 import losses
@@ -30,17 +33,47 @@ class Mesh(sharding.Sizes):
 
 @dataclasses.dataclass(frozen=True)
 class Config(processes.Config):
-    """Distil a student from a teacher, and leave a Hugging Face checkpoint."""
+    """Distil a student from a teacher, and leave a Hugging Face checkpoint.
+
+    python distill.py --teacher HuggingFaceTB/SmolLM2-135M --student-layers 15 --data.source a.jsonl
+
+    The flags most often used come first, and further down --data.source, --loss.divergence,
+    --loss.alpha and --optim.lr.
+    """
 
     teacher: str | None = None
     """Hub id or folder of the teacher; by default the tiny one embedded here."""
+    student_layers: Annotated[int | None, at_least(1)] = None
+    """Blocks of the student; by default half of the teacher's."""
+    student_params: Annotated[float | None, below(0, 1)] = None
+    """Share of the parameters of the teacher's blocks: a few students with fewer blocks, narrower
+    MLPs or both are cut and healed, and the one with the lowest KL is trained."""
+    steps: Annotated[int | None, at_least(1)] = None
+    """Optimizer steps; by default 300 for the demo, else a token for every twenty parameters of the
+    teacher or --student, but at least 300."""
+    tokens: Annotated[int | None, at_least(1)] = None
+    """Tokens to train on, in the place of --steps."""
+    epochs: Annotated[float | None, above(0)] = None
+    """Times to go through the text, in the place of --steps."""
+    batch_size: Annotated[int, at_least(1)] = 16
+    """Rows of one optimizer step, over all devices."""
+    seq_len: Annotated[int | None, at_least(1)] = None
+    """Tokens that each row of a batch predicts; by default 128 for the demo, else 1024 or what
+    the teacher can."""
+    out: Annotated[str | None, LOCAL] = None
+    """Folder of the run; by default runs/<teacher>-<layers>L, or -<share> of --student-params."""
+    plan: bool = False
+    """Print what each device will hold, and what to change where it does not fit; then stop."""
+    export: bool = False
+    """Write the student of the last checkpoint, with curves and card, and end."""
+    push: str | None = None
+    """Hub id of a model to upload the student to; one that is not there yet is made private."""
+
     targets: str | None = None
     """Folder of kept targets (targets.py): the student learns from these, and no teacher is in
     memory. It tells teacher, text and --seq-len where these flags are not given."""
     student: str | None = None
     """Hub id or folder of a student to start from, instead of a cut of the teacher."""
-    student_layers: Annotated[int | None, at_least(1)] = None
-    """Blocks of the student; by default half of the teacher's."""
     student_init: str | None = None
     """Which blocks it keeps: greedy (the default), influence, uniform, first, last, a list such as
     0,2,5; or random: fresh weights."""
@@ -61,22 +94,12 @@ class Config(processes.Config):
     """Attention heads of the student, of a cut as many for each key and value head."""
     student_kv_heads: Annotated[int | None, at_least(1)] = None
     """Key and value heads of the student: a cut loses the others with all of their heads."""
-    student_params: Annotated[float | None, below(0, 1)] = None
-    """Share of the parameters of the teacher's blocks: a few students with fewer blocks, narrower
-    MLPs or both are cut and healed, and the one with the lowest KL is trained."""
     calibration_windows: Annotated[int, at_least(1)] = 4
     """Windows of text by which blocks, channels and heads are judged."""
     eval_teacher: bool = False
     """Keep the teacher for held-out figures even if the loss does not need it (alpha 0)."""
-    seq_len: Annotated[int | None, at_least(1)] = None
-    """Tokens that each row of a batch predicts; by default 128 for the demo, else 1024 or what
-    the teacher can."""
-    batch_size: Annotated[int, at_least(1)] = 16
-    """Rows of one optimizer step, over all devices."""
     microbatches: Annotated[int, at_least(1)] = 1
     """Parts in which a batch is computed, one after the other, to save memory."""
-    steps: Annotated[int, at_least(1)] = 300
-    """Optimizer steps."""
     seed: Annotated[int, SEED] = 0
     """Of the data's order and of fresh weights."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -89,15 +112,14 @@ class Config(processes.Config):
     dense where rows are short."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What models compute in; auto is bfloat16 on accelerators, float32 on CPUs."""
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the exported student is stored in."""
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the exported student is stored in; auto is as what it began from, for the demo float32.
+    """
     zero: Literal[1, 3] = 3
     """What --mesh.fsdp splits: 3 everything, 1 the optimizer's moments and the batch alone."""
     teacher_devices: Annotated[int | None, at_least(1)] = None
     """Give the teacher the last so many devices: it reads a batch while the student trains on the
     one before."""
-    out: Annotated[str | None, LOCAL] = None
-    """Folder of the run; by default runs/<teacher>-<layers>L, or -<share> of --student-params."""
     resume: bool = True
     """Continue the run in that folder; --no-resume moves it aside and starts anew."""
     resume_anyway: bool = False
@@ -106,12 +128,15 @@ class Config(processes.Config):
     """Minutes of wall clock after which the run saves and stops."""
     requeue_status: Annotated[int, between(0, 255)] = 0
     """Exit status of a run that was stopped before its end, for a scheduler that requeues by it."""
-    eval_every: Annotated[int, at_least(1)] = 100
-    """Steps between held-out evaluations."""
+    eval_every: Annotated[int | None, at_least(1)] = None
+    """Steps between held-out evaluations; by default 100, or a tenth of the run if that is more."""
     eval_windows: Annotated[int, at_least(1)] = 64
     """Held-out windows that an evaluation of the run reads, or all where there are fewer."""
-    save_every: Annotated[int, at_least(1)] = 100
-    """Steps between checkpoints."""
+    save_every: Annotated[int | None, at_least(1)] = None
+    """Steps between checkpoints; by default 100, or a twentieth of the run if that is more, or with
+    --save-minutes none."""
+    save_minutes: Annotated[float | None, above(0)] = None
+    """Minutes of wall clock between checkpoints."""
     keep: Annotated[int, at_least(1)] = 2
     """Checkpoints kept."""
     keep_best: bool = False
@@ -123,12 +148,8 @@ class Config(processes.Config):
     """Add norms of parameters and gradients, per layer, to the metrics."""
     profile_steps: str | None = None
     """Steps a:b to trace, for TensorBoard or Perfetto; the trace is left in the run's folder."""
-    export: bool = False
-    """Write the student of the last checkpoint, with curves and card, and end."""
     quiet: bool = False
     """Print only warnings and the result."""
-    plan: bool = False
-    """Print what each device will hold, and what to change where it does not fit; then stop."""
     devices: Annotated[int | None, at_least(1)] = None
     """With --plan: reckon for so many devices, which need not be there."""
     topology: str | None = None
@@ -159,7 +180,9 @@ class Config(processes.Config):
         several = self.distributed or self.coordinator is not None
         judged = self.loss.alpha > 0 or bool(self.loss.alpha_end)
         alone, together = "leave one out", "it needs the teacher on the student's devices"
+        amounts = [x for x in ("steps", "tokens", "epochs") if getattr(self, x) is not None]
         for conflicts, flags, reason in (
+            (len(amounts) > 1, " and ".join(f"--{x}" for x in amounts), "leave one out"),
             (targets and not uses_teacher_loss(self.loss), "--targets with --loss.alpha 0", alone),
             (targets and apart, "--teacher-devices with --targets", "no teacher is in memory"),
             (writes and not judged, "--on-policy.fraction with --loss.alpha 0",
@@ -203,19 +226,19 @@ def profile_window(steps: str) -> tuple[int, int]:
 # What may differ between a run and its continuation. Of these, only `steps` changes what follows:
 # the schedules end there.
 MAY_CHANGE = frozenset({
-    "--out", "--resume", "--resume-anyway", "--steps", "--time-limit", "--eval-every",
-    "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best", "--log-every",
-    "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--deterministic",
+    "--out", "--resume", "--resume-anyway", "--steps", "--tokens", "--epochs", "--time-limit",
+    "--eval-every", "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best",
+    "--log-every", "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--deterministic",
     "--teacher-devices", "--export-dtype", "--remat", "--microbatches", "--loss.chunk",
     "--data.cache", "--data.cache-limit", "--data.streaming", "--profile-steps", "--plan",
     "--devices", "--topology", "--device-memory", "--force", "--distributed", "--coordinator",
-    "--processes", "--process-id", "--requeue-status", "--export",
+    "--processes", "--process-id", "--requeue-status", "--export", "--push", "--save-minutes",
     "--data.text-field",  # what it says of the text is compared itself
 })  # fmt: skip
 # Of these, the ones that a finished run cannot heed any more.
 DURING_STEPS = frozenset({
-    "--eval-every", "--eval-windows", "--eval-teacher", "--save-every", "--keep-best",
-    "--log-every", "--log-norms", "--profile-steps",
+    "--eval-every", "--eval-windows", "--eval-teacher", "--save-every", "--save-minutes",
+    "--keep-best", "--log-every", "--log-norms", "--profile-steps",
 })  # fmt: skip
 
 
@@ -238,6 +261,14 @@ def with_defaults(config: Config) -> Config:
         features.pairs(config.loss.feature_pairs, layers or depth, depth)
     if config.on_policy.fraction:
         config.on_policy.lengths(seq_len)
+    steps, a_step = config.steps, config.batch_size * seq_len
+    start, export_dtype = models.abstract(config.student or teacher), config.export_dtype
+    if steps is None:  # those of --epochs follow when the text is open
+        usual = 0 if embedded else sum(leaf.size for leaf in jax.tree.leaves(start)) // 20
+        steps = math.ceil((config.tokens or max(usual, 300 * a_step)) / a_step)
+    if export_dtype == "auto":
+        export_dtype = "float32" if embedded else start.embedding.dtype.name
+    save_every = steps if config.save_minutes else max(100, steps // 20)
     name = files.local_path(named or "demo")
     name = (name.resolve() if name.exists() else Path(str(name).partition("@")[0])).name
     compute = sharding.compute_dtype(config.compute_dtype)
@@ -249,6 +280,8 @@ def with_defaults(config: Config) -> Config:
         config, teacher=teacher, student_layers=layers, seq_len=seq_len, compute_dtype=compute,
         student_init=config.student_init or ("greedy" if config.student is None else None),
         out=config.out or f"runs/{name}-{size}", data=_data(config.data, stored, embedded),
+        steps=steps, tokens=None, epochs=None, eval_every=config.eval_every or max(100, steps // 10),
+        save_every=config.save_every or save_every, export_dtype=export_dtype,
     )  # fmt: skip
 
 

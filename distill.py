@@ -30,6 +30,7 @@ from models.base import LanguageModel, add_rows, check_tokens
 from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results
 from runtime.errors import UserError
 from runtime.prepare import Placement, Run
+from runtime.processes import STOP
 
 __all__ = ["Config", "Data", "Mesh", "Optim", "State", "init_state", "main", "step", "train"]
 
@@ -286,6 +287,7 @@ def train(config: Config) -> Path:
     begun = time.monotonic()
     if not config.plan:
         prepare.restore_commits(with_defaults(config))  # they say where the run is
+        config = prepare.with_epochs(config)
     config = with_defaults(config)
     placement, out = prepare.placement(config), run_folder(config).path
     with (
@@ -300,7 +302,7 @@ def train(config: Config) -> Path:
             last = prepare.last_step(config, folder)
             if last is not None and last >= config.steps and results.is_exported(folder, last):
                 report.say(f"this run is finished: the student is in {out / 'student'}")
-                return out / "student"
+                return results.push(config)
             models.hub.check_replaceable(out / "student")  # now, not in the end
             if config.keep_best:
                 models.hub.check_replaceable(out / "student-best")
@@ -311,7 +313,8 @@ def train(config: Config) -> Path:
             if int(state.step) < config.steps and not config.export:
                 with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:
                     state = loop(run, state, saved, begun)
-            return results.finish(run, state.student, int(state.step))
+            results.finish(run, state.student, int(state.step))
+            return results.push(config)
 
 
 def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run, State]:
@@ -342,16 +345,13 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
     trace = plan.Trace(config.profile_steps, run.out / "trace")
     with (
         results.open_log(run, start) as log,
-        processes.Interruption() as interruption,
+        processes.Interruption(deadline, config.save_minutes) as interruption,
         contextlib.closing(data.prefetch(run.batch, start, config.steps)) as batches,
     ):
         log_step = results.step_logger(run, state.student, start, log, written)
         if start == 0:
             results.evaluate(run, state.student, 0, log)
         log.lap(start)
-
-        def asked() -> bool:
-            return interruption.asked or time.monotonic() > deadline
 
         try:
             for number, batch in enumerate(batches, start + 1):
@@ -360,15 +360,16 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     batch = write(state, batch)
                 arguments = (run.step_teacher, batch), state
                 # Before the step, so that reading it waits for no more than the one before.
-                vote = processes.any_asks(asked(), run.placement.mesh)
+                vote = processes.greatest(interruption.wish(), run.placement.mesh)
                 state, metrics = processes.block_on_cpu(program(*arguments, *fixed))
                 if pending is not None:
                     log_step(*pending)
                 pending = number, metrics
-                stops = number < config.steps and bool(asked() if vote is None else vote)
-                trace.after(number, state, log, ends=stops or number == config.steps)
-                evaluates = number % config.eval_every == 0 or number == config.steps
-                saves = stops or number % config.save_every == 0 or number == config.steps
+                wish = interruption.wish() if vote is None else int(vote)
+                ends, stops = number == config.steps, wish == STOP and number < config.steps
+                trace.after(number, state, log, ends=stops or ends)
+                evaluates = number % config.eval_every == 0 or ends
+                saves = wish > 0 or number % config.save_every == 0 or ends
                 if not (evaluates or saves):
                     continue
                 log_step(*pending)
@@ -377,11 +378,13 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     results.evaluate(run, state.student, number, log)
                 if saves:
                     saved.save(number, state, run.facts | {"tokens": run.tokens(number)})
-                if stops or (evaluates and number < config.steps):
+                    interruption.last_save = time.monotonic()
+                if stops or (evaluates and not ends):
                     results.draw_curves(run)
                 log.lap(number)  # none of this is time of the steps
                 if stops:
-                    saved.wait()
+                    with report.progress("saving"):
+                        saved.wait()
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")
                     log.say("for the student of this step, add --export to that command")
                     raise SystemExit(config.requeue_status)
@@ -403,6 +406,8 @@ def compile_step(run: Run, state: State) -> Any:
     stats = program.compiled.memory_analysis()
     arrays, rest = map(report.size, (stats.argument_size_in_bytes, stats.temp_size_in_bytes))
     report.say(f"compiled  in {took}, {arrays} of arrays and {rest} to work in, a device")
+    size = report.size(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    report.say(f"saves     {size} each, in {run.out / 'checkpoints'}")
     check_memory(run.config, run.placement, arguments, run.optimizer, program.compiled)
     if start:
         report.say(f"goes on   from step {start}")

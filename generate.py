@@ -23,7 +23,7 @@ import sharding
 import text
 from models.attention import Cache, einsum_f32
 from models.base import LanguageModel, unstacked
-from runtime import answers, errors, files, processes, report
+from runtime import answers, commits, errors, files, processes, report
 from runtime.errors import LOCAL, SEED, Constraint, UserError, above, at_least, between
 
 Logits = Float32[Array, "batch vocab"]
@@ -425,7 +425,7 @@ def run(config: Config) -> None:
     if out.suffix == ".parquet":  # what does not fit is refused now, not in the end
         columns = answers.schema([prompt.messages for prompt in prompts if prompt.messages])
     if config.push is not None:
-        answers.reserve(config.push)
+        commits.reserve(config.push, "dataset")
 
     def add(finished):
         journal.add([answer(job, new.tolist(), decoding.stop, decode) for job, new in finished])

@@ -167,18 +167,25 @@ def _flags(kind: type, prefix: str = "--") -> Iterator[str]:
 
 def _with_constraints(info: Any) -> Any:
     """tyro's own reading of a dataclass, in the order of its arguments, with its constraints."""
-    from tyro.constructors import ConstructorRegistry
+    import tyro
 
     if Constraint in info.markers or not dataclasses.is_dataclass(info.type):
         return None  # tyro's own rule for dataclasses reads it
     info = dataclasses.replace(info, markers=(*info.markers, Constraint))
-    spec, limits, fields = ConstructorRegistry.get_struct_spec(info), constraints(info.type), []
+    spec = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
+    hints, limits, fields = typing.get_type_hints(info.type), constraints(info.type), []
     order = list(inspect.signature(info.type).parameters)
     for field in sorted(spec.fields, key=lambda field: order.index(field.name)):
         text = (field.helptext() if callable(field.helptext) else field.helptext) or ""
         if limit := limits.get(field.name):
             text += f" Must be {limit.words}."
-        fields.append(dataclasses.replace(field, helptext=" ".join(text.split())))
+        kind = field.type
+        if field.default is None:  # the text says what that means
+            given = typing.get_args(hints[field.name])[0]
+            name = " ".join(part.__name__.upper() for part in typing.get_args(given) or [given])
+            kind = typing.Annotated[kind, tyro.conf.arg(help_behavior_hint="", metavar=name)]
+        text = " ".join(text.split())
+        fields.append(dataclasses.replace(field, type=kind, helptext=text))
     return dataclasses.replace(spec, fields=tuple(fields))
 
 

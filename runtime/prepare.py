@@ -24,7 +24,14 @@ import optim
 import sharding
 import student as students
 import text
-from config import Config, needs_teacher, run_folder, student_config, uses_teacher_loss
+from config import (
+    Config,
+    needs_teacher,
+    run_folder,
+    student_config,
+    uses_teacher_loss,
+    with_defaults,
+)
 from losses import features
 from models import kernels
 from models.base import LanguageModel
@@ -249,14 +256,11 @@ def write_config(folder: files.RunFolder) -> None:
 
 def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, LanguageModel | None]:
     """All that a run needs, read and checked, and its student if it has no checkpoint yet."""
+    if config.push is not None and jax.process_index() == 0:
+        commits.reserve(config.push, "model")
     process_rows = sharding.process_rows(placement.mesh, placement.layout.params)
-    tokenizer, vocab = models.fetch(config.teacher, weights=False), student_config(config).vocab
-    if config.student is not None and needs_teacher(config):
-        text.same_tokenizer(tokenizer, models.fetch(config.student, weights=False))
-    elif config.student is not None:
-        tokenizer = models.fetch(config.student, weights=False)
-    corpus = open_corpus(config, tokenizer, vocab)
-    targets = None
+    tokenizer, vocab = tokenizer_folder(config), student_config(config).vocab
+    corpus, targets = open_corpus(config, tokenizer, vocab), None
     if config.targets is not None:
         targets = target_store.load(config.targets)
         named = config.teacher != config.student  # else nobody needs its weights
@@ -281,6 +285,16 @@ def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, Langu
     return run, student
 
 
+def tokenizer_folder(config: Config) -> Path:
+    """The folder with the tokenizer of a run: the student's is the teacher's, if there is one."""
+    tokenizer = models.fetch(config.teacher, weights=False)
+    if config.student is not None and needs_teacher(config):
+        text.same_tokenizer(tokenizer, models.fetch(config.student, weights=False))
+    elif config.student is not None:
+        tokenizer = models.fetch(config.student, weights=False)
+    return tokenizer
+
+
 def open_corpus(config: Config, tokenizer: Path, vocab: int) -> data.Corpus:
     """The text of a run, and enough of it."""
     if needs_teacher(config):
@@ -293,6 +307,17 @@ def open_corpus(config: Config, tokenizer: Path, vocab: int) -> data.Corpus:
         remedy = "raise --data.held-out, or give --data.eval-source"
         raise UserError(f"there is no text to evaluate on: {remedy}")
     return corpus
+
+
+def with_epochs(config: Config) -> Config:
+    """With the steps that --epochs asks for; text that is new is tokenized for that."""
+    if config.epochs is None:
+        return config
+    whole = with_defaults(config)
+    with report.quietly(config.quiet or jax.process_index() > 0):
+        corpus = open_corpus(whole, tokenizer_folder(whole), student_config(whole).vocab)
+    steps = math.ceil(config.epochs * corpus.windows / config.batch_size)
+    return dataclasses.replace(config, steps=steps, epochs=None)
 
 
 def continued(run: Run, step: int, extra: dict[str, Any]) -> Run:
@@ -518,8 +543,10 @@ def print_summary(run: Run, student: LanguageModel) -> None:
             where = " on devices of its own" if apart else ""
             report.say(f"{name}   {model.config.layers} blocks, {count} parameters, {size}{where}")
     amount = f"{report.count(corpus.tokens)} tokens, {report.count(corpus.windows)} windows"
-    steps = f"{config.steps} steps of {config.batch_size} windows"
-    report.say(f"data      {amount} of {config.seq_len}; {steps}")
+    read = config.steps * config.batch_size
+    steps = f"{config.steps} steps of {config.batch_size}"
+    shares = f"{report.count(read * config.seq_len)} tokens, {read / corpus.windows:.2g} epochs"
+    report.say(f"data      {amount} of {config.seq_len}; {steps}: {shares}")
     mesh = " x ".join(f"{name} {size}" for name, size in run.placement.mesh.shape.items())
     devices = f"{jax.device_count()} x {device.device_kind}"
     report.say(f"device    {devices} ({mesh}), {config.compute_dtype}")

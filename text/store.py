@@ -58,7 +58,7 @@ def open_store(source: Source, tokenizer: Tokenizer, config: Any, seq_len: int) 
 
     `config.held_out` is the share of the documents that are not to train on.
     """
-    row = [seq_len] if config.packing == "fit" else []
+    row = [seq_len] if config.fits else []
     options = [config.text_field, config.documents, config.mask, config.held_out, *row]
     facts = [VERSION, records.SHAPES, source.fingerprint, tokenizer.fingerprint, options]
     cache = files.local_path(config.cache or files.cache_folder())
