@@ -280,8 +280,8 @@ def with_defaults(config: Config) -> Config:
         config, teacher=teacher, student_layers=layers, seq_len=seq_len, compute_dtype=compute,
         student_init=config.student_init or ("greedy" if config.student is None else None),
         out=config.out or f"runs/{name}-{size}", data=_data(config.data, stored, embedded),
-        steps=steps, tokens=None, epochs=None, eval_every=config.eval_every or max(100, steps // 10),
-        save_every=config.save_every or save_every, export_dtype=export_dtype,
+        steps=steps, tokens=None, epochs=None, save_every=config.save_every or save_every,
+        eval_every=config.eval_every or max(100, steps // 10), export_dtype=export_dtype,
     )  # fmt: skip
 
 

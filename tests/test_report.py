@@ -142,7 +142,7 @@ def test_a_broken_line_that_is_not_the_last_is_named(tmp_path):
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     with report.Log(tmp_path / "m", steps=10) as log:
-        log.step(step(2), mfu=0.414)
+        log.step(step(2) | {"mfu": 0.414})
         log.evaluation(evaluation(2, 4.0))
     out, err = capsys.readouterr()
     assert out == ""
@@ -175,7 +175,7 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen)
     with report.Log(tmp_path / "m", steps=10, start=2) as log:
         assert "2/10" in screen.getvalue()
-        log.step(step(6), mfu=0.414)
+        log.step(step(6) | {"mfu": 0.414})
         log.evaluation(evaluation(5, 4.0))
         log.step(step(10))
     shown = screen.getvalue().replace("\r", "\n").split("\n")
