@@ -166,7 +166,8 @@ def _flags(kind: type, prefix: str = "--") -> Iterator[str]:
 
 
 def _with_constraints(info: Any) -> Any:
-    """tyro's own reading of a dataclass, in the order of its arguments, with its constraints."""
+    """tyro's own reading of a dataclass, in the order of its arguments, those that must be given
+    first, with its constraints."""
     import tyro
 
     if Constraint in info.markers or not dataclasses.is_dataclass(info.type):
@@ -174,15 +175,16 @@ def _with_constraints(info: Any) -> Any:
     info = dataclasses.replace(info, markers=(*info.markers, Constraint))
     spec = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
     hints, limits, fields = typing.get_type_hints(info.type), constraints(info.type), []
-    order = list(inspect.signature(info.type).parameters)
+    given = inspect.signature(info.type).parameters
+    order = sorted(given, key=lambda name: given[name].default is not inspect.Parameter.empty)
     for field in sorted(spec.fields, key=lambda field: order.index(field.name)):
         text = (field.helptext() if callable(field.helptext) else field.helptext) or ""
         if limit := limits.get(field.name):
             text += f" Must be {limit.words}."
         kind = field.type
         if field.default is None:  # the text says what that means
-            given = typing.get_args(hints[field.name])[0]
-            name = " ".join(part.__name__.upper() for part in typing.get_args(given) or [given])
+            one = typing.get_args(hints[field.name])[0]
+            name = " ".join(part.__name__.upper() for part in typing.get_args(one) or [one])
             kind = typing.Annotated[kind, tyro.conf.arg(help_behavior_hint="", metavar=name)]
         text = " ".join(text.split())
         fields.append(dataclasses.replace(field, type=kind, helptext=text))
