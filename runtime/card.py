@@ -34,7 +34,7 @@ def model_card(run: Run, student: LanguageModel, step: int, metrics: list[dict[s
     title = f"A model trained on {source}"
     teacher = config.teacher if run.targets is None else run.targets.teacher_name
     if run.targets is not None or teacher != config.student:
-        facts |= {"license": license} if (license := _license(teacher)) else {}
+        facts |= {"license": license} if (license := license_of(teacher)) else {}
         if (folder := files.local_path(teacher)).exists():  # `base_model` is an id of the hub
             teacher = folder.resolve().name
         else:
@@ -110,7 +110,7 @@ def _speed(metrics: list[dict[str, Any]]) -> str:
     return f", {report.duration(taken)} at {speed} tokens/s on {devices}"
 
 
-def _license(teacher: str) -> str | None:
+def license_of(teacher: str) -> str | None:
     """What a teacher's own card says."""
     path = files.local_path(teacher) / "README.md"
     if path.is_file():
