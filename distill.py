@@ -327,7 +327,8 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
         # What lies there already stays: `sharding.shard` would hold all of it twice for a moment.
         return run, jax.device_put(state, plan.state_shardings(state, mesh, layout))
     _, like = abstract_arguments(run.config, placement, run.layers)
-    state, extra, step = checkpoint.restore(out / "checkpoints", like)
+    with report.progress("reading the checkpoint"):
+        state, extra, step = checkpoint.restore(out / "checkpoints", like)
     run = prepare.continued(run, step, extra)
     if not config.export:
         prepare.write_config(run_folder(config))  # what is refused leaves the run as it was

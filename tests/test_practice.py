@@ -174,14 +174,14 @@ def test_help_names_the_common_flags_first_and_defaults_in_words(capsys):
         errors.cli(distill.Config, ["--help"])
     printed = capsys.readouterr().out
     assert "None" not in printed
-    flags = re.findall(r"(?m)^\W*(--[\w.-]+)", printed.partition("--help")[2])
+    flags = re.findall(r"(?m)^\W*(--[\w.-]+)(?= [A-Z{[]|, --no)", printed.partition("--help")[2])
     common = ["--teacher", "--student-layers", "--student-params", "--steps", "--tokens"]
     assert flags[:5] == common
     assert flags.index("--out") < flags.index("--targets") < flags.index("--data.source")
     assert printed.index("python distill.py --teacher ") < printed.index("--student-layers INT")
     with pytest.raises(SystemExit):
         errors.cli(generate.Config, ["--help"])
-    flags = re.findall(r"(?m)^\W*(--[\w.-]+)", capsys.readouterr().out)
+    flags = re.findall(r"(?m)^\W*(--[\w.-]+)(?= [A-Z{[]|, --no)", capsys.readouterr().out)
     assert flags[:3] == ["--model", "--prompts", "--out"]
 
 
