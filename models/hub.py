@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -73,24 +72,16 @@ def fetch(source: Source, *, weights: bool = True) -> Path:
         raise UserError(f"{what}: no such folder, and no hub id (owner/name, owner/name@revision)")
     if weights:
         config(source)  # what is not supported is refused before its weights are fetched
+    from huggingface_hub import snapshot_download
+
     name, problem = str(source).partition("@")[0], "is no folder here and could not be fetched"
     with files.library_errors(f"{source} {problem}"), report.progress(f"fetching {name}"):
         commit = commits.commit(str(source))
-        folder = _snapshot(name, commit, tuple(wanted))
+        options = {"revision": commit, "local_files_only": commit in commits.CACHED}
+        folder = Path(snapshot_download(name, allow_patterns=wanted, **options))
         if weights and (shards := sorted(set(index(folder).values()))):
-            _snapshot(name, commit, tuple(shards))
+            snapshot_download(name, allow_patterns=shards, **options)
         return folder
-
-
-@functools.cache
-def _snapshot(name: str, commit: str, wanted: tuple[str, ...]) -> Path:
-    """The folder of these files of the hub, which is asked for them once."""
-    from huggingface_hub import snapshot_download
-
-    offline = commit in commits.CACHED
-    return Path(
-        snapshot_download(name, revision=commit, allow_patterns=wanted, local_files_only=offline)
-    )
 
 
 class Tensor(NamedTuple):

@@ -114,6 +114,8 @@ def license_of(teacher: str) -> str | None:
     """What a teacher's own card says."""
     path = files.local_path(teacher) / "README.md"
     if path.is_file():
-        words = re.search(r"(?m)^license: *(\S+)", path.read_text("utf-8", "replace")[:10_000])
+        words = re.search(
+            r"(?m)^license: *(\S+)", path.read_text(encoding="utf-8", errors="replace")[:10_000]
+        )
         return words and words[1]
     return commits.COMMITS.get(f"license models/{teacher.partition('@')[0]}")

@@ -233,17 +233,6 @@ def test_a_fetched_model_comes_from_the_cache(hub, online, offline, unreachable,
     assert hub.log == []
 
 
-def test_the_hub_is_asked_for_a_model_once(hub, home, small):
-    hub.add("owner/once", main=small[0])
-    client = Client(home, hub.endpoint)
-    client("load", "owner/once")
-    asked = len(hub.log)
-    client("load", "owner/once")
-    client("fetch", "owner/once")
-    client.close()
-    assert len(hub.log) == asked
-
-
 def test_a_revision(hub, online, offline, small, other):
     hub.add("owner/revised", main=small[0], old=other[0])
     assert online("load", "owner/revised@old") == other[1]
