@@ -252,6 +252,8 @@ def with_defaults(config: Config) -> Config:
         named = stored.teacher_name
     teacher = named or str(DEMO / "teacher")
     embedded = config.teacher is None and stored is None  # the text is, whoever teaches
+    if embedded and not DEMO.exists():
+        raise UserError(f"{DEMO} is not there: run distill.py in its checkout, or give --teacher")
     layers = _student_layers(config, models.config(teacher))
     asked = stored.seq_len if stored is not None and config.seq_len is None else config.seq_len
     several = [teacher] if config.student is None else [teacher, config.student]

@@ -188,3 +188,9 @@ def test_help_names_the_common_flags_first_and_defaults_in_words(capsys):
 def test_a_license_is_the_hubs(monkeypatch):
     monkeypatch.setitem(commits.COMMITS, "license models/owner/name", "mit")
     assert card.license_of("owner/name@main") == "mit"
+
+
+def test_the_embedded_teacher_lies_in_the_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(configs, "DEMO", tmp_path / "demo")
+    with pytest.raises(UserError, match="run distill.py in its checkout, or give --teacher"):
+        distill.with_defaults(distill.Config())
