@@ -22,6 +22,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 
+from runtime import results
+
 ROOT = Path(__file__).resolve().parents[1]
 Part = Literal["kills", "devices", "meshes", "answers", "sigterm", "disk", "overhead"]
 STEPS, SAVE, EVALUATE = 60, 7, 9
@@ -92,8 +94,8 @@ class Run(NamedTuple):
         """The metrics without times; those of a file that is being written, as far as it is."""
         with contextlib.suppress(OSError):
             lines = (self.out / "metrics.jsonl").read_text().split("\n")[:-1]
-            timed = ("tokens_per_second",)
-            return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+            lines = map(json.loads, lines)
+            return [{k: v for k, v in x.items() if k not in results.OF_ONE_START} for x in lines]
         return []
 
     def step(self) -> int:

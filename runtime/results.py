@@ -29,6 +29,9 @@ from runtime.prepare import Run
 from runtime.report import Log
 
 PATIENCE = 5  # updates in a row that may be left out
+LOSSES = "loss", "divergence", "ce", "features"
+MEANS = tuple(f"mean_{name}" for name in LOSSES)  # of the steps since the line before
+OF_ONE_START = ("tokens_per_second", "time", "mfu", "memory", *MEANS)  # figures of a step's line
 EXPORTED = "exported.json"  # of which step the exported student is, and its dtype
 
 
@@ -50,7 +53,7 @@ def step_logger(
     teaches = run.targets is None and uses_teacher_loss(config.loss)
     loss = config.loss.divergence, config.loss.temperature, config.loss.temperature_end
     flops = plan.step_flops(student, run.teacher if teaches else None, config.seq_len)
-    peak, losses = plan.matrix_peak(config.compute_dtype), ("loss", "divergence", "ce", "features")
+    peak = plan.matrix_peak(config.compute_dtype)
     totals: collections.Counter[str] = collections.Counter()
     least = flops * (run.tokens(config.steps) - run.tokens(start)) / peak
     report.say(f"time      about {report.duration(2 * least)}, at half of these devices' peak")
@@ -63,11 +66,11 @@ def step_logger(
             what = f"loss or gradient was not finite {PATIENCE} times in a row; the state is saved"
             remedy = "look at the data, or begin anew with --no-resume and a lower --optim.lr"
             raise NotFinite(f"step {number}: {what}: {remedy}")
-        totals.update({x: float(metrics[x]) for x in losses if x in metrics}, steps=1)
+        totals.update({x: float(metrics[x]) for x in LOSSES if x in metrics}, steps=1)
         if number % config.log_every and number != config.steps:
             return
         seconds, steps = log.lap(number)
-        names = (*losses, "grad_norm", "lr")
+        names = (*LOSSES, "grad_norm", "lr")
         line = {"step": number} | {name: metrics[name] for name in names if name in metrics}
         since = totals.pop("steps")
         line |= {f"mean_{name}": total / since for name, total in totals.items()}

@@ -275,7 +275,8 @@ def cut(ended) -> distill.Config:
 def metrics_of(out: str | Path) -> list[dict]:
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines
+        {k: v for k, v in json.loads(line).items() if k not in results.OF_ONE_START}
+        for line in lines
     ]
 
 

@@ -10,7 +10,6 @@ import pytest
 from test_distill import (  # noqa: F401
     FIXTURES,
     config,
-    metrics_of,
     one_device,
     quick,
     teacher,
@@ -22,7 +21,7 @@ import data
 import distill
 import generate
 import models
-from runtime import card, checkpoint, commits, errors, files, prepare
+from runtime import card, checkpoint, commits, errors, files, prepare, report
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +83,8 @@ def test_lines_of_metrics_hold_means_time_speed_and_memory(quick):  # noqa: F811
     distill.train(every)
     third = dataclasses.replace(quick, log_every=3, out=quick.out + "-third")
     distill.train(third)
-    ones, threes = ([x for x in metrics_of(c.out) if "loss" in x] for c in (every, third))
+    lines = (report.read_metrics(Path(c.out) / "metrics.jsonl") for c in (every, third))
+    ones, threes = ([line for line in x if "loss" in line] for x in lines)
     assert [line["step"] for line in threes] == [3, 6]
     for name in ("loss", "divergence", "ce"):
         values = [line[name] for line in ones]
