@@ -82,6 +82,9 @@ class Config(processes.Config):
     """Solve projections of a cut student for the teacher's states before the first step: of the
     blocks before and after what was removed (seams), of all from the first of these, or none; auto
     is seams where the text is long enough."""
+    student_stages: Annotated[int, at_least(1)] = 1
+    """Remove blocks in so many stages: the student trains between them, and each later one chooses
+    among the blocks that it has then."""
     heal_tokens: Annotated[int, at_least(1)] = 16384
     """Tokens of text that --student-heal reads, or all where there are fewer."""
 
@@ -207,6 +210,11 @@ class Config(processes.Config):
                 self.student or self.student_layers or student_widths(self)
                 or self.student_init not in (None, *students.METHODS[:-1])),
              "--student-params", "it decides which blocks and widths a cut of the teacher keeps"),
+            (self.student_stages > 1 and bool(
+                self.student or self.student_params or student_widths(self) or features
+                or apart or not needs_teacher(self)
+                or self.student_init not in (None, *students.METHODS[:-1])),
+             "--student-stages", "it chooses blocks alone, with the teacher beside the student"),
             (self.export and not self.resume, "--export with --no-resume", alone),
             (self.student is not None and self.student_init is not None,
              "--student-init with --student", "that student is whole already"),
@@ -301,6 +309,16 @@ def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> 
     return config.canonical()
 
 
+def stages(config: Config) -> list[tuple[int | None, int]]:
+    """The blocks of the student in each stage of a run, and the step at which it ends."""
+    count = config.student_stages
+    if count == 1:
+        return [(config.student_layers, config.steps)]
+    depth, shares = models.config(config.teacher).layers, [k / count for k in range(1, count + 1)]
+    fewer = depth - config.student_layers
+    return [(depth - round(fewer * share), round(config.steps * share)) for share in shares]
+
+
 def _student_layers(config: Config, teacher: Any) -> int | None:
     """Blocks of the student, in agreement with the flags that say which; None where a choice among
     `candidates` is to say."""
@@ -319,6 +337,9 @@ def _student_layers(config: Config, teacher: Any) -> int | None:
     layers = layers or (teacher.layers if narrower else max(1, teacher.layers // 2))
     if method != "random":
         students.check(teacher.layers, layers, method)
+        if 1 < config.student_stages > (fewer := teacher.layers - layers):
+            flag = f"--student-stages {config.student_stages}"
+            raise UserError(f"{flag}: there are only {fewer} blocks to remove")
         students.narrowed(teacher, **student_widths(config))
     return layers
 

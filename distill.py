@@ -4,6 +4,7 @@ python distill.py --teacher bigscience/bloom-1b7 --student-layers 12
 """
 
 import contextlib
+import dataclasses
 import functools
 import shlex
 import sys
@@ -24,7 +25,16 @@ import models
 import optim
 import sharding
 import text
-from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, with_defaults
+from config import (
+    Config,
+    Data,
+    Mesh,
+    Optim,
+    run_folder,
+    stages,
+    uses_teacher_loss,
+    with_defaults,
+)
 from losses import features
 from models.base import LanguageModel, add_rows, check_tokens
 from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results
@@ -295,6 +305,7 @@ def train(config: Config) -> Path:
         report.quietly(config.quiet or jax.process_index() > 0),
     ):
         deepest = prepare.candidates(config)[0]
+        deepest = dataclasses.replace(deepest, student_layers=stages(deepest)[0][0])
         if config.plan:
             print_plan(deepest, placement)
             return out
@@ -312,7 +323,10 @@ def train(config: Config) -> Path:
             prepare.print_summary(run, state.student)
             if int(state.step) < config.steps and not config.export:
                 with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:
-                    state = loop(run, state, saved, begun)
+                    while (done := int(state.step)) < config.steps:
+                        if done == run.last_step:
+                            run, state = next_stage(run, state)
+                        state = loop(run, state, saved, begun)
             results.finish(run, state.student, int(state.step))
             return results.push(config)
 
@@ -335,11 +349,23 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
     return run, eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
 
 
+def next_stage(run: Run, state: State) -> tuple[Run, State]:
+    """The run and its state with fewer blocks and fresh moments; the old ones go first."""
+    for leaf in jax.tree.leaves(state.opt_state):
+        leaf.delete()
+    run, student = prepare.next_stage(run, state.student)
+    fresh = init_state(student, run.optimizer)
+    state = eqx.tree_at(lambda state: state.step, fresh, jnp.copy(state.step))
+    mesh, layout, _ = run.placement
+    return run, jax.device_put(state, plan.state_shardings(state, mesh, layout))
+
+
 def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) -> State:
-    """From the step of `state` to the last. The device is never waited for, but one step behind."""
-    config, start = run.config, int(state.step)
+    """From the step of `state` to the last of its student. The device is never waited for, but one
+    step behind."""
+    config, start, last = run.config, int(state.step), run.last_step
     program, fixed = compile_step(run, state), (run.optimizer, run.objective)
-    written = on_policy.on_policy_steps(config.on_policy, config.seed, start, config.steps)
+    written = on_policy.on_policy_steps(config.on_policy, config.seed, start, last)
     write = compile_writer(run, state) if written.any() else None
     deadline = begun + 60 * (config.time_limit or float("inf"))
     pending: tuple[int, dict[str, Any]] | None = None
@@ -347,7 +373,7 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
     with (
         results.open_log(run, start) as log,
         processes.Interruption(deadline, config.save_minutes) as interruption,
-        contextlib.closing(data.prefetch(run.batch, start, config.steps)) as batches,
+        contextlib.closing(data.prefetch(run.batch, start, last)) as batches,
     ):
         log_step = results.step_logger(run, state.student, start, log, written)
         if start == 0:
@@ -367,7 +393,7 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     log_step(*pending)
                 pending = number, metrics
                 wish = interruption.wish() if vote is None else int(vote)
-                ends, stops = number == config.steps, wish == STOP and number < config.steps
+                ends, stops = number == last, wish == STOP and number < config.steps
                 trace.after(number, state, log, ends=stops or ends)
                 evaluates = number % config.eval_every == 0 or ends
                 saves = wish > 0 or number % config.save_every == 0 or ends

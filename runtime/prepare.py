@@ -7,7 +7,7 @@ import math
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from config import (
     Config,
     needs_teacher,
     run_folder,
+    stages,
     student_config,
     uses_teacher_loss,
     with_defaults,
@@ -92,6 +93,13 @@ class Run(NamedTuple):
     layers: list[int] | None  # blocks of the teacher that the student began as
     facts: dict[str, str | None]  # fingerprints of what it learns from, which may not change
     first_token: int = 0  # of step 0; not 0 where a checkpoint had batches of another size
+    stages: tuple[tuple[int | None, int], ...] = ()  # blocks of the student, and its last step
+    stage: int = 0
+
+    @property
+    def last_step(self) -> int:
+        """The last step of the student that has these blocks."""
+        return self.stages[self.stage][1]
 
     @property
     def step_teacher(self) -> LanguageModel | None:
@@ -243,6 +251,8 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
         remedy = "give that many or more, another --out, or --no-resume"
         raise UserError(f"--steps {config.steps}: {folder.path} is at step {last}: {remedy}")
     if (steps := previous.get("steps", config.steps)) != config.steps and not config.export:
+        if config.student_stages > 1:
+            raise UserError(f"--steps was {steps}, by which --student-stages lie: give the same")
         report.say(f"--steps was {steps}: schedules now end at {config.steps}")
     return last
 
@@ -272,14 +282,19 @@ def prepare(config: Config, out: Path, placement: Placement) -> tuple[Run, Langu
     facts = {"teacher": targets and targets.digest, "data": corpus.digest}
     held_out = [[part.store.digest, part.start, part.stop] for part in corpus.held_out]
     facts["held_out"] = files.digest(held_out)
-    config, teacher, student, layers = teacher_and_student(config, out, placement, corpus, facts)
+    plan, last = tuple(stages(config)), checkpoint.latest(out / "checkpoints") or 0
+    stage = sum(end < last for _, end in plan[:-1])
+    config = dataclasses.replace(config, student_layers=plan[stage][0])
+    config, teacher, student, layers = teacher_and_student(
+        config, out, placement, corpus, facts, stage
+    )
     head = None
     if teacher is not None and placement.teacher_mesh is not None:
         places = sharding.specs(teacher, placement.mesh, placement.layout.params)
         head = jax.device_put(teacher.unembedding, places.unembedding)
     run = Run(
         config, out, placement, process_rows, teacher, head, targets, tokenizer, corpus,
-        *optimizer_and_objective(config, layers), layers, facts,
+        *optimizer_and_objective(config, layers), layers, facts, stages=plan, stage=stage,
     )  # fmt: skip
     sync_global_devices("prepared")
     return run, student
@@ -341,7 +356,7 @@ def continued(run: Run, step: int, extra: dict[str, Any]) -> Run:
 
 def teacher_and_student(
     config: Config, out: Path, placement: Placement, corpus: data.Corpus,
-    facts: dict[str, str | None],
+    facts: dict[str, str | None], stage: int = 0,
 ) -> tuple[Config, LanguageModel | None, LanguageModel | None, list[int] | None]:  # fmt: skip
     """The configuration with the size that was chosen; the teacher, if the run looks at it; the
     student, if there is no checkpoint of it; and the teacher's blocks that it began as, if it was
@@ -361,7 +376,7 @@ def teacher_and_student(
         if reads:
             teacher = models.load(config.teacher, mesh=teacher_mesh or mesh)
         if cuts:
-            config, layers = choose_or_restore_layers(config, teacher, corpus, out, facts)
+            config, layers = choose_or_restore_layers(config, teacher, corpus, out, facts, stage)
         if cuts and not begun:
             student = cut(config, teacher, layers, corpus)
     if not begun and config.student is not None:
@@ -387,11 +402,13 @@ def candidates(config: Config) -> list[Config]:
 
 def choose_or_restore_layers(
     config: Config, teacher: LanguageModel | None, corpus: data.Corpus, out: Path,
-    facts: dict[str, str | None] | None = None,
+    facts: dict[str, str | None] | None = None, stage: int = 0, among: Sequence[int] | None = None,
 ) -> tuple[Config, list[int]]:  # fmt: skip
     """Which of the teacher's blocks the student begins as, and the one of `candidates` that says
-    so; decided once in the life of a run."""
-    path, sized = out / CHOICE, {x.student_layers: x for x in candidates(config)}
+    so; decided once in the life of a run, or once in a stage of it. Later stages choose `among`
+    the blocks that a student has in the place of the teacher."""
+    path = out / (f"choice-{stage + 1}.json" if stage else CHOICE)
+    sized = {x.student_layers: x for x in candidates(config)}
     if path.exists():
         choice = files.read_json(path)
         layers, depth = choice.get("kept"), models.config(config.teacher).layers
@@ -401,7 +418,9 @@ def choose_or_restore_layers(
             remedy = "give --student-layers as at the beginning, or begin anew with --no-resume"
             raise UserError(f"{path}: expected the choice of {what}, found {layers}: {remedy}")
     else:
-        choice = choose(config, teacher, corpus, out / ROUNDS, facts)
+        choice = choose(config, teacher, corpus, out / ROUNDS, facts and [facts, stage])
+        if among is not None:
+            choice["kept"] = [among[i] for i in choice["kept"]]
         if jax.process_index() == 0:
             files.write_json(path, choice)
             (out / ROUNDS).unlink(missing_ok=True)
@@ -413,7 +432,7 @@ def choose_or_restore_layers(
 
 def choose(
     config: Config, teacher: LanguageModel, corpus: data.Corpus, rounds: Path,
-    facts: dict[str, str | None] | None,
+    facts: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The blocks that stay, of several candidates those with the lowest KL. What was decided is
     written to `rounds`, from which a choice that was interrupted goes on for the same `facts`."""
@@ -476,6 +495,20 @@ def cut(
     indices = students.choose_widths(teacher, shape, layers, text, config.compute_dtype)
     student = students.cut(teacher, indices)
     return heal(config, teacher, student, layers, corpus, embed=indices.get("embed"))
+
+
+def next_stage(run: Run, student: LanguageModel) -> tuple[Run, LanguageModel]:
+    """The run and its student once the next stage has removed blocks, and what is left is healed.
+    As `cut`, the same each time."""
+    stage, mesh = run.stage + 1, run.placement.mesh
+    config = dataclasses.replace(run.config, student_layers=run.stages[stage][0])
+    config, layers = choose_or_restore_layers(
+        config, student, run.corpus, run.out, run.facts, stage, run.layers
+    )
+    student = students.cut(student, {"layers": tuple(map(run.layers.index, layers))})
+    student = heal(config, run.teacher, student, layers, run.corpus)
+    student = jax.device_put(student, sharding.specs(student, mesh, run.placement.layout.params))
+    return run._replace(config=config, layers=layers, stage=stage), student
 
 
 def heal(

@@ -67,7 +67,7 @@ def step_logger(
             remedy = "look at the data, or begin anew with --no-resume and a lower --optim.lr"
             raise NotFinite(f"step {number}: {what}: {remedy}")
         totals.update({x: float(metrics[x]) for x in LOSSES if x in metrics}, steps=1)
-        if number % config.log_every and number != config.steps:
+        if number % config.log_every and number != run.last_step:
             return
         seconds, steps = log.lap(number)
         names = (*LOSSES, "grad_norm", "lr")

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import equinox as eqx
 import numpy as np
 import pytest
 from test_distill import (  # noqa: F401
@@ -21,7 +22,7 @@ import data
 import distill
 import generate
 import models
-from runtime import card, checkpoint, commits, errors, files, prepare, report
+from runtime import card, checkpoint, commits, errors, files, prepare, processes, report
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -194,3 +195,53 @@ def test_the_embedded_teacher_lies_in_the_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(configs, "DEMO", tmp_path / "demo")
     with pytest.raises(UserError, match="run distill.py in its checkout, or give --teacher"):
         distill.with_defaults(distill.Config())
+
+
+# ---- blocks removed in stages --------------------------------------------------------------------
+
+
+def test_blocks_are_removed_in_stages(quick, monkeypatch):  # noqa: F811
+    staged = dataclasses.replace(
+        quick, student_layers=1, student_stages=2, student_init="influence", save_every=2,
+        student_heal="all", heal_tokens=512,
+    )  # fmt: skip
+    assert configs.stages(distill.with_defaults(staged)) == [(2, 3), (1, 6)]
+    distill.train(staged)
+    out = Path(staged.out)
+    first, second = (json.loads((out / f"choice{x}.json").read_text()) for x in ("", "-2"))
+    assert len(first["kept"]) == 2 and set(second["kept"]) < set(first["kept"])
+    whole = models.load(out / "student")
+    assert whole.config.layers == 1
+    assert (
+        f"1 of the teacher's 3 blocks: {second['kept'][0]}"
+        in (out / "student" / "README.md").read_text()
+    )
+    lines = [line for line in report.read_metrics(out / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    lr = distill.optim.make(staged.optim, 6).lr
+    assert np.allclose([line["lr"] for line in lines], [lr(step) for step in range(6)], rtol=1e-6)
+    for stop in (2, 3, 5):  # within a stage, between them, and in the last one
+        again = dataclasses.replace(staged, out=f"{staged.out}-{stop}")
+        wishes = iter([0] * (2 * stop - 1) + [processes.STOP])  # one before, one after a step
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(processes.Interruption, "wish", lambda _, x=wishes: next(x))
+            distill.train(again)
+        assert checkpoint.latest(Path(again.out) / "checkpoints") == stop
+        distill.train(again)
+        assert eqx.tree_equal(models.load(Path(again.out) / "student"), whole)
+    with pytest.raises(UserError, match="--steps was 6, by which --student-stages lie"):
+        distill.train(dataclasses.replace(staged, steps=8))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"student_init": "0,1"}, "--student-stages: it chooses blocks alone"),
+        ({"student_mlp": 8}, "--student-stages: it chooses blocks alone"),
+        ({"loss": distill.losses.Config(alpha=0.0)}, "with the teacher beside the student"),
+        ({"student_stages": 3}, "--student-stages 3: there are only 1 blocks to remove"),
+    ],
+)
+def test_stages_that_cannot_be(quick, change, words):  # noqa: F811
+    with pytest.raises(UserError, match=words):
+        distill.with_defaults(dataclasses.replace(quick, **{"student_stages": 2} | change))
