@@ -21,7 +21,7 @@ ELSEWHERE = {"--out", "--resume", "--export", "--push", "--quiet", "--data.cache
 
 def model_card(run: Run, student: LanguageModel, step: int, metrics: list[dict[str, Any]]) -> str:
     """The README of a student after so many steps."""
-    config, start, taught = run.config, "random weights", ""
+    config, start, front, taught = run.config, "random weights", "", ""
     if config.student is not None:
         start = f"the weights of {Path(config.student).name}"
     elif run.layers is not None:
@@ -29,24 +29,24 @@ def model_card(run: Run, student: LanguageModel, step: int, metrics: list[dict[s
         start = f"{len(run.layers)} of the teacher's {depth} blocks: {blocks}"
         for axis, width in student_widths(config).items():
             start += f"; {width} of {getattr(models.config(config.teacher), axis)} {axis}"
-    facts = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     source = ", ".join(Path(name).name for name in config.data.source)
     title = f"A model trained on {source}"
     teacher = config.teacher if run.targets is None else run.targets.teacher_name
     if run.targets is not None or teacher != config.student:
-        facts |= {"license": license} if (license := license_of(teacher)) else {}
+        license = license_of(teacher)
         if (folder := files.local_path(teacher)).exists():  # `base_model` is an id of the hub
             teacher = folder.resolve().name
         else:
-            facts["base_model"] = teacher.partition("@")[0]
+            front = f"base_model: {json.dumps(teacher.partition('@')[0])}\n"
+        front += f"license: {json.dumps(license)}\n" if license else ""
         title, taught = f"A student of {teacher}", f"- **Teacher**: {teacher}\n"
     leaves = jax.tree.leaves(student)
     parameters, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in facts.items())
     name = json.dumps(config.push or run.out.name)
     packages = ", ".join(f"{x} {version(x)}" for x in ("jax", "equinox", "optax"))
     return f"""---
-{front}
+{front}library_name: transformers
+pipeline_tag: text-generation
 tags:
 - distillation
 ---
