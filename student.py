@@ -491,14 +491,12 @@ def resized(config: Any, layers: int, **widths: int) -> Any:
 
 
 def growth(config: Any, layers: int | None, how: str) -> tuple[int, ...]:
-    """The block of a shallower student that each of `layers` blocks repeats: block by block, or the
-    whole stack again."""
+    """The block of a shallower student that each of so many repeats: one by one, or as a stack."""
     depth = config.layers
     if layers is None or layers <= depth:
-        flag = f"--student-init {how} needs --student-layers above {depth}"
-        raise UserError(f"{flag}, the blocks of --student")
+        raise UserError(f"--student-init {how} needs --student-layers above {depth}, --student's")
     if config.residual_after_norm:
-        reason = "a block of this --student adds to its normed input, so no copy leaves it as it is"
+        reason = "its blocks add to their normed input, which no copy could leave as it is"
         raise UserError(f"--student-init {how}: {reason}; leave the flag out")
     return tuple(i % depth if how == "grow-stack" else i * depth // layers for i in range(layers))
 
@@ -530,6 +528,5 @@ def copy_leaves(
         if named[name] and leaf.shape != leaves[i].shape:
             shapes = f"{name} is {leaves[i].shape}, the teacher's {leaf.shape}"
             raise UserError(f"--student-copy {' '.join(patterns)}: {shapes}: leave it out")
-        if named[name]:
-            leaves[i] = jnp.copy(leaf).astype(leaves[i].dtype)
+        leaves[i] = jnp.copy(leaf).astype(leaves[i].dtype) if named[name] else leaves[i]
     return jax.tree.unflatten(structure, leaves)
