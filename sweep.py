@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from itertools import chain, pairwise, product
 from pathlib import Path
 from statistics import harmonic_mean, mean
-from typing import Annotated, Any
+from typing import Any
 
 from runtime import errors, figures, files, report
-from runtime.errors import LOCAL, UserError
+from runtime.errors import UserError
 
 FIGURES = {"eval/kl": "held-out KL", "eval/ce": "held-out cross entropy", "loss": "training loss"}
 POSITIVE = re.compile(r"[\d.]*[1-9][\d.]*(e[-+]?\d+)?", re.IGNORECASE)
@@ -30,7 +30,7 @@ class Config:
 
     The same command goes on where it was interrupted; with other values it adds their runs."""
 
-    out: Annotated[str, LOCAL] = "runs/sweep"
+    out: str = "runs/sweep"
     """Folder of the runs, of the table sweep.md, of sweep.jsonl and of the picture sweep.png."""
 
 
