@@ -17,7 +17,7 @@ from runtime import errors, figures, files, report
 from runtime.errors import UserError
 
 FIGURES = {"eval/kl": "held-out KL", "eval/ce": "held-out cross entropy", "loss": "training loss"}
-POSITIVE = re.compile(r"[\d.]*[1-9][\d.]*(e[-+]?\d+)?", re.IGNORECASE)
+POSITIVE = re.compile(r"(?=.*[1-9])(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.I)  # has a logarithm
 Run = dict[str, Any]  # a line of sweep.jsonl: the flags of a run, and what came of it
 
 

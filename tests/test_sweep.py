@@ -168,6 +168,7 @@ def test_the_picture_has_a_line_for_each_width_and_the_mean_of_seeds(tmp_path, p
          "--loss.alpha", {"--loss.divergence a", "--loss.divergence b"}),
         ([run_of({"loss.divergence": x, "seed": s}) for x in "ab" for s in "01"],
          "--loss.divergence", {""}),
+        ([run_of({"topology": a}) for a in ("1.2.3", "e5")], "--topology", {""}),
         ([run_of({"loss.alpha": a}) for a in (0, 1)], "--loss.alpha", {""}),  # 0 has no logarithm
         ([run_of({"seed": s}) for s in (1, 2)], "--seed", {""}),
         ([run_of({"seed": s}, None) for s in (1, 2)], "--seed", set()),

@@ -30,6 +30,7 @@ def hook(event, args):
     global left
     left -= event == "subprocess.Popen" and "distill.py" in str(args[1])
     if not left:
+        left = -1  # to kill is an event too
         os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(hook)
 sys.argv = sys.argv[1:]
