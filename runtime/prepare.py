@@ -348,7 +348,8 @@ def teacher_and_student(
         shape, key = student_config(config), jax.random.key(config.seed)
         student = students.fresh(models.FAMILIES[shape.model_type], shape, key)
         if config.student_copy:
-            student = students.copy_leaves(student, teacher, config.student_copy)
+            with sharding.use_mesh(teacher_mesh or mesh, layout):
+                student = students.copy_leaves(student, teacher, config.student_copy)
     if student is not None:
         student = jax.device_put(student, sharding.specs(student, mesh, layout.params))
     return config, teacher if needs_teacher(config) else None, student, layers

@@ -795,6 +795,17 @@ def test_fresh_weights_with_leaves_of_the_teacher_that_stay(config, teacher, one
     assert np.abs(student.norm - 1).max() > 0
 
 
+def test_leaves_of_a_teacher_with_devices_of_its_own(config, teacher, monkeypatch):
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    apart = dataclasses.replace(
+        config, student_init="random", student_copy=("embedding",), teacher_devices=1, steps=1,
+        optim=dataclasses.replace(config.optim, freeze=("embedding",)),
+    )  # fmt: skip
+    student, original = models.load(distill.train(apart)), models.load(teacher)
+    np.testing.assert_array_equal(student.embedding, original.embedding)
+
+
 @pytest.mark.parametrize(
     "tokens, line",
     [(512, r"healing   KL \S+ before"), (32, "healing   left out: .* raise --heal-")],
