@@ -76,7 +76,10 @@ class Config(processes.Config):
     """Hub id or folder of a student to start from, instead of a cut of the teacher."""
     student_init: str | None = None
     """Which blocks it keeps: greedy (the default), influence, uniform, first, last, a list such as
-    0,2,5; or random: fresh weights."""
+    0,2,5; or random: fresh weights. With --student and more --student-layers: grow repeats each
+    block, grow-stack the whole stack, and the copies add nothing at first."""
+    student_copy: tuple[str, ...] = ()
+    """With --student-init random: leaves that are the teacher's, patterns such as 'embedding'."""
 
     student_heal: students.Heal = "auto"
     """Solve projections of a cut student for the teacher's states before the first step: of the
@@ -216,8 +219,12 @@ class Config(processes.Config):
                 or self.student_init not in (None, *students.METHODS[:-1])),
              "--student-stages", "it chooses blocks alone, with the teacher beside the student"),
             (self.export and not self.resume, "--export with --no-resume", alone),
-            (self.student is not None and self.student_init is not None,
-             "--student-init with --student", "that student is whole already"),
+            (self.student is not None and self.student_init not in (None, *students.GROWTH),
+             "--student-init with --student", "that student is whole already, it can only grow"),
+            (self.student is None and self.student_init in students.GROWTH,
+             f"--student-init {self.student_init}", "give the --student that is to grow"),
+            (bool(self.student_copy) and self.student_init != "random", "--student-copy",
+             "it is for fresh weights, add --student-init random"),
         ):  # fmt: skip
             if conflicts:
                 raise UserError(f"{flags}: {reason}")
@@ -326,7 +333,7 @@ def _student_layers(config: Config, teacher: Any) -> int | None:
         students.sizes(teacher, config.student_params)  # what none can have is refused
         return None
     if config.student is not None:
-        layers = models.config(config.student).layers
+        layers = student_config(config).layers
         if config.student_layers not in (None, layers):
             flag, has = f"--student-layers {config.student_layers}", f"has {layers}"
             raise UserError(f"{flag}: the student in {config.student} {has}; leave the flag out")
@@ -360,7 +367,10 @@ def student_config(config: Config) -> Any:
     for axis in widths:
         remedy = "that student has widths of its own, leave it out beside --student"
         raise UserError(f"--student-{axis.replace('_', '-')}: {remedy}")
-    return models.config(config.student)
+    shape, how = models.config(config.student), config.student_init
+    if how is None:
+        return shape
+    return shape.select({"layers": students.growth(shape, config.student_layers, how)})
 
 
 def run_folder(config: Config) -> files.RunFolder:

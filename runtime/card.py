@@ -24,6 +24,8 @@ def model_card(run: Run, student: LanguageModel, step: int, metrics: list[dict[s
     config, start, front, taught = run.config, "random weights", "", ""
     if config.student is not None:
         start = f"the weights of {Path(config.student).name}"
+        if config.student_init is not None:
+            start += f", grown to {config.student_layers} blocks"
     elif run.layers is not None:
         depth, blocks = models.config(config.teacher).layers, ", ".join(map(str, run.layers))
         start = f"{len(run.layers)} of the teacher's {depth} blocks: {blocks}"

@@ -32,7 +32,7 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], object]) -> None:
-    """Calls `main`; a `UserError` ends the program with one line and status 2, Ctrl-C with 130."""
+    """Calls `main`; a `UserError` ends it with a line and status 2 or its own, Ctrl-C with 130."""
     while os.open(os.devnull, os.O_RDWR) < 3:  # else a closed one would be the next file opened,
         pass  # and libraries print there
     screens = _Screen(sys.stdout, BrokenPipeError), _Screen(sys.stderr, OSError)
@@ -41,7 +41,7 @@ def run(main: Callable[[], object]) -> None:
             main()
         except UserError as error:
             tell(error)
-            raise SystemExit(2) from None
+            raise SystemExit(getattr(error, "status", 2)) from None
         except KeyboardInterrupt:
             words = "interrupted; the same command goes on from what was saved, if anything was"
             print(words, file=sys.stderr, flush=True)

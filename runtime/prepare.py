@@ -367,6 +367,7 @@ def teacher_and_student(
     teacher = student = layers = None
     with sharding.use_mesh(teacher_mesh or mesh, layout):
         reads = needs_teacher(config) or (cuts and not (begun and (out / CHOICE).exists()))
+        reads |= bool(config.student_copy) and not begun
         if reads and facts["teacher"] is None:
             facts["teacher"] = models.fingerprint(models.fetch(config.teacher))
         compared = dict(facts)
@@ -381,9 +382,14 @@ def teacher_and_student(
             student = cut(config, teacher, layers, corpus)
     if not begun and config.student is not None:
         student = models.load(config.student, dtype=jnp.float32, mesh=mesh)
+        if config.student_init is not None:
+            student = students.grow(student, config.student_layers, config.student_init)
     elif not begun and not cuts:
         shape, key = student_config(config), jax.random.key(config.seed)
         student = students.fresh(models.FAMILIES[shape.model_type], shape, key)
+        if config.student_copy:
+            with sharding.use_mesh(teacher_mesh or mesh, layout):
+                student = students.copy_leaves(student, teacher, config.student_copy)
     if student is not None:
         student = jax.device_put(student, sharding.specs(student, mesh, layout.params))
     return config, teacher if needs_teacher(config) else None, student, layers
@@ -552,7 +558,11 @@ def fresh_learner(
     shape = student_config(config)
     if config.student is None and config.student_init != "random":
         shape = shape.select({"layers": tuple(layers or range(config.student_layers))})
-    return models.FAMILIES[shape.model_type](shape, key), projection(config, shape.embed)
+    student = models.FAMILIES[shape.model_type](shape, key)
+    if config.student_copy:  # what it cannot copy is refused before a weight is read
+        teacher = models.FAMILIES[shape.model_type](models.config(config.teacher), key)
+        student = students.copy_leaves(student, teacher, config.student_copy)
+    return student, projection(config, shape.embed)
 
 
 def projection(config: Config, embed: int) -> features.Projection | None:

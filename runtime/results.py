@@ -38,6 +38,8 @@ EXPORTED = "exported.json"  # of which step the exported student is, and its dty
 class NotFinite(UserError):
     """A run whose updates are left out one after the other."""
 
+    status = 4  # of the program that it ends
+
 
 def open_log(run: Run, start: int) -> Log:
     path = run.out / "metrics.jsonl" if jax.process_index() == 0 else None

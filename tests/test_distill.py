@@ -765,6 +765,48 @@ def test_a_narrow_student_is_cut_trained_continued_and_exported(quick, capsys):
     assert "3 of the teacher's 3 blocks" in (folder / "README.md").read_text()
 
 
+def test_a_student_grows_and_is_continued_and_exported(trained, config, one_device):
+    """The new run begins with the figures that the shallow student ended with."""
+    deeper = dataclasses.replace(
+        config, student=str(trained[0] / "student"), student_init="grow-stack", student_layers=4
+    )
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(deeper, time_limit=1e-9))
+    folder = distill.train(deeper)
+    ends, begins = metrics_of(trained[0])[-1], metrics_of(config.out)[0]
+    assert begins["eval/kl"] == pytest.approx(ends["eval/kl"], rel=1e-5)
+    assert models.load(folder).config.layers == 4
+    assert "the weights of student, grown to 4 blocks" in (folder / "README.md").read_text()
+    assert distill.with_defaults(dataclasses.replace(deeper, out=None)).out == "runs/tiny-4L"
+
+
+def test_fresh_weights_with_leaves_of_the_teacher_that_stay(config, teacher, one_device):
+    """Without a teacher in the loss, which is read for its leaves and then freed."""
+    fresh = dataclasses.replace(
+        config, student_init="random", student_copy=("embedding",), loss=losses.Config(alpha=0.0),
+        optim=dataclasses.replace(config.optim, train=("blocks.*", "norm")),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"--student-copy blocks.\*: student.blocks.* is \(2, 16\)"):
+        distill.train(dataclasses.replace(fresh, student_copy=("blocks.*",)))
+    assert not Path(config.out).exists()
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(fresh, time_limit=1e-9))
+    student, original = models.load(distill.train(fresh)), models.load(teacher)
+    np.testing.assert_array_equal(student.embedding, original.embedding)
+    assert np.abs(student.norm - 1).max() > 0
+
+
+def test_leaves_of_a_teacher_with_devices_of_its_own(config, teacher, monkeypatch):
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    apart = dataclasses.replace(
+        config, student_init="random", student_copy=("embedding",), teacher_devices=1, steps=1,
+        optim=dataclasses.replace(config.optim, freeze=("embedding",)),
+    )  # fmt: skip
+    student, original = models.load(distill.train(apart)), models.load(teacher)
+    np.testing.assert_array_equal(student.embedding, original.embedding)
+
+
 @pytest.mark.parametrize(
     "tokens, line",
     [(512, r"healing   KL \S+ before"), (32, "healing   left out: .* raise --heal-")],
@@ -997,6 +1039,9 @@ def arguments(*words: str) -> distill.Config:
         (["--student-init", "greeedy"], "greedy"),
         (["--optim.lr", "-1"], "--optim.lr"),
         (["--student", "x", "--student-init", "first"], "--student-init with --student"),
+        (["--student-init", "grow"], "--student-init grow: give the --student that is to grow"),
+        (["--student-copy", "head"], "--student-copy: .* add --student-init random"),
+        (["--student", "x", "--student-copy", "head"], "--student-copy: it is for fresh weights"),
         (["--student-params", "1"], "--student-params is 1.0: it must be from 0 to below 1"),
         (["--student-params", "0.5", "--student-layers", "2"], "it decides which blocks"),
         (["--student-params", "0.5", "--student-mlp", "8"], "it decides which blocks"),

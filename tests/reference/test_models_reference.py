@@ -107,6 +107,24 @@ def test_saved_folder_loads_in_transformers(name, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"bloom-residual"}))
+@pytest.mark.parametrize("how", student.GROWTH)
+def test_grown_students_load_in_transformers(name, how, tmp_path):
+    """With the logits of the shallow one, and the window of each block that was copied."""
+    reference = build(name, seed=3)
+    reference.save_pretrained(tmp_path / "theirs")
+    deeper = student.grow(models.load(tmp_path / "theirs"), 7, how)
+    models.save(deeper, tmp_path / "ours")
+    back, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert back.config.num_hidden_layers == 7
+    tokens = tokens_for(3)
+    expected = reference_logits(reference, tokens)
+    assert np.abs(reference_logits(back.eval(), tokens) - expected).max() <= 1e-5
+
+
 @pytest.mark.parametrize(
     "name", ["llama-2", "smollm2", "llama-biases", "mistral", "qwen2-mixed", "qwen3"]
 )
