@@ -361,8 +361,7 @@ def next_stage(run: Run, state: State) -> tuple[Run, State]:
 
 
 def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) -> State:
-    """From the step of `state` to the last of its student. The device is never waited for, but one
-    step behind."""
+    """From the step of `state` to the last of its student. Devices are waited for a step behind."""
     config, start, last = run.config, int(state.step), run.last_step
     program, fixed = compile_step(run, state), (run.optimizer, run.objective)
     written = on_policy.on_policy_steps(config.on_policy, config.seed, start, last)

@@ -21,16 +21,7 @@ ELSEWHERE = {"--out", "--resume", "--export", "--push", "--quiet", "--data.cache
 
 def model_card(run: Run, student: LanguageModel, step: int, metrics: list[dict[str, Any]]) -> str:
     """The README of a student after so many steps."""
-    config, start, front, taught = run.config, "random weights", "", ""
-    if config.student is not None:
-        start = f"the weights of {Path(config.student).name}"
-        if config.student_init is not None:
-            start += f", grown to {config.student_layers} blocks"
-    elif run.layers is not None:
-        depth, blocks = models.config(config.teacher).layers, ", ".join(map(str, run.layers))
-        start = f"{len(run.layers)} of the teacher's {depth} blocks: {blocks}"
-        for axis, width in student_widths(config).items():
-            start += f"; {width} of {getattr(models.config(config.teacher), axis)} {axis}"
+    config, front, taught = run.config, "", ""
     source = ", ".join(Path(name).name for name in config.data.source)
     title = f"A model trained on {source}"
     teacher = config.teacher if run.targets is None else run.targets.teacher_name
@@ -61,7 +52,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer, model = (kind.from_pretrained({name}) for kind in (AutoTokenizer, AutoModelForCausalLM))
 ```
 
-{taught}- **Student began as**: {start}
+{taught}- **Student began as**: {_start(run)}
 - **Size**: {student.config.layers} blocks, {report.count(parameters)} parameters, \
 {report.size(size)} in {config.export_dtype}
 - **Data**: {source}
@@ -80,6 +71,22 @@ share of the cross-entropy gap between teacher and untrained student that traini
 {command(config)}
 ```
 """
+
+
+def _start(run: Run) -> str:
+    """What the student was before its first step."""
+    config = run.config
+    if config.student is not None:
+        grown = config.student_init is not None
+        more = f", grown to {config.student_layers} blocks" if grown else ""
+        return f"the weights of {Path(config.student).name}{more}"
+    if run.layers is None:
+        return "random weights"
+    depth, blocks = models.config(config.teacher).layers, ", ".join(map(str, run.layers))
+    start = f"{len(run.layers)} of the teacher's {depth} blocks: {blocks}"
+    for axis, width in student_widths(config).items():
+        start += f"; {width} of {getattr(models.config(config.teacher), axis)} {axis}"
+    return start
 
 
 def command(config: Config) -> str:
