@@ -37,7 +37,18 @@ from config import (
 )
 from losses import features
 from models.base import LanguageModel, add_rows, check_tokens
-from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results
+from runtime import (
+    checkpoint,
+    errors,
+    on_policy,
+    plan,
+    prepare,
+    processes,
+    report,
+    results,
+    resume,
+    selection,
+)
 from runtime.errors import UserError
 from runtime.prepare import Placement, Run
 from runtime.processes import STOP
@@ -296,7 +307,7 @@ def train(config: Config) -> Path:
     """Runs, or continues, what `config` describes; returns the folder of the exported student."""
     begun = time.monotonic()
     if not config.plan:
-        prepare.restore_commits(with_defaults(config))  # they say where the run is
+        resume.restore_commits(with_defaults(config))  # they say where the run is
         config = prepare.with_epochs(config)
     config = with_defaults(config)
     placement, out = prepare.placement(config), run_folder(config).path
@@ -304,13 +315,13 @@ def train(config: Config) -> Path:
         sharding.use_mesh(placement.mesh, placement.layout),
         report.quietly(config.quiet or jax.process_index() > 0),
     ):
-        deepest = prepare.candidates(config)[0]
+        deepest = selection.candidates(config)[0]
         deepest = dataclasses.replace(deepest, student_layers=stages(deepest)[0][0])
         if config.plan:
             print_plan(deepest, placement)
             return out
-        with prepare.open_folder(config) as folder, checkpoint.lock(out):
-            last = prepare.last_step(config, folder)
+        with resume.open_folder(config) as folder, checkpoint.lock(out):
+            last = resume.last_step(config, folder)
             if last is not None and last >= config.steps and results.is_exported(folder, last):
                 report.say(f"this run is finished: the student is in {out / 'student'}")
                 return results.push(config)
@@ -345,7 +356,7 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
         state, extra, step = checkpoint.restore(out / "checkpoints", like)
     run = prepare.continued(run, step, extra)
     if not config.export:
-        prepare.write_config(run_folder(config))  # what is refused leaves the run as it was
+        resume.write_config(run_folder(config))  # what is refused leaves the run as it was
     return run, eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
 
 

@@ -39,6 +39,8 @@ from runtime import (
     processes,
     report,
     results,
+    resume,
+    selection,
 )
 from runtime.errors import UserError
 from text.chat import CHATML
@@ -628,14 +630,14 @@ def test_no_resume_moves_aside_whatever_is_there(config):
     out = Path(config.out)
     out.mkdir()
     (out / "metrics.jsonl").write_text("{}")
-    prepare.make_folder(dataclasses.replace(config, resume=False))
+    resume.make_folder(dataclasses.replace(config, resume=False))
     assert (Path(config.out + ".1") / "metrics.jsonl").exists() and not list(out.iterdir())
 
 
 def test_checkpoints_without_their_settings_are_refused(config, monkeypatch):
     monkeypatch.setattr(checkpoint, "latest", lambda folder: 3)
     with pytest.raises(UserError, match="checkpoints, but no config.json"):
-        prepare.last_step(config, prepare.make_folder(config))
+        resume.last_step(config, resume.make_folder(config))
 
 
 LOOP, PIPE, MODEL = Path("loop"), None, '{"model_type": "llama", "hidden_size": 16}'
@@ -701,7 +703,7 @@ def test_what_differs_between_processes_is_named(quick, monkeypatch, name):
             distill.train(quick)
         with monkeypatch.context() as patch:
             patch.setattr(jax, "process_count", lambda: 2)
-            prepare.check_processes(prepare.make_folder(quick))
+            resume.check_processes(resume.make_folder(quick))
 
 
 def watched_windows(monkeypatch) -> list:
@@ -824,7 +826,7 @@ def test_a_share_of_the_parameters_decides_depth_and_width(quick, monkeypatch, c
     shared = dataclasses.replace(
         quick, student_layers=None, student_init=None, student_params=0.95, quiet=False
     )
-    out, cut, cuts = Path(quick.out), prepare.cut, []
+    out, cut, cuts = Path(quick.out), selection.cut_and_heal, []
 
     def die_at_the_second(*args):
         cuts.append(args)
@@ -871,7 +873,7 @@ def test_a_choice_of_blocks_that_cannot_be(quick, blocks):
     (Path(quick.out) / "choice.json").write_text(json.dumps({"kept": blocks}))
     corpus = data.open_corpus(quick.data, quick.teacher, seq_len=32, seed=0, vocab=2048)
     with pytest.raises(UserError, match="expected the choice of 2 blocks of 0 to 2, found"):
-        prepare.choose_or_restore_layers(quick, None, corpus, Path(quick.out))
+        selection.choose_or_restore_layers(quick, None, corpus, Path(quick.out))
 
 
 @pytest.mark.parametrize(

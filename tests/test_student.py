@@ -22,7 +22,7 @@ from config import with_defaults
 from models.attention import positions
 from models.base import intermediates
 from models.llama import Config, Llama
-from runtime import prepare
+from runtime import prepare, selection
 from runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -287,7 +287,7 @@ def run(tmp_path):
 
 
 def test_a_killed_choice_goes_on_after_its_last_round(run, monkeypatch, capsys):
-    choose, (*_, out) = prepare.choose_or_restore_layers, run
+    choose, (*_, out) = selection.choose_or_restore_layers, run
     facts = {"teacher": "a"}
     greedy, saved = student.choose_layers, []
 
@@ -423,18 +423,18 @@ def test_a_run_heals_its_student_before_the_first_step(run, capsys):
     config = dataclasses.replace(config, student_heal="seams", heal_tokens=1024)
     layers = [0, 4, 5, 7]
     shorter = student.cut(teacher, {"layers": layers})
-    healed = prepare.heal(config, teacher, shorter, layers, corpus)
+    healed = selection.heal(config, teacher, shorter, layers, corpus)
     before, after = map(
         float, re.findall(r"KL (\S+) before, (\S+) after", capsys.readouterr().err)[0]
     )
     assert after < before
-    again = prepare.heal(config, teacher, shorter, layers, corpus)
+    again = selection.heal(config, teacher, shorter, layers, corpus)
     jax.tree.map(np.testing.assert_array_equal, again, healed)
     whole = dataclasses.replace(config, student_layers=8)
-    assert prepare.heal(whole, teacher, teacher, list(range(8)), corpus) is teacher
+    assert selection.heal(whole, teacher, teacher, list(range(8)), corpus) is teacher
     with pytest.raises(UserError, match="344 inputs of a projection, and has 224 tokens"):
         few = dataclasses.replace(config, heal_tokens=256)
-        prepare.heal(few, teacher, shorter, layers, corpus)
+        selection.heal(few, teacher, shorter, layers, corpus)
     for other in ({"student_init": "random"}, {"student": config.teacher}):
         with pytest.raises(UserError, match="--student-heal: it is for a student that is cut"):
             Config_of_run(student_heal="all", **other)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 
-def cut(
+def split_document(
     start: int, stop: int, row: int, answers: Int[np.ndarray, "runs 2"] | None = None
 ) -> list[tuple[int, int]]:
     """A document in pieces of at most a row: a text so that each token but the first is predicted
