@@ -20,7 +20,6 @@ T = TypeVar("T")
 # Flags that other tools have, and what does their work here where a program has it.
 OTHERS = {
     "--learning-rate": "--optim.lr", "--max-steps": "--steps",
-    "--epochs": "--steps, of which windows / --batch-size are an epoch",
     "--num-layers": "--student-layers", "--output-dir": "--out", "--data": "--data.source",
     "--dataset": "--data.source", "--config": "flags alone: a config.json is written, not read",
     "--version": "the commit of its checkout: git log -1",

@@ -29,7 +29,16 @@ from config import (
 from losses import features
 from models import kernels
 from models.base import LanguageModel
-from runtime import checkpoint, commits, files, processes, report, target_store, topology
+from runtime import (
+    checkpoint,
+    commits,
+    files,
+    processes,
+    report,
+    selection,
+    target_store,
+    topology,
+)
 from runtime.errors import UserError
 
 

@@ -1026,7 +1026,6 @@ def arguments(*words: str) -> distill.Config:
     [
         (["--loss.divergnce", "jsd"], "--loss.divergence"),
         (["--learning-rate", "1e-3"], "; instead of --learning-rate it has --optim.lr$"),
-        (["--epochs=3"], "; instead of --epochs it has --steps, of which windows / --batch-size"),
         (["--max_steps", "3"], "; instead of --max-steps it has --steps$"),
         (["--output-dir", "a"], "; instead of --output-dir it has --out$"),
         (["--num-layers", "3"], "; instead of --num-layers it has --student-layers$"),

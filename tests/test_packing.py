@@ -33,8 +33,9 @@ def test_a_long_text_is_cut_so_that_each_token_is_predicted_once(length, row):
 
 def test_a_long_conversation_is_cut_behind_its_answers():
     runs = np.array([[2, 5], [7, 9], [12, 30], [33, 36], [50, 52]])
-    # An answer that a row cannot hold loses its end, one whose question fills the row goes.
-    assert packing.split_document(0, 53, 10, runs) == [(0, 9), (9, 19), (30, 36), (52, 53)]
+    # An answer that a row cannot hold loses its end, a question that fills a row its beginning.
+    assert packing.split_document(0, 53, 10, runs) == [(0, 9), (9, 19), (30, 36), (45, 53)]
+    assert packing.split_document(0, 90, 10, np.array([[70, 90]])) == [(65, 75)]
     assert packing.split_document(0, 53, 60, runs) == [(0, 53)]
 
 
