@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+import jax
 
 import data
 import losses
@@ -31,25 +34,61 @@ class Mesh(sharding.Sizes):
 
 @dataclasses.dataclass(frozen=True)
 class Config(processes.Config):
-    """Distil a student from a teacher, and leave a Hugging Face checkpoint."""
+    """Distil a student from a teacher, and leave a Hugging Face checkpoint.
+
+    python distill.py --teacher HuggingFaceTB/SmolLM2-135M --student-layers 15 --data.source a.jsonl
+
+    The flags most often used come first, and further down --data.source, --loss.divergence,
+    --loss.alpha and --optim.lr.
+    """
 
     teacher: str | None = None
     """Hub id or folder of the teacher; by default the tiny one embedded here."""
+    student_layers: Annotated[int | None, at_least(1)] = None
+    """Blocks of the student; by default half of the teacher's."""
+    student_params: Annotated[float | None, below(0, 1)] = None
+    """Share of the parameters of the teacher's blocks: a few students with fewer blocks, narrower
+    MLPs or both are cut and healed, and the one with the lowest KL is trained."""
+    steps: Annotated[int | None, at_least(1)] = None
+    """Optimizer steps; by default 300 for the demo, else a token for every twenty parameters of the
+    teacher or --student, but at least 300."""
+    tokens: Annotated[int | None, at_least(1)] = None
+    """Tokens to train on, in the place of --steps."""
+    epochs: Annotated[float | None, above(0)] = None
+    """Times to go through the text, in the place of --steps."""
+    batch_size: Annotated[int, at_least(1)] = 16
+    """Rows of one optimizer step, over all devices."""
+    seq_len: Annotated[int | None, at_least(1)] = None
+    """Tokens that each row of a batch predicts; by default 128 for the demo, else 1024 or what
+    the teacher can."""
+    out: Annotated[str | None, LOCAL] = None
+    """Folder of the run; by default runs/<teacher>-<layers>L, or -<share> of --student-params."""
+    plan: bool = False
+    """Print what each device will hold, and what to change where it does not fit; then stop."""
+    export: bool = False
+    """Write the student of the last checkpoint, with curves and card, and end."""
+    push: str | None = None
+    """Hub id of a model to upload the student to; one that is not there yet is made private."""
+
     targets: str | None = None
     """Folder of kept targets (targets.py): the student learns from these, and no teacher is in
     memory. It tells teacher, text and --seq-len where these flags are not given."""
     student: str | None = None
     """Hub id or folder of a student to start from, instead of a cut of the teacher."""
-    student_layers: Annotated[int | None, at_least(1)] = None
-    """Blocks of the student; by default half of the teacher's."""
     student_init: str | None = None
     """Which blocks it keeps: greedy (the default), influence, uniform, first, last, a list such as
-    0,2,5; or random: fresh weights."""
+    0,2,5; or random: fresh weights. With --student and more --student-layers: grow repeats each
+    block, grow-stack the whole stack, and the copies add nothing at first."""
+    student_copy: tuple[str, ...] = ()
+    """With --student-init random: leaves that are the teacher's, patterns such as 'embedding'."""
 
     student_heal: students.Heal = "auto"
     """Solve projections of a cut student for the teacher's states before the first step: of the
     blocks before and after what was removed (seams), of all from the first of these, or none; auto
     is seams where the text is long enough."""
+    student_stages: Annotated[int, at_least(1)] = 1
+    """Remove blocks in so many stages: the student trains between them, and each later one chooses
+    among the blocks that it has then."""
     heal_tokens: Annotated[int, at_least(1)] = 16384
     """Tokens of text that --student-heal reads, or all where there are fewer."""
 
@@ -62,22 +101,12 @@ class Config(processes.Config):
     """Attention heads of the student, of a cut as many for each key and value head."""
     student_kv_heads: Annotated[int | None, at_least(1)] = None
     """Key and value heads of the student: a cut loses the others with all of their heads."""
-    student_params: Annotated[float | None, below(0, 1)] = None
-    """Share of the parameters of the teacher's blocks: a few students with fewer blocks, narrower
-    MLPs or both are cut and healed, and the one with the lowest KL is trained."""
     calibration_windows: Annotated[int, at_least(1)] = 4
     """Windows of text by which blocks, channels and heads are judged."""
     eval_teacher: bool = False
     """Keep the teacher for held-out figures even if the loss does not need it (alpha 0)."""
-    seq_len: Annotated[int | None, at_least(1)] = None
-    """Tokens that each row of a batch predicts; by default 128 for the demo, else 1024 or what
-    the teacher can."""
-    batch_size: Annotated[int, at_least(1)] = 16
-    """Rows of one optimizer step, over all devices."""
     microbatches: Annotated[int, at_least(1)] = 1
     """Parts in which a batch is computed, one after the other, to save memory."""
-    steps: Annotated[int, at_least(1)] = 300
-    """Optimizer steps."""
     seed: Annotated[int, SEED] = 0
     """Of the data's order and of fresh weights."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -90,15 +119,14 @@ class Config(processes.Config):
     dense where rows are short."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What models compute in; auto is bfloat16 on accelerators, float32 on CPUs."""
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the exported student is stored in."""
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the exported student is stored in; auto is as what it began from, for the demo float32.
+    """
     zero: Literal[1, 3] = 3
     """What --mesh.fsdp splits: 3 everything, 1 the optimizer's moments and the batch alone."""
     teacher_devices: Annotated[int | None, at_least(1)] = None
     """Give the teacher the last so many devices: it reads a batch while the student trains on the
     one before."""
-    out: Annotated[str | None, LOCAL] = None
-    """Folder of the run; by default runs/<teacher>-<layers>L, or -<share> of --student-params."""
     resume: bool = True
     """Continue the run in that folder; --no-resume moves it aside and starts anew."""
     resume_anyway: bool = False
@@ -107,12 +135,15 @@ class Config(processes.Config):
     """Minutes of wall clock after which the run saves and stops."""
     requeue_status: Annotated[int, between(0, 255)] = 0
     """Exit status of a run that was stopped before its end, for a scheduler that requeues by it."""
-    eval_every: Annotated[int, at_least(1)] = 100
-    """Steps between held-out evaluations."""
+    eval_every: Annotated[int | None, at_least(1)] = None
+    """Steps between held-out evaluations; by default 100, or a tenth of the run if that is more."""
     eval_windows: Annotated[int, at_least(1)] = 64
     """Held-out windows that an evaluation of the run reads, or all where there are fewer."""
-    save_every: Annotated[int, at_least(1)] = 100
-    """Steps between checkpoints."""
+    save_every: Annotated[int | None, at_least(1)] = None
+    """Steps between checkpoints; by default 100, or a twentieth of the run if that is more, or with
+    --save-minutes none."""
+    save_minutes: Annotated[float | None, above(0)] = None
+    """Minutes of wall clock between checkpoints."""
     keep: Annotated[int, at_least(1)] = 2
     """Checkpoints kept."""
     keep_best: bool = False
@@ -124,12 +155,8 @@ class Config(processes.Config):
     """Add norms of parameters and gradients, per layer, to the metrics."""
     profile_steps: str | None = None
     """Steps a:b to trace, for TensorBoard or Perfetto; the trace is left in the run's folder."""
-    export: bool = False
-    """Write the student of the last checkpoint, with curves and card, and end."""
     quiet: bool = False
     """Print only warnings and the result."""
-    plan: bool = False
-    """Print what each device will hold, and what to change where it does not fit; then stop."""
     devices: Annotated[int | None, at_least(1)] = None
     """With --plan: reckon for so many devices, which need not be there."""
     topology: str | None = None
@@ -162,7 +189,9 @@ class Config(processes.Config):
         judged = self.loss.alpha > 0 or bool(self.loss.alpha_end)
         scaled = self.mup.base_embed is not None
         alone, together = "leave one out", "it needs the teacher on the student's devices"
+        amounts = [x for x in ("steps", "tokens", "epochs") if getattr(self, x) is not None]
         for conflicts, flags, reason in (
+            (len(amounts) > 1, " and ".join(f"--{x}" for x in amounts), "leave one out"),
             (targets and not uses_teacher_loss(self.loss), "--targets with --loss.alpha 0", alone),
             (targets and apart, "--teacher-devices with --targets", "no teacher is in memory"),
             (writes and not judged, "--on-policy.fraction with --loss.alpha 0",
@@ -187,17 +216,26 @@ class Config(processes.Config):
                 self.student or self.student_layers or student_widths(self)
                 or self.student_init not in (None, *students.METHODS[:-1])),
              "--student-params", "it decides which blocks and widths a cut of the teacher keeps"),
+            (self.student_stages > 1 and bool(
+                self.student or self.student_params or student_widths(self) or features
+                or apart or not needs_teacher(self)
+                or self.student_init not in (None, *students.METHODS[:-1])),
+             "--student-stages", "it chooses blocks alone, with the teacher beside the student"),
             (self.export and not self.resume, "--export with --no-resume", alone),
-            (scaled and self.student_init != "random",
-             "--mup.base-embed without --student-init random",
-             "it scales fresh weights alone, so add that flag or leave this one out"),
+            (scaled and (self.student_init != "random" or bool(self.student_copy)),
+             "--mup.base-embed without --student-init random, or with --student-copy",
+             "it scales weights that are all fresh, leave it out for others"),
             (scaled and self.optim.name in ("adafactor", "sgd"),
              f"--mup.base-embed with --optim.name {self.optim.name}",
              "no rule is known for it, take adamw, lion or muon"),
             (not scaled and self.mup != Mup(), "--mup.qk-scale or --mup.zero-init",
              "add --mup.base-embed, without which they do nothing"),
-            (self.student is not None and self.student_init is not None,
-             "--student-init with --student", "that student is whole already"),
+            (self.student is not None and self.student_init not in (None, *students.GROWTH),
+             "--student-init with --student", "that student is whole already, it can only grow"),
+            (self.student is None and self.student_init in students.GROWTH,
+             f"--student-init {self.student_init}", "give the --student that is to grow"),
+            (bool(self.student_copy) and self.student_init != "random", "--student-copy",
+             "it is for fresh weights, add --student-init random"),
         ):  # fmt: skip
             if conflicts:
                 raise UserError(f"{flags}: {reason}")
@@ -214,19 +252,19 @@ def profile_window(steps: str) -> tuple[int, int]:
 # What may differ between a run and its continuation. Of these, only `steps` changes what follows:
 # the schedules end there.
 MAY_CHANGE = frozenset({
-    "--out", "--resume", "--resume-anyway", "--steps", "--time-limit", "--eval-every",
-    "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best", "--log-every",
-    "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--deterministic",
+    "--out", "--resume", "--resume-anyway", "--steps", "--tokens", "--epochs", "--time-limit",
+    "--eval-every", "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best",
+    "--log-every", "--log-norms", "--quiet", "--mesh", "--zero", "--attention", "--deterministic",
     "--teacher-devices", "--export-dtype", "--remat", "--microbatches", "--loss.chunk",
     "--data.cache", "--data.cache-limit", "--data.streaming", "--profile-steps", "--plan",
     "--devices", "--topology", "--device-memory", "--force", "--distributed", "--coordinator",
-    "--processes", "--process-id", "--requeue-status", "--export",
+    "--processes", "--process-id", "--requeue-status", "--export", "--push", "--save-minutes",
     "--data.text-field",  # what it says of the text is compared itself
 })  # fmt: skip
 # Of these, the ones that a finished run cannot heed any more.
 DURING_STEPS = frozenset({
-    "--eval-every", "--eval-windows", "--eval-teacher", "--save-every", "--keep-best",
-    "--log-every", "--log-norms", "--profile-steps",
+    "--eval-every", "--eval-windows", "--eval-teacher", "--save-every", "--save-minutes",
+    "--keep-best", "--log-every", "--log-norms", "--profile-steps",
 })  # fmt: skip
 
 
@@ -240,6 +278,8 @@ def with_defaults(config: Config) -> Config:
         named = stored.teacher_name
     teacher = named or str(DEMO / "teacher")
     embedded = config.teacher is None and stored is None  # the text is, whoever teaches
+    if embedded and not DEMO.exists():
+        raise UserError(f"{DEMO} is not there: run distill.py in its checkout, or give --teacher")
     layers = _student_layers(config, models.config(teacher))
     asked = stored.seq_len if stored is not None and config.seq_len is None else config.seq_len
     several = [teacher] if config.student is None else [teacher, config.student]
@@ -249,6 +289,14 @@ def with_defaults(config: Config) -> Config:
         features.pairs(config.loss.feature_pairs, layers or depth, depth)
     if config.on_policy.fraction:
         config.on_policy.lengths(seq_len)
+    steps, a_step = config.steps, config.batch_size * seq_len
+    start, export_dtype = models.abstract(config.student or teacher), config.export_dtype
+    if steps is None:  # those of --epochs follow when the text is open
+        usual = 0 if embedded else sum(leaf.size for leaf in jax.tree.leaves(start)) // 20
+        steps = math.ceil((config.tokens or max(usual, 300 * a_step)) / a_step)
+    if export_dtype == "auto":
+        export_dtype = "float32" if embedded else start.embedding.dtype.name
+    save_every = steps if config.save_minutes else max(100, steps // 20)
     name = files.local_path(named or "demo")
     name = (name.resolve() if name.exists() else Path(str(name).partition("@")[0])).name
     compute = sharding.compute_dtype(config.compute_dtype)
@@ -260,6 +308,8 @@ def with_defaults(config: Config) -> Config:
         config, teacher=teacher, student_layers=layers, seq_len=seq_len, compute_dtype=compute,
         student_init=config.student_init or ("greedy" if config.student is None else None),
         out=config.out or f"runs/{name}-{size}", data=_data(config.data, stored, embedded),
+        steps=steps, tokens=None, epochs=None, save_every=config.save_every or save_every,
+        eval_every=config.eval_every or max(100, steps // 10), export_dtype=export_dtype,
     )  # fmt: skip
 
 
@@ -277,6 +327,16 @@ def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> 
     return config.canonical()
 
 
+def stages(config: Config) -> list[tuple[int | None, int]]:
+    """The blocks of the student in each stage of a run, and the step at which it ends."""
+    count = config.student_stages
+    if count == 1:
+        return [(config.student_layers, config.steps)]
+    depth, shares = models.config(config.teacher).layers, [k / count for k in range(1, count + 1)]
+    fewer = depth - config.student_layers
+    return [(depth - round(fewer * share), round(config.steps * share)) for share in shares]
+
+
 def _student_layers(config: Config, teacher: Any) -> int | None:
     """Blocks of the student, in agreement with the flags that say which; None where a choice among
     `candidates` is to say."""
@@ -284,7 +344,7 @@ def _student_layers(config: Config, teacher: Any) -> int | None:
         students.sizes(teacher, config.student_params)  # what none can have is refused
         return None
     if config.student is not None:
-        layers = models.config(config.student).layers
+        layers = student_config(config).layers
         if config.student_layers not in (None, layers):
             flag, has = f"--student-layers {config.student_layers}", f"has {layers}"
             raise UserError(f"{flag}: the student in {config.student} {has}; leave the flag out")
@@ -295,6 +355,9 @@ def _student_layers(config: Config, teacher: Any) -> int | None:
     layers = layers or (teacher.layers if narrower else max(1, teacher.layers // 2))
     if method != "random":
         students.check(teacher.layers, layers, method)
+        if 1 < config.student_stages > (fewer := teacher.layers - layers):
+            flag = f"--student-stages {config.student_stages}"
+            raise UserError(f"{flag}: there are only {fewer} blocks to remove")
         students.narrowed(teacher, **student_widths(config))
     return layers
 
@@ -315,7 +378,10 @@ def student_config(config: Config) -> Any:
     for axis in widths:
         remedy = "that student has widths of its own, leave it out beside --student"
         raise UserError(f"--student-{axis.replace('_', '-')}: {remedy}")
-    return models.config(config.student)
+    shape, how = models.config(config.student), config.student_init
+    if how is None:
+        return shape
+    return shape.select({"layers": students.growth(shape, config.student_layers, how)})
 
 
 def run_folder(config: Config) -> files.RunFolder:

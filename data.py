@@ -47,11 +47,12 @@ class Config:
     """The field of a record that holds its text; by default text, where it has no conversation."""
     documents: Literal["file", "paragraph", "line"] = "file"
     """What a document is in plain text; paragraphs end at a blank line."""
-    packing: Literal["stream", "fit"] = "stream"
-    """How documents lie in rows: one behind the other, cut where a row ends; or whole, by best fit.
-    Then with --data.mask assistant conversations longer than a row are cut behind an answer."""
     mask: Literal["all", "assistant"] = "all"
     """Which tokens to learn: all, or those of the assistant's turns."""
+    packing: Literal["auto", "stream", "fit"] = "auto"
+    """How documents lie in rows: one behind the other, cut where a row ends (stream); or whole, by
+    best fit, conversations longer than a row cut behind an answer; auto is fit for --data.mask
+    assistant."""
     chat_template: str | None = None
     """A file with the chat template to use, or chatml, for tokenizers that have its tokens; by
     default the tokenizer's own, or where it has none, that of a source's writer (generate.py)."""
@@ -71,6 +72,11 @@ class Config:
         if self.weights and len(self.weights) != len(self.source):
             counts = f"{len(self.weights)} of {len(self.source)}"
             raise UserError(f"--data.weights: expected one for each --data.source, found {counts}")
+
+    @property
+    def fits(self) -> bool:
+        """Whether documents are kept whole in their rows."""
+        return self.packing == "fit" or (self.packing, self.mask) == ("auto", "assistant")
 
     def canonical(self) -> "Config":
         """With one spelling for each path, the same from any folder."""

@@ -4,6 +4,7 @@ python distill.py --teacher bigscience/bloom-1b7 --student-layers 12
 """
 
 import contextlib
+import dataclasses
 import functools
 import shlex
 import sys
@@ -24,12 +25,33 @@ import models
 import optim
 import sharding
 import text
-from config import Config, Data, Mesh, Optim, run_folder, uses_teacher_loss, with_defaults
+from config import (
+    Config,
+    Data,
+    Mesh,
+    Optim,
+    run_folder,
+    stages,
+    uses_teacher_loss,
+    with_defaults,
+)
 from losses import features
 from models.base import LanguageModel, add_rows, check_tokens
-from runtime import checkpoint, errors, on_policy, plan, prepare, processes, report, results
+from runtime import (
+    checkpoint,
+    errors,
+    on_policy,
+    plan,
+    prepare,
+    processes,
+    report,
+    results,
+    resume,
+    selection,
+)
 from runtime.errors import UserError
 from runtime.prepare import Placement, Run
+from runtime.processes import STOP
 
 __all__ = ["Config", "Data", "Mesh", "Optim", "State", "init_state", "main", "step", "train"]
 
@@ -285,22 +307,24 @@ def train(config: Config) -> Path:
     """Runs, or continues, what `config` describes; returns the folder of the exported student."""
     begun = time.monotonic()
     if not config.plan:
-        prepare.restore_commits(with_defaults(config))  # they say where the run is
+        resume.restore_commits(with_defaults(config))  # they say where the run is
+        config = prepare.with_epochs(config)
     config = with_defaults(config)
     placement, out = prepare.placement(config), run_folder(config).path
     with (
         sharding.use_mesh(placement.mesh, placement.layout),
         report.quietly(config.quiet or jax.process_index() > 0),
     ):
-        deepest = prepare.candidates(config)[0]
+        deepest = selection.candidates(config)[0]
+        deepest = dataclasses.replace(deepest, student_layers=stages(deepest)[0][0])
         if config.plan:
             print_plan(deepest, placement)
             return out
-        with prepare.open_folder(config) as folder, checkpoint.lock(out):
-            last = prepare.last_step(config, folder)
+        with resume.open_folder(config) as folder, checkpoint.lock(out):
+            last = resume.last_step(config, folder)
             if last is not None and last >= config.steps and results.is_exported(folder, last):
                 report.say(f"this run is finished: the student is in {out / 'student'}")
-                return out / "student"
+                return results.push(config)
             models.hub.check_replaceable(out / "student")  # now, not in the end
             if config.keep_best:
                 models.hub.check_replaceable(out / "student-best")
@@ -310,8 +334,12 @@ def train(config: Config) -> Path:
             prepare.print_summary(run, state.student)
             if int(state.step) < config.steps and not config.export:
                 with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:
-                    state = loop(run, state, saved, begun)
-            return results.finish(run, state.student, int(state.step))
+                    while (done := int(state.step)) < config.steps:
+                        if done == run.last_step:
+                            run, state = next_stage(run, state)
+                        state = loop(run, state, saved, begun)
+            results.finish(run, state.student, int(state.step))
+            return results.push(config)
 
 
 def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run, State]:
@@ -324,34 +352,43 @@ def prepare_state(config: Config, out: Path, placement: Placement) -> tuple[Run,
         # What lies there already stays: `sharding.shard` would hold all of it twice for a moment.
         return run, jax.device_put(state, plan.state_shardings(state, mesh, layout))
     _, like = abstract_arguments(run.config, placement, run.layers)
-    state, extra, step = checkpoint.restore(out / "checkpoints", like)
+    with report.progress("reading the checkpoint"):
+        state, extra, step = checkpoint.restore(out / "checkpoints", like)
     run = prepare.continued(run, step, extra)
     if not config.export:
-        prepare.write_config(run_folder(config))  # what is refused leaves the run as it was
+        resume.write_config(run_folder(config))  # what is refused leaves the run as it was
     return run, eqx.tree_at(lambda state: state.skipped, state, jnp.zeros_like(state.skipped))
 
 
+def next_stage(run: Run, state: State) -> tuple[Run, State]:
+    """The run and its state with fewer blocks and fresh moments; the old ones go first."""
+    for leaf in jax.tree.leaves(state.opt_state):
+        leaf.delete()
+    run, student = prepare.next_stage(run, state.student)
+    fresh = init_state(student, run.optimizer)
+    state = eqx.tree_at(lambda state: state.step, fresh, jnp.copy(state.step))
+    mesh, layout, _ = run.placement
+    return run, jax.device_put(state, plan.state_shardings(state, mesh, layout))
+
+
 def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) -> State:
-    """From the step of `state` to the last. The device is never waited for, but one step behind."""
-    config, start = run.config, int(state.step)
+    """From the step of `state` to the last of its student. Devices are waited for a step behind."""
+    config, start, last = run.config, int(state.step), run.last_step
     program, fixed = compile_step(run, state), (run.optimizer, run.objective)
-    written = on_policy.on_policy_steps(config.on_policy, config.seed, start, config.steps)
+    written = on_policy.on_policy_steps(config.on_policy, config.seed, start, last)
     write = compile_writer(run, state) if written.any() else None
     deadline = begun + 60 * (config.time_limit or float("inf"))
     pending: tuple[int, dict[str, Any]] | None = None
     trace = plan.Trace(config.profile_steps, run.out / "trace")
     with (
         results.open_log(run, start) as log,
-        processes.Interruption() as interruption,
-        contextlib.closing(data.prefetch(run.batch, start, config.steps)) as batches,
+        processes.Interruption(deadline, config.save_minutes) as interruption,
+        contextlib.closing(data.prefetch(run.batch, start, last)) as batches,
     ):
         log_step = results.step_logger(run, state.student, start, log, written)
         if start == 0:
             results.evaluate(run, state.student, 0, log)
         log.lap(start)
-
-        def asked() -> bool:
-            return interruption.asked or time.monotonic() > deadline
 
         try:
             for number, batch in enumerate(batches, start + 1):
@@ -360,15 +397,16 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     batch = write(state, batch)
                 arguments = (run.step_teacher, batch), state
                 # Before the step, so that reading it waits for no more than the one before.
-                vote = processes.any_asks(asked(), run.placement.mesh)
+                vote = processes.greatest(interruption.wish(), run.placement.mesh)
                 state, metrics = processes.block_on_cpu(program(*arguments, *fixed))
                 if pending is not None:
                     log_step(*pending)
                 pending = number, metrics
-                stops = number < config.steps and bool(asked() if vote is None else vote)
-                trace.after(number, state, log, ends=stops or number == config.steps)
-                evaluates = number % config.eval_every == 0 or number == config.steps
-                saves = stops or number % config.save_every == 0 or number == config.steps
+                wish = interruption.wish() if vote is None else int(vote)
+                ends, stops = number == last, wish == STOP and number < config.steps
+                trace.after(number, state, log, ends=stops or ends)
+                evaluates = number % config.eval_every == 0 or ends
+                saves = wish > 0 or number % config.save_every == 0 or ends
                 if not (evaluates or saves):
                     continue
                 log_step(*pending)
@@ -377,11 +415,13 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
                     results.evaluate(run, state.student, number, log)
                 if saves:
                     saved.save(number, state, run.facts | {"tokens": run.tokens(number)})
-                if stops or (evaluates and number < config.steps):
+                    interruption.last_save = time.monotonic()
+                if stops or (evaluates and not ends):
                     results.draw_curves(run)
                 log.lap(number)  # none of this is time of the steps
                 if stops:
-                    saved.wait()
+                    with report.progress("saving"):
+                        saved.wait()
                     log.say(f"stopped at step {number}, all is saved; to continue: {command()}")
                     log.say("for the student of this step, add --export to that command")
                     raise SystemExit(config.requeue_status)
@@ -403,6 +443,8 @@ def compile_step(run: Run, state: State) -> Any:
     stats = program.compiled.memory_analysis()
     arrays, rest = map(report.size, (stats.argument_size_in_bytes, stats.temp_size_in_bytes))
     report.say(f"compiled  in {took}, {arrays} of arrays and {rest} to work in, a device")
+    size = report.size(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    report.say(f"saves     {size} each, in {run.out / 'checkpoints'}")
     check_memory(run.config, run.placement, arguments, run.optimizer, program.compiled)
     if start:
         report.say(f"goes on   from step {start}")

@@ -131,7 +131,7 @@ def score(config: Config) -> None:
         raise UserError(f"{' '.join(source.source)}: no token to score")
     tokens, ce = means["tokens"], means["ce"]
     figures = {"tokens": tokens, "ce": ce, "perplexity": math.exp(min(ce, 700))}
-    if source.held_out == 1 and source.packing == "stream" and limit == windows:
+    if source.held_out == 1 and not source.fits and limit == windows:
         # Of a part, nobody has counted the bytes.
         figures["bits_per_byte"] = ce * tokens / math.log(2) / corpus.bytes
     if teacher is not None:

@@ -23,7 +23,7 @@ import sharding
 import text
 from models.attention import Cache, einsum_f32
 from models.base import LanguageModel, unstacked
-from runtime import answers, errors, files, processes, report
+from runtime import answers, commits, errors, files, processes, report
 from runtime.errors import LOCAL, SEED, Constraint, UserError, above, at_least, between
 
 Logits = Float32[Array, "batch vocab"]
@@ -36,6 +36,7 @@ OUT = Constraint(
     "a .parquet or .jsonl file on this machine",
     lambda path: LOCAL.holds(path) and Path(path).suffix in (".parquet", ".jsonl"),
 )
+SHARE = Constraint("above 0 and at most 1", lambda x: 0 < x <= 1)
 PART = 256  # tokens of a prompt read at once
 LEAST = 64  # places of a cache that are always read
 STEPS = 64  # tokens between two looks of the host at the rows
@@ -52,7 +53,7 @@ class Sampling:
     """Divides the logits; 0 takes the likeliest token."""
     top_k: Annotated[int, at_least(0)] = 0
     """Choose among this many of the likeliest tokens; 0 is all of them."""
-    top_p: Annotated[float, Constraint("above 0 and at most 1", lambda x: 0 < x <= 1)] = 1.0
+    top_p: Annotated[float, SHARE] = 1.0
     """Choose among the fewest tokens whose probabilities add up to this."""
     min_p: Annotated[float, between(0, 1)] = 0.0
     """Choose among tokens with at least this share of the likeliest one's probability."""
@@ -325,6 +326,16 @@ class Config(Sampling):
     hub data set as id[@revision][:config][:split]."""
     out: Annotated[str, OUT]
     """File to write."""
+    temperature: Annotated[float | None, at_least(0)] = None
+    """Divides the logits; 0 takes the likeliest token. By default, as for the next three, what the
+    model's generation_config.json says where it samples, else 1."""
+    top_k: Annotated[int | None, at_least(0)] = None
+    """Choose among this many of the likeliest tokens; 0, else the default, is all of them."""
+    top_p: Annotated[float | None, SHARE] = None
+    """Choose among the fewest tokens whose probabilities add up to this; else 1."""
+    repetition_penalty: Annotated[float | None, above(0)] = None
+    """Divides the positive logits of tokens that have occurred, and multiplies negative ones; else
+    1."""
     column: str | None = None
     """The column of prompts, text or messages; by default messages, else prompt (for a model with
     a chat template what its user says), else text."""
@@ -351,10 +362,22 @@ class Config(Sampling):
     mesh: sharding.Sizes = dataclasses.field(default_factory=lambda: sharding.Sizes(-1, 1, 1))
 
 
+def with_model_settings(config: Config, folder: Path) -> Config:
+    """With the sampling of the model's own files, where no flag says another."""
+    path = folder / models.hub.GENERATION
+    own = files.read_json(path) if path.exists() else {}
+    own = own if own.get("do_sample") else {}
+    usual = {field.name: field.default for field in dataclasses.fields(Sampling)}
+    names = [name for name in usual if getattr(config, name) is None]
+    values = {name: usual[name] if own.get(name) is None else own[name] for name in names}
+    return dataclasses.replace(config, **values)
+
+
 def prepare(
     config: Config, folder: Path, tokenizer: text.Tokenizer
 ) -> tuple[list[text.Prompt], list[Job], Decoding, dict[str, Any]]:
     """All prompts, the jobs of those that are not too long, and the settings of what is written."""
+    config = with_model_settings(config, folder)
     shape, dtype = models.config(folder), sharding.compute_dtype(config.compute_dtype)
     if any(not 0 <= token < shape.vocab for token in config.stop):
         stop = " ".join(map(str, config.stop))
@@ -425,7 +448,7 @@ def run(config: Config) -> None:
     if out.suffix == ".parquet":  # what does not fit is refused now, not in the end
         columns = answers.schema([prompt.messages for prompt in prompts if prompt.messages])
     if config.push is not None:
-        answers.reserve(config.push)
+        commits.reserve(config.push, "dataset")
 
     def add(finished):
         journal.add([answer(job, new.tolist(), decoding.stop, decode) for job, new in finished])

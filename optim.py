@@ -7,7 +7,6 @@ names of their axes, never from their rank.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -54,8 +53,10 @@ class Config:
     """Momentum of sgd and of muon."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Stored dtype of the first moment (momentum); second moments are always float32."""
+    train: tuple[str, ...] = ("*",)
+    """Leaves that are trained: patterns such as 'embedding' or 'blocks.*norm*'."""
     freeze: tuple[str, ...] = ()
-    """Leaves that stay as they are: patterns such as 'embedding' or 'blocks.*norm*'."""
+    """Of these, the leaves that stay as they are: patterns too."""
 
     def __post_init__(self):
         check(self, "--optim.")
@@ -97,25 +98,20 @@ class Optimizer:
         return jnp.asarray(schedule(jnp.asarray(step, jnp.float32)), jnp.float32)
 
     def trainable(self, params: PyTree) -> PyTree[bool]:
-        """Which leaves are updated: the inexact arrays, real or abstract, that `freeze` spares. A
-        pattern may leave out the first part of a path: `embedding` is `student.embedding` too."""
-        leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-        trainable = {
-            jax.tree_util.keystr(path, simple=True, separator="."): hasattr(leaf, "dtype")
-            and jnp.issubdtype(leaf.dtype, jnp.inexact)
-            for path, leaf in leaves
-        }
-        known = ", ".join(name for name in trainable if trainable[name])
-        for pattern in self.config.freeze:
-            paths = [(name, name.partition(".")[2]) for name in trainable]
-            frozen = [names[0] for names in paths if any(fnmatchcase(x, pattern) for x in names)]
-            if not frozen:
-                raise UserError(f"--optim.freeze {pattern} names no parameter; there are {known}")
-            trainable |= dict.fromkeys(frozen, False)
-        if not any(trainable.values()):
+        """Which leaves are updated: the inexact arrays, real or abstract, that `train` names and
+        `freeze` does not. A pattern may leave out the first part of a path: `embedding` is
+        `student.embedding` too."""
+        train = sharding.match_leaves(params, self.config.train, "--optim.train")
+        freeze = sharding.match_leaves(params, self.config.freeze, "--optim.freeze")
+        leaves, structure = jax.tree.flatten(params)
+        trainable = [
+            train[name] and not freeze[name] and jnp.issubdtype(leaf.dtype, jnp.inexact)
+            for name, leaf in zip(train, leaves, strict=True)
+        ]
+        if not any(trainable):
             patterns = " ".join(self.config.freeze)
             raise UserError(f"--optim.freeze {patterns} leaves nothing to train")
-        return jax.tree.unflatten(structure, trainable.values())
+        return jax.tree.unflatten(structure, trainable)
 
     def init(self, params: PyTree) -> PyTree:
         """The moments of every leaf that is not frozen. Call it on placed parameters outside of

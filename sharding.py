@@ -12,6 +12,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import equinox as eqx
@@ -159,6 +160,21 @@ def field_axes(module: type, field: str) -> tuple[str, ...] | None:
         annotation = options[0] if len(options) == 1 else None
     names = getattr(annotation, "dim_str", None)
     return None if names is None else tuple(names.split())
+
+
+def match_leaves(tree: PyTree, patterns: Sequence[str], flag: str) -> dict[str, bool]:
+    """The name of every leaf, in order, such as `student.blocks.query`, and whether it fits one of
+    these patterns of `flag`. A pattern may leave out the first part of a name."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    matches = dict.fromkeys(names, False)
+    for pattern in patterns:
+        paths = [(name, name.partition(".")[2]) for name in names]
+        matching = [path[0] for path in paths if any(fnmatchcase(x, pattern) for x in path)]
+        if not matching:
+            raise UserError(f"{flag} {pattern} names no parameter; there are {', '.join(names)}")
+        matches |= dict.fromkeys(matching, True)
+    return matches
 
 
 def claims(

@@ -22,6 +22,7 @@ from models.base import LanguageModel, intermediates
 from runtime.errors import UserError
 
 METHODS = ("greedy", "influence", "uniform", "first", "last", "random")
+GROWTH = ("grow", "grow-stack")  # how a student becomes deeper
 
 # Of the greedy choice. A head over a large vocabulary costs a token as much as several blocks.
 LOGITS, LEAST = 2**24, 256  # of the positions that judge a candidate, and how many these are
@@ -54,14 +55,14 @@ class Choice(NamedTuple):
 
 def parse(how: str) -> tuple[int, ...] | None:
     """The blocks that `how` lists, `None` where it names a way of choosing them."""
-    if how in METHODS:
+    if how in METHODS + GROWTH:
         return None
     words = [word.strip() for word in how.split(",")]
     layers = [int(word) if word.isdecimal() else -1 for word in words]
     if layers != sorted(set(layers)) or layers[0] < 0:
         raise UserError(
-            f"--student-init is {how!r}: it must be one of {', '.join(METHODS)}, or a list of"
-            " blocks such as 0,2,5, which ascend, each named once"
+            f"--student-init is {how!r}: it must be one of {', '.join(METHODS + GROWTH)}, or a"
+            " list of blocks such as 0,2,5, which ascend, each named once"
         )
     return tuple(layers)
 
@@ -487,3 +488,45 @@ def resized(config: Any, layers: int, **widths: int) -> Any:
     except UserError as error:
         flags = "--student-embed, --student-heads or --student-kv-heads"
         raise UserError(f"{error}: change {flags}") from None
+
+
+def growth(config: Any, layers: int | None, how: str) -> tuple[int, ...]:
+    """The block of a shallower student that each of so many repeats: one by one, or as a stack."""
+    depth = config.layers
+    if layers is None or layers <= depth:
+        raise UserError(f"--student-init {how} needs --student-layers above {depth}, --student's")
+    if config.residual_after_norm:
+        reason = "its blocks add to their normed input, which no copy could leave as it is"
+        raise UserError(f"--student-init {how}: {reason}; leave the flag out")
+    return tuple(i % depth if how == "grow-stack" else i * depth // layers for i in range(layers))
+
+
+def grow(shallow: LanguageModel, layers: int, how: str) -> LanguageModel:
+    """A model of so many blocks that computes what `shallow` does: what copies of a block add to
+    the residual stream is zero."""
+    order = growth(shallow.config, layers, how)
+    deeper = cut(shallow, {"layers": order})
+    copies = jnp.array([i for i, block in enumerate(order) if block in order[:i]])
+    axes = vars(sharding.axes(deeper.blocks)).items()
+    outputs = {name for name, names in axes if names and names[1] == "embed" and names[2:]}
+
+    def silence(path, leaf):
+        is_output = path[-1].name.removesuffix("_bias") in outputs
+        return leaf.at[copies].set(0) if is_output else leaf
+
+    blocks = jax.tree_util.tree_map_with_path(silence, deeper.blocks)
+    return eqx.tree_at(lambda model: model.blocks, deeper, blocks)
+
+
+def copy_leaves(
+    student: LanguageModel, teacher: LanguageModel, patterns: Sequence[str]
+) -> LanguageModel:
+    """The student with copies of those leaves of its teacher that these patterns name."""
+    named = sharding.match_leaves({"student": student}, patterns, "--student-copy")
+    leaves, structure = jax.tree.flatten(student)
+    for i, (name, leaf) in enumerate(zip(named, jax.tree.leaves(teacher), strict=True)):
+        if named[name] and leaf.shape != leaves[i].shape:
+            shapes = f"{name} is {leaves[i].shape}, the teacher's {leaf.shape}"
+            raise UserError(f"--student-copy {' '.join(patterns)}: {shapes}: leave it out")
+        leaves[i] = jnp.copy(leaf).astype(leaves[i].dtype) if named[name] else leaves[i]
+    return jax.tree.unflatten(structure, leaves)

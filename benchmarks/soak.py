@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
+
+from runtime import results
 
 ROOT = Path(__file__).resolve().parents[1]
 Part = Literal["kills", "devices", "meshes", "answers", "sigterm", "disk", "overhead"]
@@ -92,8 +95,8 @@ class Run(NamedTuple):
         """The metrics without times; those of a file that is being written, as far as it is."""
         with contextlib.suppress(OSError):
             lines = (self.out / "metrics.jsonl").read_text().split("\n")[:-1]
-            timed = ("tokens_per_second",)
-            return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+            lines = map(json.loads, lines)
+            return [{k: v for k, v in x.items() if k not in results.OF_ONE_START} for x in lines]
         return []
 
     def step(self) -> int:
@@ -325,8 +328,10 @@ def disk(home: Path, config: Config) -> Iterator[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    """The files of a folder; a card without its time and its name."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    mine = rb"(optimizer steps), .* tokens/s on .*|from_pretrained\(.*?\)"
+    return {str(name): re.sub(mine, rb"\1", path.read_bytes()) for name, path in files.items()}
 
 
 def answers(home: Path, config: Config) -> Iterator[str]:

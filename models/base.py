@@ -30,6 +30,7 @@ class ModelConfig:
     SELECTABLE: ClassVar[tuple[str, ...]] = ("layers",)  # the axes that `select` can index
     PER_LAYER: ClassVar[tuple[str, ...]] = ()  # the fields that hold an entry for each layer
     ALIBI: ClassVar[bool] = False  # whether attention is told positions by a bias
+    residual_after_norm: ClassVar[bool] = False  # whether blocks add to their normed input
 
     @property
     def untied(self) -> bool:

@@ -352,7 +352,7 @@ def abstract(source: Source) -> LanguageModel:
 
 def save(
     model: LanguageModel, folder: Source, *, tokenizer: Source | None = None,
-    notes: Mapping[str, str] | None = None, shard_size: int = 5_000_000_000,
+    notes: Mapping[str, str | bytes] | None = None, shard_size: int = 5_000_000_000,
 ) -> None:  # fmt: skip
     """A checkpoint that Hugging Face tools load, with the tokenizer of another folder or hub id and
     `notes` as further files. It appears when it is whole, in place of an older checkpoint."""
@@ -380,13 +380,14 @@ def save(
         for name in (GENERATION, *TOKENIZER):
             if texts is not None and (texts / name).exists():
                 shutil.copyfile(texts / name, partial / name)
-        for name, text in notes.items():
-            (partial / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        for name, note in notes.items():
+            note = note.encode(errors="backslashreplace") if isinstance(note, str) else note
+            (partial / name).write_bytes(note)
 
 
 def check_replaceable(folder: Source, notes: Iterable[str] = ()) -> Path:
     """Where `save` would write a checkpoint: a link is followed; what is not ours is refused."""
-    ours = ("config.json", GENERATION, "README.md", *TOKENIZER, *WEIGHTS, *notes)
+    ours = ("config.json", GENERATION, "README.md", "curves.png", *TOKENIZER, *WEIGHTS, *notes)
     with files.disk_errors(Path(folder), ""):
         folder = Path(os.path.realpath(files.local_path(folder)))  # of a loop, the link
         is_folder, present = folder.is_dir(), set()

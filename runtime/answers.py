@@ -125,14 +125,6 @@ def settings_of(out: Path, settings: Settings) -> dict[str, Any] | None:
         return None
 
 
-def reserve(name: str) -> None:
-    """Makes a data set on the hub, private unless it is there: so a refusal comes early."""
-    from huggingface_hub import HfApi
-
-    with files.library_errors(f"--push {name}: cannot be written"):
-        HfApi().create_repo(name, repo_type="dataset", private=True, exist_ok=True)
-
-
 def upload(name: str, out: Path, settings: Settings) -> str:
     """Puts a data set on the hub, with a card where there is none; returns its address."""
     from huggingface_hub import CommitOperationAdd, HfApi

@@ -1,11 +1,16 @@
-"""Which commit a name of the hub means: asked once, written down with a run, and used again."""
+"""Which commit a name of the hub means: asked once, written down with a run, and used again.
+
+And whether what a program makes can be put there.
+"""
 
 import contextlib
 import re
 from pathlib import Path
 from typing import Literal
 
-COMMITS: dict[str, str] = {}  # by kind, `owner/name` and revision
+from runtime import files
+
+COMMITS: dict[str, str] = {}  # by kind, `owner/name` and revision; and licenses
 FILE = "commits.json"  # of a run
 CACHED: set[str] = set()  # commits of which the hub said nothing, so that the cache must do
 REVISION = r"(?:@(?!.*\.\.)\w[\w./-]*)?"
@@ -25,14 +30,24 @@ def commit(source: str, kind: Literal["model", "dataset"] = "model") -> str:
     cached = ref.read_text(encoding="utf-8") if ref.is_file() else None
     try:
         timeout = 3 if cached else 10  # seconds
-        sha = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=timeout).sha
+        info = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=timeout)
     except (errors.HTTPError, OSError, ValueError) as error:
         if isinstance(error, errors.RevisionNotFoundError) or not cached:
             raise
         CACHED.add(cached)
         return COMMITS.setdefault(key, cached)
-    if sha != cached:
+    if info.sha != cached:
         with contextlib.suppress(OSError):  # the cache may be somebody else's
             ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(sha, encoding="utf-8")
-    return COMMITS.setdefault(key, sha)
+            ref.write_text(info.sha, encoding="utf-8")
+    if license := (info.card_data or {}).get("license"):
+        COMMITS[f"license {kind}s/{name}"] = str(license)
+    return COMMITS.setdefault(key, info.sha)
+
+
+def reserve(name: str, kind: Literal["model", "dataset"]) -> None:
+    """Makes a repository on the hub, private unless it is there: so a refusal comes early."""
+    from huggingface_hub import HfApi
+
+    with files.library_errors(f"--push {name}: cannot be written"):
+        HfApi().create_repo(name, repo_type=kind, private=True, exist_ok=True)

@@ -20,7 +20,6 @@ T = TypeVar("T")
 # Flags that other tools have, and what does their work here where a program has it.
 OTHERS = {
     "--learning-rate": "--optim.lr", "--max-steps": "--steps",
-    "--epochs": "--steps, of which windows / --batch-size are an epoch",
     "--num-layers": "--student-layers", "--output-dir": "--out", "--data": "--data.source",
     "--dataset": "--data.source", "--config": "flags alone: a config.json is written, not read",
     "--version": "the commit of its checkout: git log -1",
@@ -32,7 +31,7 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], object]) -> None:
-    """Calls `main`; a `UserError` ends the program with one line and status 2, Ctrl-C with 130."""
+    """Calls `main`; a `UserError` ends it with a line and status 2 or its own, Ctrl-C with 130."""
     while os.open(os.devnull, os.O_RDWR) < 3:  # else a closed one would be the next file opened,
         pass  # and libraries print there
     screens = _Screen(sys.stdout, BrokenPipeError), _Screen(sys.stderr, OSError)
@@ -41,7 +40,7 @@ def run(main: Callable[[], object]) -> None:
             main()
         except UserError as error:
             tell(error)
-            raise SystemExit(2) from None
+            raise SystemExit(getattr(error, "status", 2)) from None
         except KeyboardInterrupt:
             words = "interrupted; the same command goes on from what was saved, if anything was"
             print(words, file=sys.stderr, flush=True)
@@ -166,19 +165,28 @@ def _flags(kind: type, prefix: str = "--") -> Iterator[str]:
 
 
 def _with_constraints(info: Any) -> Any:
-    """tyro's own reading of a dataclass, in the order of its arguments, with its constraints."""
-    from tyro.constructors import ConstructorRegistry
+    """tyro's own reading of a dataclass, in the order of its arguments, those that must be given
+    first, with its constraints."""
+    import tyro
 
     if Constraint in info.markers or not dataclasses.is_dataclass(info.type):
         return None  # tyro's own rule for dataclasses reads it
     info = dataclasses.replace(info, markers=(*info.markers, Constraint))
-    spec, limits, fields = ConstructorRegistry.get_struct_spec(info), constraints(info.type), []
-    order = list(inspect.signature(info.type).parameters)
+    spec = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
+    hints, limits, fields = typing.get_type_hints(info.type), constraints(info.type), []
+    given = inspect.signature(info.type).parameters
+    order = sorted(given, key=lambda name: given[name].default is not inspect.Parameter.empty)
     for field in sorted(spec.fields, key=lambda field: order.index(field.name)):
         text = (field.helptext() if callable(field.helptext) else field.helptext) or ""
         if limit := limits.get(field.name):
             text += f" Must be {limit.words}."
-        fields.append(dataclasses.replace(field, helptext=" ".join(text.split())))
+        kind = field.type
+        if field.default is None:  # the text says what that means
+            one = typing.get_args(hints[field.name])[0]
+            name = " ".join(part.__name__.upper() for part in typing.get_args(one) or [one])
+            kind = typing.Annotated[kind, tyro.conf.arg(help_behavior_hint="", metavar=name)]
+        text = " ".join(text.split())
+        fields.append(dataclasses.replace(field, type=kind, helptext=text))
     return dataclasses.replace(spec, fields=tuple(fields))
 
 

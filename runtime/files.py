@@ -256,22 +256,23 @@ def flock(descriptor: int, kind: int) -> None:
             raise
 
 
+def flags(settings: Settings, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Nested settings by dotted names, spelled as flags are: `--a.b-c`."""
+    for name, value in settings.items():
+        name = prefix + name.replace("_", "-")
+        yield from flags(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+
+
 def changes(
     before: Settings, now: Settings, may_change: Set[str], prefix: str = "", *,
     default: Settings | None = None, words: str = "{} was {}, is {}",
 ) -> list[str]:  # fmt: skip
     """How settings differ, a line each; `may_change` names single ones or groups (`a` of `a.b`)."""
 
-    def flat(settings: Settings, group: str) -> Iterator[tuple[str, Any]]:
-        """Nested settings by dotted names, spelled as flags are: `a.b-c`."""
-        for name, value in settings.items():
-            name = group + name.replace("_", "-")
-            yield from flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
-
-    old = dict(flat(default or {}, prefix)) | dict(flat(before, prefix))
+    old = dict(flags(default or {}, prefix)) | dict(flags(before, prefix))
     return [
         words.format(name, old.get(name), value)
-        for name, value in flat(now, prefix)
+        for name, value in flags(now, prefix)
         if old.get(name) != value and not may_change & {name, name.partition(".")[0]}
     ]
 

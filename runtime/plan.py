@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import math
 import os
+import resource
+import sys
 import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,9 @@ from runtime.prepare import Placement
 from runtime.report import size
 
 PROGRAM = 600_000_000  # bytes of a process that computes on the CPU, beside its arrays
+
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of getrusage
 
 
 class DeviceBytes(NamedTuple):
@@ -281,6 +286,12 @@ def matrix_peak(dtype: str) -> float:
     seconds = min(timeit.repeat(lambda: product(a, a).block_until_ready(), number=1))
     devices = 1 if backend == "cpu" else jax.device_count()  # emulated ones share the processor
     return 2 * size**3 / seconds * devices
+
+
+def peak_memory() -> int:
+    """Bytes that a device has held at most; on CPUs, that this process has."""
+    used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
 class Trace:

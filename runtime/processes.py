@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from runtime import errors, files
 from runtime.errors import UserError, at_least
 
 MAY_DIFFER = frozenset({"--process-id", "--coordinator", "--quiet", "--data.cache"})
+SAVE, STOP = 1, 2  # what may be wished for after a step
 PATIENCE = 60  # seconds to wait for the other processes at the start
 
 
@@ -163,22 +165,32 @@ def end_at_once() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def any_asks(asked: bool, mesh: jax.sharding.Mesh) -> jax.Array | None:
-    """Whether any of several processes asks to stop, in an array that nobody has waited for."""
+def greatest(wish: int, mesh: jax.sharding.Mesh) -> jax.Array | None:
+    """The greatest wish of several processes, in an array that nobody has waited for."""
     if jax.process_count() == 1:
         return None
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
-    flags = jax.make_array_from_callback((mesh.size,), place, lambda _: np.array([asked]))
-    return block_on_cpu(_any(flags))
+    wishes = jax.make_array_from_callback((mesh.size,), place, lambda _: np.array([wish]))
+    return block_on_cpu(_max(wishes))
 
 
-_any = jax.jit(jnp.any)
+_max = jax.jit(jnp.max)
 
 
 class Interruption(contextlib.ExitStack):
-    """`stop_signals` as a wish to stop after the step; a second one is taken at its word."""
+    """What is to be done after a step: SAVE, when so many minutes have gone by, or STOP, after one
+    of `stop_signals` or a deadline; a second signal is taken at its word."""
 
-    asked = False
+    def __init__(self, deadline: float = math.inf, save_minutes: float | None = None):
+        super().__init__()
+        self.deadline, self.pause = deadline, 60 * (save_minutes or math.inf)
+        self.asked, self.last_save = False, time.monotonic()
+
+    def wish(self) -> int:
+        now = time.monotonic()
+        if self.asked or now > self.deadline:
+            return STOP
+        return SAVE if now > self.last_save + self.pause else 0
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # others may not

@@ -72,10 +72,10 @@ class Log(ExitStack):
             bar = tqdm(total=steps, initial=start, bar_format=shape, dynamic_ncols=True)
             self.bar = self.enter_context(bar)
 
-    def step(self, metrics: Metrics, mfu: float | None = None) -> None:
+    def step(self, metrics: Metrics) -> None:
         """Records a training step and shows it."""
         metrics = self._record(metrics)
-        text = step_line(metrics, self.steps, mfu, self.divergence)
+        text = step_line(metrics, self.steps, self.divergence)
         if self.bar is not None:
             self.bar.update(metrics["step"] - self.bar.n)
             self.bar.set_description_str(text)
@@ -110,15 +110,15 @@ class Log(ExitStack):
         return metrics
 
 
-def step_line(line: Metrics, steps: int, mfu: float | None = None, divergence: str = "KL") -> str:
+def step_line(line: Metrics, steps: int, divergence: str = "KL") -> str:
     """The figures of a step in one line, with the time left at its speed."""
     parts, speed = [f"loss {figure(line['loss'])}"], line.get("tokens_per_second")
     if line.get("divergence") is not None:
         parts.append(f"{divergence} {figure(line['divergence'])}")
     if speed:
         parts.append(f"{count(speed)} tok/s")
-    if mfu is not None:
-        parts.append(f"MFU {mfu:.0%}")
+    if line.get("mfu") is not None:
+        parts.append(f"MFU {line['mfu']:.0%}")
     if speed and line["step"]:
         left = line["tokens"] / line["step"] * (steps - line["step"])
         parts.append(f"ETA {duration(left / speed)}")

@@ -1,8 +1,10 @@
 """What a run measures of its student, and what it leaves: the checkpoint, the curves, the table."""
 
+import collections
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,21 +19,26 @@ import eval as evaluation
 import models
 import sharding
 import text
-from config import DURING_STEPS, describe_loss, student_widths, uses_teacher_loss
+from config import DURING_STEPS, Config, run_folder, uses_teacher_loss
 from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
 from models.hub import GENERATION
-from runtime import figures, files, plan, report
+from runtime import card, figures, files, plan, report
 from runtime.errors import UserError
 from runtime.prepare import Run
 from runtime.report import Log
 
 PATIENCE = 5  # updates in a row that may be left out
+LOSSES = "loss", "divergence", "ce", "features"
+MEANS = tuple(f"mean_{name}" for name in LOSSES)  # of the steps since the line before
+OF_ONE_START = ("tokens_per_second", "time", "mfu", "memory", *MEANS)  # figures of a step's line
 EXPORTED = "exported.json"  # of which step the exported student is, and its dtype
 
 
 class NotFinite(UserError):
     """A run whose updates are left out one after the other."""
+
+    status = 4  # of the program that it ends
 
 
 def open_log(run: Run, start: int) -> Log:
@@ -49,6 +56,9 @@ def step_logger(
     loss = config.loss.divergence, config.loss.temperature, config.loss.temperature_end
     flops = plan.step_flops(student, run.teacher if teaches else None, config.seq_len)
     peak = plan.matrix_peak(config.compute_dtype)
+    totals: collections.Counter[str] = collections.Counter()
+    least = flops * (run.tokens(config.steps) - run.tokens(start)) / peak
+    report.say(f"time      about {report.duration(2 * least)}, at half of these devices' peak")
 
     def log_step(number: int, metrics: dict[str, Any]) -> None:
         metrics = jax.device_get(metrics)
@@ -58,11 +68,15 @@ def step_logger(
             what = f"loss or gradient was not finite {PATIENCE} times in a row; the state is saved"
             remedy = "look at the data, or begin anew with --no-resume and a lower --optim.lr"
             raise NotFinite(f"step {number}: {what}: {remedy}")
-        if number % config.log_every and number != config.steps:
+        totals.update({x: float(metrics[x]) for x in LOSSES if x in metrics}, steps=1)
+        if number % config.log_every and number != run.last_step:
             return
         seconds, steps = log.lap(number)
-        names = ("loss", "divergence", "ce", "features", "grad_norm", "lr")
+        names = (*LOSSES, "grad_norm", "lr")
         line = {"step": number} | {name: metrics[name] for name in names if name in metrics}
+        since = totals.pop("steps")
+        line |= {f"mean_{name}": total / since for name, total in totals.items()}
+        totals.clear()
         if not uses_teacher_loss(config.loss):
             line["divergence"] = None
         elif loss == ("forward_kl", 1.0, None):  # what evaluations measure
@@ -71,8 +85,10 @@ def step_logger(
             line["on_policy"] = int(written[number - 1 - start])
         rate = config.batch_size * config.seq_len * steps / seconds
         line |= {"tokens": run.tokens(number), "tokens_per_second": round(rate, 1)}
+        mfu, memory = round(flops * rate / peak, 4), plan.peak_memory()
+        line |= {"time": round(time.time(), 3), "mfu": mfu, "memory": memory}
         line |= {name: value for name, value in metrics.items() if "/" in name}
-        log.step(line, mfu=flops * rate / peak)
+        log.step(line)
 
     return log_step
 
@@ -117,8 +133,10 @@ def export(
     """The student as a checkpoint of Hugging Face, with a card that says how it came about."""
     dtype = jnp.dtype(run.config.export_dtype)
     exported = jax.tree.map(lambda leaf: leaf.astype(dtype), student)
-    notes = chat_files(run.tokenizer, run.corpus.chat_template)
-    notes |= {"README.md": model_card(run, step, metrics)}
+    notes: dict[str, str | bytes] = dict(chat_files(run.tokenizer, run.corpus.chat_template))
+    notes["README.md"] = card.model_card(run, exported, step, metrics)
+    if (curves := run.out / "curves.png").exists():
+        notes["curves.png"] = curves.read_bytes()
     with report.progress("exporting"):
         models.save(exported, folder, tokenizer=run.tokenizer, notes=notes)
 
@@ -135,46 +153,6 @@ def chat_files(tokenizer: Path, template: str | None) -> dict[str, str]:
     settings = files.read_json(path) if path.exists() else {}
     settings["eos_token_id"] = sorted({*text.stop_ids(tokenizer), *ends})
     return {"chat_template.jinja": template, GENERATION: json.dumps(settings, indent=2) + "\n"}
-
-
-def model_card(run: Run, step: int, metrics: list[dict[str, Any]]) -> str:
-    """The README of a student after so many steps."""
-    config, start, base, taught = run.config, "random weights", "", ""
-    if config.student is not None:
-        start = f"the weights of {Path(config.student).name}"
-    elif run.layers is not None:
-        depth, blocks = models.config(config.teacher).layers, ", ".join(map(str, run.layers))
-        start = f"{len(run.layers)} of the teacher's {depth} blocks: {blocks}"
-        for axis, width in student_widths(config).items():
-            start += f"; {width} of {getattr(models.config(config.teacher), axis)} {axis}"
-    source = ", ".join(Path(name).name for name in config.data.source)
-    title = f"A model trained on {source}"
-    teacher = config.teacher if run.targets is None else run.targets.teacher_name
-    if run.targets is not None or teacher != config.student:
-        if (folder := files.local_path(teacher)).exists():  # `base_model` is an id of the hub
-            teacher = folder.resolve().name
-        else:
-            base = f"base_model: {json.dumps(teacher.partition('@')[0])}\n"
-        title, taught = f"A student of {teacher}", f"- **Teacher**: {teacher}\n"
-    return f"""---
-{base}library_name: transformers
-pipeline_tag: text-generation
-tags:
-- distillation
----
-
-# {title}
-
-{taught}- **Student began as**: {start}
-- **Data**: {source}
-- **Loss**: {describe_loss(config.loss, config.on_policy)}
-- **Training**: {report.count(run.tokens(step))} tokens in {step:,} optimizer steps
-
-Held-out figures: cross entropy in nats per token, KL(teacher ‖ student) at temperature 1, and the
-share of the cross-entropy gap between teacher and untrained student that training closed.
-
-{figures.markdown(figures.rows(metrics))}
-"""
 
 
 def is_exported(folder: files.RunFolder, step: int) -> bool:
@@ -216,8 +194,9 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
     if first:  # last of all files: a run that has it is finished
         facts = {"step": step, "dtype": run.config.export_dtype}
         files.write_json(run.out / EXPORTED, facts)
-    for line in samples(run, student):
-        report.say(line)
+    with report.progress("writing samples"):
+        lines = list(samples(run, student))
+    report.say("\n".join(lines))
     if first:
         print(figures.table(figures.rows(metrics)), f"student  {folder}", sep="\n")
         if (best := run.out / "student-best").exists():
@@ -226,6 +205,19 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
             print(f"best     {best} (step {step})")
         print(f"curves   {run.out / 'curves.png'}")
     sync_global_devices("finished")
+    return folder
+
+
+def push(config: Config) -> Path:
+    """Uploads the exported student where that is asked for; returns its folder."""
+    folder = run_folder(config).path / "student"
+    if config.push is not None and jax.process_index() == 0:
+        from huggingface_hub import HfApi
+
+        problem = f"--push {config.push}: cannot be written"
+        with files.library_errors(problem), report.progress("uploading"):
+            HfApi().upload_folder(repo_id=config.push, folder_path=folder)
+        print(f"model    {HfApi().endpoint}/{config.push}")
     return folder
 
 

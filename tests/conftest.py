@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FASTER
 from jaxtyping import install_import_hook
 
 CHECKED = ["config", "data", "distill", "eval", "generate", "losses", "models", "mup", "optim"]
-CHECKED += ["runtime", "sharding", "student", "targets", "text"]
+CHECKED += ["runtime", "sharding", "student", "sweep", "targets", "text"]
 install_import_hook(CHECKED, "beartype.beartype")
 
 import jax

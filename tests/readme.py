@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("distill", "generate", "targets", "eval")
+PROGRAMS = ("distill", "generate", "targets", "eval", "sweep")
 
 
 def blocks(*languages: str) -> list[str]:

@@ -39,6 +39,8 @@ from runtime import (
     processes,
     report,
     results,
+    resume,
+    selection,
 )
 from runtime.errors import UserError
 from text.chat import CHATML
@@ -275,7 +277,8 @@ def cut(ended) -> distill.Config:
 def metrics_of(out: str | Path) -> list[dict]:
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines
+        {k: v for k, v in json.loads(line).items() if k not in results.OF_ONE_START}
+        for line in lines
     ]
 
 
@@ -627,14 +630,14 @@ def test_no_resume_moves_aside_whatever_is_there(config):
     out = Path(config.out)
     out.mkdir()
     (out / "metrics.jsonl").write_text("{}")
-    prepare.make_folder(dataclasses.replace(config, resume=False))
+    resume.make_folder(dataclasses.replace(config, resume=False))
     assert (Path(config.out + ".1") / "metrics.jsonl").exists() and not list(out.iterdir())
 
 
 def test_checkpoints_without_their_settings_are_refused(config, monkeypatch):
     monkeypatch.setattr(checkpoint, "latest", lambda folder: 3)
     with pytest.raises(UserError, match="checkpoints, but no config.json"):
-        prepare.last_step(config, prepare.make_folder(config))
+        resume.last_step(config, resume.make_folder(config))
 
 
 LOOP, PIPE, MODEL = Path("loop"), None, '{"model_type": "llama", "hidden_size": 16}'
@@ -700,7 +703,7 @@ def test_what_differs_between_processes_is_named(quick, monkeypatch, name):
             distill.train(quick)
         with monkeypatch.context() as patch:
             patch.setattr(jax, "process_count", lambda: 2)
-            prepare.check_processes(prepare.make_folder(quick))
+            resume.check_processes(resume.make_folder(quick))
 
 
 def watched_windows(monkeypatch) -> list:
@@ -764,6 +767,48 @@ def test_a_narrow_student_is_cut_trained_continued_and_exported(quick, capsys):
     assert "3 of the teacher's 3 blocks" in (folder / "README.md").read_text()
 
 
+def test_a_student_grows_and_is_continued_and_exported(trained, config, one_device):
+    """The new run begins with the figures that the shallow student ended with."""
+    deeper = dataclasses.replace(
+        config, student=str(trained[0] / "student"), student_init="grow-stack", student_layers=4
+    )
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(deeper, time_limit=1e-9))
+    folder = distill.train(deeper)
+    ends, begins = metrics_of(trained[0])[-1], metrics_of(config.out)[0]
+    assert begins["eval/kl"] == pytest.approx(ends["eval/kl"], rel=1e-5)
+    assert models.load(folder).config.layers == 4
+    assert "the weights of student, grown to 4 blocks" in (folder / "README.md").read_text()
+    assert distill.with_defaults(dataclasses.replace(deeper, out=None)).out == "runs/tiny-4L"
+
+
+def test_fresh_weights_with_leaves_of_the_teacher_that_stay(config, teacher, one_device):
+    """Without a teacher in the loss, which is read for its leaves and then freed."""
+    fresh = dataclasses.replace(
+        config, student_init="random", student_copy=("embedding",), loss=losses.Config(alpha=0.0),
+        optim=dataclasses.replace(config.optim, train=("blocks.*", "norm")),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"--student-copy blocks.\*: student.blocks.* is \(2, 16\)"):
+        distill.train(dataclasses.replace(fresh, student_copy=("blocks.*",)))
+    assert not Path(config.out).exists()
+    with pytest.raises(SystemExit):
+        distill.train(dataclasses.replace(fresh, time_limit=1e-9))
+    student, original = models.load(distill.train(fresh)), models.load(teacher)
+    np.testing.assert_array_equal(student.embedding, original.embedding)
+    assert np.abs(student.norm - 1).max() > 0
+
+
+def test_leaves_of_a_teacher_with_devices_of_its_own(config, teacher, monkeypatch):
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    apart = dataclasses.replace(
+        config, student_init="random", student_copy=("embedding",), teacher_devices=1, steps=1,
+        optim=dataclasses.replace(config.optim, freeze=("embedding",)),
+    )  # fmt: skip
+    student, original = models.load(distill.train(apart)), models.load(teacher)
+    np.testing.assert_array_equal(student.embedding, original.embedding)
+
+
 @pytest.mark.parametrize(
     "tokens, line",
     [(512, r"healing   KL \S+ before"), (32, "healing   left out: .* raise --heal-")],
@@ -781,7 +826,7 @@ def test_a_share_of_the_parameters_decides_depth_and_width(quick, monkeypatch, c
     shared = dataclasses.replace(
         quick, student_layers=None, student_init=None, student_params=0.95, quiet=False
     )
-    out, cut, cuts = Path(quick.out), prepare.cut, []
+    out, cut, cuts = Path(quick.out), selection.cut_and_heal, []
 
     def die_at_the_second(*args):
         cuts.append(args)
@@ -828,7 +873,7 @@ def test_a_choice_of_blocks_that_cannot_be(quick, blocks):
     (Path(quick.out) / "choice.json").write_text(json.dumps({"kept": blocks}))
     corpus = data.open_corpus(quick.data, quick.teacher, seq_len=32, seed=0, vocab=2048)
     with pytest.raises(UserError, match="expected the choice of 2 blocks of 0 to 2, found"):
-        prepare.choose_or_restore_layers(quick, None, corpus, Path(quick.out))
+        selection.choose_or_restore_layers(quick, None, corpus, Path(quick.out))
 
 
 @pytest.mark.parametrize(
@@ -981,7 +1026,6 @@ def arguments(*words: str) -> distill.Config:
     [
         (["--loss.divergnce", "jsd"], "--loss.divergence"),
         (["--learning-rate", "1e-3"], "; instead of --learning-rate it has --optim.lr$"),
-        (["--epochs=3"], "; instead of --epochs it has --steps, of which windows / --batch-size"),
         (["--max_steps", "3"], "; instead of --max-steps it has --steps$"),
         (["--output-dir", "a"], "; instead of --output-dir it has --out$"),
         (["--num-layers", "3"], "; instead of --num-layers it has --student-layers$"),
@@ -996,6 +1040,9 @@ def arguments(*words: str) -> distill.Config:
         (["--student-init", "greeedy"], "greedy"),
         (["--optim.lr", "-1"], "--optim.lr"),
         (["--student", "x", "--student-init", "first"], "--student-init with --student"),
+        (["--student-init", "grow"], "--student-init grow: give the --student that is to grow"),
+        (["--student-copy", "head"], "--student-copy: .* add --student-init random"),
+        (["--student", "x", "--student-copy", "head"], "--student-copy: it is for fresh weights"),
         (["--student-params", "1"], "--student-params is 1.0: it must be from 0 to below 1"),
         (["--student-params", "0.5", "--student-layers", "2"], "it decides which blocks"),
         (["--student-params", "0.5", "--student-mlp", "8"], "it decides which blocks"),

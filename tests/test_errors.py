@@ -169,7 +169,7 @@ def test_flags_make_a_config(args, config):
         ("--data.source a b --steps x", "--steps: invalid literal for int() with base 10: 'x'"),
         ("--steps=1.5", "base 10: '1.5'; expected --steps INT"),
         ("--loss.alpha half", "'half'; expected --loss.alpha FLOAT"),
-        ("--data.rows many", "from ['many']; expected --data.rows {None}|INT"),
+        ("--data.rows many", "from ['many']; expected --data.rows INT"),
         (
             "--loss.kind mse",
             "'mse' for argument '--loss.kind'. Expected one of ('forward', 'reverse')",
@@ -232,7 +232,7 @@ def test_constraints_are_shown_in_the_help(capsys):
         cli(Constrained, ["--help"])
     help = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for words in (
-        "How fast. Must be above 0. (default: 0.5)", "Must be 1 or more. (default: None)",
+        "How fast. Must be above 0. (default: 0.5)", "Must be 1 or more. --share",
         "Must be from 0 to 1.", "Must be from 0 to below 1.", "Must be one word.",
     ):  # fmt: skip
         assert words in help

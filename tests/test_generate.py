@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as kinds
 
 import data
+import distill
 import generate
 import models
 import sharding
@@ -631,7 +632,7 @@ def test_a_file_from_elsewhere_is_not_replaced(base, tmp_path, monkeypatch, home
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Takes data sets: as much of the hub as a commit of small files needs."""
+    """Takes data sets and models: as much of the hub as a commit of small files needs."""
 
     protocol_version = "HTTP/1.1"
 
@@ -779,6 +780,27 @@ def test_push(base, hub):
     ran(**base, push="me/set")  # of what is finished
     assert hub.files["train.jsonl"] == base["out"].read_bytes()
     assert hub.files["README.md"] == b"my own words"
+
+
+def test_a_student_is_pushed(hub, tmp_path):
+    config = distill.Config(
+        push="me/small", steps=1, student_init="first", student_heal="none", quiet=True,
+        eval_windows=4, out=str(tmp_path / "run"),
+    )  # fmt: skip
+    folder = distill.train(config)
+    (created,) = hub.created
+    assert (created["name"], created.get("type", "model")) == ("small", "model")
+    assert created.get("private") or created["visibility"] == "private"
+    assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert b'from_pretrained("me/small")' in hub.files["README.md"]
+    hub.files.clear()
+    distill.train(config)  # of what is finished
+    assert "model.safetensors" in hub.files
+    hub.status = 401
+    again = dataclasses.replace(config, out=str(tmp_path / "again"))
+    with pytest.raises(UserError, match="--push me/small: .*log in with `hf auth login`"):
+        distill.train(again)
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(

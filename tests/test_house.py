@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From top to bottom; an arrow may only go down.
 FLOORS = [
-    {"distill", "targets"},
+    {"distill", "targets", "sweep"},
     {"runtime.plan"},
     {"config"},
     {"runtime.on_policy"},

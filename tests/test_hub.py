@@ -51,7 +51,7 @@ import json, os, sys, traceback
 os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1")
 sys.path[:0] = ["tests", "."]
 import distill, models, models.hub, test_hub, text
-from runtime import prepare
+from runtime import resume
 from runtime.errors import UserError
 
 def load(source):
@@ -74,12 +74,12 @@ verbs |= {"rows": lambda *sources: json.dumps(list(map(rows, sources)))}
 def begin(out, **options):
     others = options.pop("said", None)
     if others is not None:
-        prepare.processes.gather = lambda facts: [facts | others]
+        resume.processes.gather = lambda facts: [facts | others]
     names = {"teacher": "owner/teacher", "data": distill.Data(("owner/verses",)), "out": out}
     config = distill.Config(**names | options)
-    prepare.restore_commits(distill.with_defaults(config))
+    resume.restore_commits(distill.with_defaults(config))
     config = distill.with_defaults(config)
-    prepare.last_step(config, prepare.make_folder(config))
+    resume.last_step(config, resume.make_folder(config))
     return json.dumps([load(config.teacher), rows(*config.data.source)[1:]])
 
 verbs |= {"begin": begin}

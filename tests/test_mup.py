@@ -299,7 +299,7 @@ RANDOM = "--student-init random --mup.base-embed"
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--mup.base-embed 64", "--mup.base-embed without --student-init random: it scales fresh"),
+        ("--mup.base-embed 64", "--mup.base-embed without --student-init random, or with"),
         ("--student-init first --mup.base-embed 64", "--mup.base-embed without --student-init"),
         ("--student x --mup.base-embed 64", "--mup.base-embed without --student-init random"),
         (

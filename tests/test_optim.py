@@ -208,6 +208,35 @@ def test_freezing_what_is_not_there_names_what_is():
 
 
 @pytest.mark.parametrize(
+    ("train", "freeze", "trained"),
+    [
+        (("embedding", "blocks.up*"), (), {"embedding", "blocks.up", "blocks.up_bias"}),
+        (("blocks.*",), ("*_bias", "up", "qkv"), {"blocks.norm", "blocks.output"}),
+        (("*norm",), ("blocks.norm",), {"norm"}),
+    ],
+)
+def test_only_what_is_named_is_trained_less_what_is_frozen(train, freeze, trained):
+    optimizer = optim.make(optim.Config(lr=0.1, train=train, freeze=freeze), STEPS)
+    params = model(values(0))
+    state = optimizer.init(params)
+    after, _, _ = update(optimizer, model(values(1)), state, params, jnp.array(0))
+    before, after = arrays(params), arrays(after)
+    assert {name for name in before if before[name].tobytes() != after[name].tobytes()} == trained
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"train": ("heads",)}, "--optim.train heads names no parameter; there are embedding, "),
+        ({"train": ("up",), "freeze": ("up", "qkv")}, "--optim.freeze up qkv leaves nothing to"),
+    ],
+)
+def test_training_nothing_is_refused(flags, says):
+    with pytest.raises(UserError, match=f"^{says}"):
+        optim.make(optim.Config(**flags), STEPS).init(model(values(0)))
+
+
+@pytest.mark.parametrize(
     ("schedule", "points"),
     [
         ("constant", {0: 0.25, 3: 1, 4: 1, 99: 1, 100: 1, 500: 1}),

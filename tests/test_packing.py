@@ -26,16 +26,17 @@ def test_best_fit_fills_rows_with_everything(lengths):
 
 @given(st.integers(1, 60), st.integers(2, 12))
 def test_a_long_text_is_cut_so_that_each_token_is_predicted_once(length, row):
-    pieces = packing.cut(5, 5 + length, row)
+    pieces = packing.split_document(5, 5 + length, row)
     assert all(b - a <= row for a, b in pieces)
     assert [i for a, b in pieces for i in range(a + 1, b)] == list(range(6, 5 + length))
 
 
 def test_a_long_conversation_is_cut_behind_its_answers():
     runs = np.array([[2, 5], [7, 9], [12, 30], [33, 36], [50, 52]])
-    # An answer that a row cannot hold loses its end, one whose question fills the row goes.
-    assert packing.cut(0, 53, 10, runs) == [(0, 9), (9, 19), (30, 36), (52, 53)]
-    assert packing.cut(0, 53, 60, runs) == [(0, 53)]
+    # An answer that a row cannot hold loses its end, a question that fills a row its beginning.
+    assert packing.split_document(0, 53, 10, runs) == [(0, 9), (9, 19), (30, 36), (45, 53)]
+    assert packing.split_document(0, 90, 10, np.array([[70, 90]])) == [(65, 75)]
+    assert packing.split_document(0, 53, 60, runs) == [(0, 53)]
 
 
 TALKS = [

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import readme
 
+import distill
+import sweep
 from runtime import errors
 
 PYTHON = readme.blocks("python")
@@ -27,6 +29,10 @@ def test_the_readme_has_commands_of_every_program():
 def test_commands_have_flags_that_the_program_takes(name, arguments):
     if "--help" in arguments:
         return  # below
+    if name == "sweep":
+        for run in sweep.parse(arguments)[1]:
+            errors.cli(distill.Config, run["arguments"])
+        return
     config = errors.cli(importlib.import_module(name).Config, arguments)
     if "--distributed" in arguments:
         assert config.distributed

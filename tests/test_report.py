@@ -24,7 +24,7 @@ from hub_server import Hub
 import data
 import distill
 import models
-from runtime import figures, prepare, report, results
+from runtime import card, figures, prepare, report
 from runtime.errors import UserError
 from text import store
 
@@ -142,7 +142,7 @@ def test_a_broken_line_that_is_not_the_last_is_named(tmp_path):
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     with report.Log(tmp_path / "m", steps=10) as log:
-        log.step(step(2), mfu=0.414)
+        log.step(step(2) | {"mfu": 0.414})
         log.evaluation(evaluation(2, 4.0))
     out, err = capsys.readouterr()
     assert out == ""
@@ -175,7 +175,7 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen)
     with report.Log(tmp_path / "m", steps=10, start=2) as log:
         assert "2/10" in screen.getvalue()
-        log.step(step(6), mfu=0.414)
+        log.step(step(6) | {"mfu": 0.414})
         log.evaluation(evaluation(5, 4.0))
         log.step(step(10))
     shown = screen.getvalue().replace("\r", "\n").split("\n")
@@ -430,22 +430,19 @@ def test_a_table_survives_a_student_that_diverged():
     assert wrong.split()[4:] == ["1.0e+40", "diverged", "0.5000", "60.0%", "-"]
 
 
-def card(monkeypatch, teacher: str) -> str:
+def card_of(monkeypatch, teacher: str) -> str:
     """Of a student of three of the teacher's 24 blocks."""
     monkeypatch.setattr(models, "config", lambda source: SimpleNamespace(layers=24))
     text = distill.Data(source=("my/stories.txt",))
-    config = distill.Config(teacher=teacher, data=text, batch_size=4, seq_len=1024)
-    facts = dict.fromkeys(prepare.Run._fields) | {
-        "config": config,
-        "layers": [0, 2, 23],
-        "first_token": 0,
-    }
+    config = distill.Config(teacher=teacher, data=text, batch_size=4, seq_len=1024, out="runs/x")
+    facts = {"config": config, "out": Path("runs/x"), "layers": [0, 2, 23], "first_token": 0}
+    run = prepare.Run(**dict.fromkeys(prepare.Run._fields) | facts)
     metrics = [evaluation(0, 6.0), evaluation(300, 3.0)]
-    return results.model_card(prepare.Run(**facts), 300, metrics)
+    return card.model_card(run, models.load(ROOT / "demo" / "teacher"), 300, metrics)
 
 
 def test_model_card_states_the_facts(monkeypatch):
-    text = card(monkeypatch, "bigscience/bloom-1b7")
+    text = card_of(monkeypatch, "bigscience/bloom-1b7")
     _, front, body = text.split("---\n", 2)
     assert front.splitlines() == [
         'base_model: "bigscience/bloom-1b7"',
@@ -463,7 +460,7 @@ def test_model_card_states_the_facts(monkeypatch):
 def test_model_card_of_a_local_teacher_names_its_folder_only(monkeypatch, tmp_path):
     teacher = tmp_path / "teacher"
     teacher.mkdir()
-    text = card(monkeypatch, str(teacher))
+    text = card_of(monkeypatch, str(teacher))
     assert "base_model" not in text
     assert str(tmp_path) not in text
     assert "- **Teacher**: teacher\n" in text

@@ -22,7 +22,7 @@ from config import with_defaults
 from models.attention import positions
 from models.base import intermediates
 from models.llama import Config, Llama
-from runtime import prepare
+from runtime import prepare, selection
 from runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -287,7 +287,7 @@ def run(tmp_path):
 
 
 def test_a_killed_choice_goes_on_after_its_last_round(run, monkeypatch, capsys):
-    choose, (*_, out) = prepare.choose_or_restore_layers, run
+    choose, (*_, out) = selection.choose_or_restore_layers, run
     facts = {"teacher": "a"}
     greedy, saved = student.choose_layers, []
 
@@ -423,18 +423,18 @@ def test_a_run_heals_its_student_before_the_first_step(run, capsys):
     config = dataclasses.replace(config, student_heal="seams", heal_tokens=1024)
     layers = [0, 4, 5, 7]
     shorter = student.cut(teacher, {"layers": layers})
-    healed = prepare.heal(config, teacher, shorter, layers, corpus)
+    healed = selection.heal(config, teacher, shorter, layers, corpus)
     before, after = map(
         float, re.findall(r"KL (\S+) before, (\S+) after", capsys.readouterr().err)[0]
     )
     assert after < before
-    again = prepare.heal(config, teacher, shorter, layers, corpus)
+    again = selection.heal(config, teacher, shorter, layers, corpus)
     jax.tree.map(np.testing.assert_array_equal, again, healed)
     whole = dataclasses.replace(config, student_layers=8)
-    assert prepare.heal(whole, teacher, teacher, list(range(8)), corpus) is teacher
+    assert selection.heal(whole, teacher, teacher, list(range(8)), corpus) is teacher
     with pytest.raises(UserError, match="344 inputs of a projection, and has 224 tokens"):
         few = dataclasses.replace(config, heal_tokens=256)
-        prepare.heal(few, teacher, shorter, layers, corpus)
+        selection.heal(few, teacher, shorter, layers, corpus)
     for other in ({"student_init": "random"}, {"student": config.teacher}):
         with pytest.raises(UserError, match="--student-heal: it is for a student that is cut"):
             Config_of_run(student_heal="all", **other)
@@ -661,3 +661,83 @@ def test_every_program_gets_the_compiler_options_of_a_step(monkeypatch):
     assert programs == {
         "forward", "ablate", "importance", "first_states", "block_states", "normal_equations",
     }  # fmt: skip
+
+
+# ---- deeper, and partly the teacher ----
+
+
+def perturbed(folder: str):
+    """A model in which no norm and no bias is what it is at first."""
+    model = models.load(FIXTURES / folder)
+
+    def noisy(leaf):
+        return leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
+
+    return jax.tree.map(noisy, model)
+
+
+@pytest.mark.parametrize("how", student.GROWTH)
+@pytest.mark.parametrize("folder", ["bloom", "llama-biases", "mistral", "qwen2-mixed", "qwen3"])
+def test_a_grown_student_computes_what_the_shallow_one_does(folder, how):
+    shallow = perturbed(folder)
+    tokens, segments = jnp.asarray(np.arange(48).reshape(2, 24)), jnp.ones((2, 24), int)
+    expected = logits_of(shallow, tokens, segments)
+    deeper = student.grow(shallow, 7, how)
+    order = {"grow": [0, 0, 0, 1, 1, 2, 2], "grow-stack": [0, 1, 2, 0, 1, 2, 0]}[how]
+    assert student.growth(shallow.config, 7, how) == tuple(order)
+    assert deeper.config.layers == 7 and deeper.blocks.output.shape[0] == 7
+    windows = getattr(shallow.config, "windows", ())
+    assert getattr(deeper.config, "windows", ()) == tuple(windows[i] for i in order if windows)
+    np.testing.assert_allclose(logits_of(deeper, tokens, segments), expected, atol=1e-5)
+    zero = {i for i in range(7) if not np.any(deeper.blocks.down[i])}
+    assert zero == {i for i in range(7) if order.index(order[i]) < i}
+    # The copies are no dead ends: what is zero has a gradient.
+    grads = eqx.filter_grad(lambda model: jnp.sum(logits_of(model, tokens, segments) ** 2))(deeper)
+    assert all(np.any(grads.blocks.down[i]) and np.any(grads.blocks.output[i]) for i in zero)
+
+
+@pytest.mark.parametrize(
+    ("folder", "layers", "says"),
+    [
+        ("bloom", None, "--student-init grow needs --student-layers above 3"),
+        ("qwen3", 3, "--student-init grow needs --student-layers above 3"),
+        ("bloom-residual", 6, "--student-init grow: its blocks add to their normed input"),
+    ],
+)
+def test_growth_that_cannot_be(folder, layers, says):
+    run = Config_of_run(student=str(FIXTURES / folder), student_init="grow", student_layers=layers)
+    with pytest.raises(UserError, match=f"^{says}"):
+        with_defaults(run)
+
+
+def test_a_fresh_student_takes_leaves_of_its_teacher():
+    teacher = teacher_of()
+    config = dataclasses.replace(teacher.config, layers=2, mlp=40)
+    fresh = student.fresh(Llama, config, jax.random.key(1))
+    copied = student.copy_leaves(fresh, teacher, ("head", "student.embed*", "norm"))
+    paths = jax.tree_util.tree_leaves_with_path((fresh, copied))
+    names = [jax.tree_util.keystr(path[1:]) for path, _ in paths][: len(paths) // 2]
+    before, after, theirs = map(jax.tree.leaves, (fresh, copied, teacher))
+    for name, old, new, leaf in zip(names, before, after, theirs, strict=True):
+        taken = name in (".head", ".embedding", ".norm")
+        np.testing.assert_array_equal(new, leaf if taken else old, err_msg=name)
+        assert new is not leaf and new.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        (["embedding", "heads"], "--student-copy heads names no parameter; there are student.emb"),
+        (
+            ["blocks.*"],
+            r"--student-copy blocks.\*: student.blocks.attention_norm is \(2, 32\), the",
+        ),
+    ],
+)
+def test_leaves_that_cannot_be_copied_are_refused_before_any_weight_is_read(patterns, says):
+    teacher = teacher_of()
+    shape = dataclasses.replace(teacher.config, layers=2)
+    with pytest.raises(UserError, match=f"^{says}"):
+        eqx.filter_eval_shape(
+            lambda: student.copy_leaves(Llama(shape, jax.random.key(0)), teacher, patterns)
+        )

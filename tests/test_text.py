@@ -477,8 +477,9 @@ def test_masks_reach_the_batch(encoder, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join([json.dumps({"messages": TALK})] * 3))
     config = data.Config(
-        source=(str(path),), cache=str(tmp_path / "cache"), mask="assistant", held_out=1.0
-    )
+        source=(str(path),), cache=str(tmp_path / "cache"), mask="assistant", held_out=1.0,
+        packing="stream",
+    )  # fmt: skip
     corpus = data.open_corpus(config, folder, seq_len=7, seed=0, vocab=300)
     kept = []
     for batch in data.evaluation(corpus, 4):

@@ -7,12 +7,12 @@ import numpy as np
 from jaxtyping import Int
 
 
-def cut(
+def split_document(
     start: int, stop: int, row: int, answers: Int[np.ndarray, "runs 2"] | None = None
 ) -> list[tuple[int, int]]:
     """A document in pieces of at most a row: a text so that each token but the first is predicted
     once, a conversation behind its answers. Of an answer that a row cannot hold the rest is left
-    out, and all of it where its question fills the row."""
+    out, and of a question that would fill the row all but its end, which may take half of it."""
     pieces = []
     while stop - start > row:
         end = start + row
@@ -21,8 +21,11 @@ def cut(
             start = end - 1
             continue
         starts, stops = answers[np.searchsorted(answers[:, 1], start, "right") :].T
+        if len(starts) and starts[0] >= end:
+            start = int(starts[0]) - row // 2
+            continue
         whole = np.searchsorted(stops, end, "right")
-        if whole or (len(starts) and starts[0] < end):
+        if len(starts):
             pieces.append((start, int(stops[whole - 1]) if whole else end))
         start = int(stops[max(whole - 1, 0)]) if len(stops) else stop
     return [*pieces, (start, stop)] if start < stop else pieces

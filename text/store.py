@@ -26,7 +26,7 @@ from runtime import errors, files, report
 from runtime.errors import LOCAL, UserError, above
 from text import records
 from text.files import Source
-from text.packing import best_fit, cut
+from text.packing import best_fit, split_document
 from text.records import Piece
 from text.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def open_store(source: Source, tokenizer: Tokenizer, config: Any, seq_len: int) 
 
     `config.held_out` is the share of the documents that are not to train on.
     """
-    row = [seq_len] if config.packing == "fit" else []
+    row = [seq_len] if config.fits else []
     options = [config.text_field, config.documents, config.mask, config.held_out, *row]
     facts = [VERSION, records.SHAPES, source.fingerprint, tokenizer.fingerprint, options]
     cache = files.local_path(config.cache or files.cache_folder())
@@ -206,7 +206,11 @@ def pack(loose: TokenFiles, out: TokenFiles, row: int, masked: bool) -> None:
     ends, trained = (np.fromfile(loose.folder / name, np.int64) for name in FILES[1:])
     documents = np.stack([np.append(0, ends)[:-1], ends], axis=1)
     runs = trained.reshape(-1, 2) if masked else documents  # what is learned
-    pieces = [x for a, b in documents.tolist() for x in cut(a, b, row, runs if masked else None)]
+    pieces = [
+        x
+        for a, b in documents.tolist()
+        for x in split_document(a, b, row, runs if masked else None)
+    ]
     if (left_out := loose.tokens - sum(b - a for a, b in pieces)) > 0:
         report.say(f"{report.count(left_out)} tokens left out, of answers longer than a row")
     tokens = np.memmap(loose.folder / "tokens", loose.code, "r") if pieces else None

@@ -65,6 +65,27 @@ def test_a_choice_and_a_healing_that_are_killed_end_as_if_they_never_were(home):
     assert soak.differences(run, uncut) == []
 
 
+STAGES = {
+    "the first stage": soak.at_step(12),
+    "the end of the first stage": soak.at_step(20),
+    "the second choice": soak.Touch("choice-2.json", 1),
+    "the second healing": lambda run: (run.out / "choice-2.json").exists(),
+    "the second stage": soak.at_step(33),
+}
+
+
+def test_stages_that_are_killed_end_as_if_they_never_were(home):
+    flags = "--student-init=greedy", "--student-layers=1", "--student-stages=2", "--steps=40"
+    staged = soak.Run(home, "staged", flags=(*flags, "--student-heal=all", "--heal-tokens=1024"))
+    staged.finish()
+    run = staged._replace(name="staged-killed")
+    for name, moment in STAGES.items():
+        assert soak.killed(run, moment), f"it ended before {name}"
+        assert not (run.out / "student").exists()
+    run.finish()
+    assert soak.differences(run, staged) == []
+
+
 def test_what_differs_is_told(whole):
     """The comparison can fail."""
     assert soak.differences(whole, whole) == []

@@ -234,13 +234,13 @@ def test_processes_that_are_no_one_run_are_told_why(config, tmp_path, changes, s
 COMMITS = """
 import sys
 import distill
-from runtime import commits, errors, prepare, processes
+from runtime import commits, errors, processes, resume
 
 def main():
     which = {"coordinator": sys.argv[1], "processes": 2, "process_id": int(sys.argv[2])}
     processes.start(processes.Config(**which))
     commits.COMMITS["models/owner/name@main"] = sys.argv[2] * 40
-    prepare.restore_commits(distill.with_defaults(distill.Config()))
+    resume.restore_commits(distill.with_defaults(distill.Config()))
     print(commits.COMMITS["models/owner/name@main"])
 
 errors.run(main)

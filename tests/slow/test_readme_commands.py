@@ -131,10 +131,10 @@ def smaller(name: str, arguments: list[str], number: int, place: Path) -> list[s
     matches = {word: sorted(place.glob(word)) for word in arguments if "*" in word}
     paths = {word: [str(path.relative_to(place)) for path in matches[word]] for word in matches}
     arguments = [path for word in arguments for path in paths.get(word, [word])]
-    flags = dict(SMALL[name])
+    flags = dict(SMALL["distill" if name == "sweep" else name])
     if name == "distill" and "--out" not in arguments and arguments:
         flags["--out"] = f"runs/{number}"  # several commands train a student of one name
-    if name in ("distill", "targets") and "--targets" not in arguments and arguments:
+    if name in ("distill", "targets", "sweep") and "--targets" not in arguments and arguments:
         flags["--data.held-out"] = "0.2"
         if "--data.source" not in arguments:
             flags |= {"--data.source": "demo/stories.txt", "--data.documents": "paragraph"}
@@ -156,6 +156,8 @@ def test_a_command(number, hub, place):
     elif name == "distill":
         folder = place / re.search(r"^student  (.+)$", printed, re.M)[1]
         assert models.config(folder).layers == models.load(folder).config.layers
+    elif name == "sweep":
+        assert re.search(r"^best +python distill.py", printed, re.M)
     elif name == "eval":
         assert re.search(r"^perplexity +\d", printed, re.M)
     else:

@@ -1,0 +1,247 @@
+"""What a practitioner counts on: amounts, saves by the clock, cards, and the figures of a run."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import equinox as eqx
+import numpy as np
+import pytest
+from test_distill import (  # noqa: F401
+    FIXTURES,
+    config,
+    one_device,
+    quick,
+    teacher,
+    text,
+)
+
+import config as configs
+import data
+import distill
+import generate
+import models
+from runtime import card, checkpoint, commits, errors, files, prepare, processes, report
+from runtime.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---- how long a run is ---------------------------------------------------------------------------
+
+
+def test_steps_may_be_said_in_tokens(quick):  # noqa: F811
+    asked = dataclasses.replace(quick, steps=None, tokens=1000)  # of 8 x 32 a step
+    assert distill.with_defaults(asked).steps == 4
+    assert distill.with_defaults(distill.with_defaults(asked)).steps == 4
+    with pytest.raises(UserError, match="--steps and --tokens: leave one out"):
+        dataclasses.replace(asked, steps=2)
+
+
+def test_steps_may_be_said_in_epochs(quick):  # noqa: F811
+    asked = distill.with_defaults(dataclasses.replace(quick, steps=None, epochs=0.5))
+    folder = prepare.tokenizer_folder(asked)
+    corpus = prepare.open_corpus(asked, folder, models.config(folder).vocab)
+    asked = dataclasses.replace(quick, steps=None, epochs=0.5)
+    steps = -(-corpus.windows // 16)
+    assert distill.with_defaults(prepare.with_epochs(asked)).steps == steps
+    with pytest.raises(UserError, match="--tokens and --epochs: leave one out"):
+        dataclasses.replace(asked, tokens=2)
+
+
+def test_by_default_a_run_is_as_long_as_its_model_is_large(monkeypatch):
+    demo = distill.with_defaults(distill.Config())
+    assert (demo.steps, demo.eval_every, demo.save_every) == (300, 100, 100)
+    assert demo.export_dtype == "float32"
+    small = distill.Config(teacher=str(FIXTURES / "llama-2"), seq_len=32)
+    assert distill.with_defaults(small).steps == 300
+    parameters = 20 * 16 * 32 * 4000  # a token each for twenty: 4,000 steps of 16 x 32
+    large = models.abstract(FIXTURES / "llama-2")
+    leaf = large.embedding.update(shape=(parameters // 16, 16))
+    monkeypatch.setattr(configs.jax.tree, "leaves", lambda tree: [leaf])
+    long = distill.with_defaults(small)
+    assert (long.steps, long.eval_every, long.save_every) == (4000, 400, 200)
+
+
+def test_checkpoints_by_the_clock(quick, monkeypatch):  # noqa: F811
+    saved = []
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, step, *_: saved.append(step))
+    clocked = dataclasses.replace(quick, save_every=None, save_minutes=1e-9)
+    distill.train(clocked)
+    assert saved == [1, 2, 3, 4, 5, 6]
+    saved.clear()
+    hourly = dataclasses.replace(clocked, save_minutes=60.0, out=quick.out + "-hourly")
+    distill.train(hourly)
+    assert saved == [6]
+
+
+# ---- what a run says of itself -------------------------------------------------------------------
+
+
+def test_lines_of_metrics_hold_means_time_speed_and_memory(quick):  # noqa: F811
+    every = dataclasses.replace(quick, log_every=1)
+    distill.train(every)
+    third = dataclasses.replace(quick, log_every=3, out=quick.out + "-third")
+    distill.train(third)
+    lines = (report.read_metrics(Path(c.out) / "metrics.jsonl") for c in (every, third))
+    ones, threes = ([line for line in x if "loss" in line] for x in lines)
+    assert [line["step"] for line in threes] == [3, 6]
+    for name in ("loss", "divergence", "ce"):
+        values = [line[name] for line in ones]
+        assert [line[f"mean_{name}"] for line in ones] == values
+        means = np.reshape(values, (2, 3)).mean(axis=1)
+        assert np.allclose([line[f"mean_{name}"] for line in threes], means, rtol=1e-6)
+    times = [line["time"] for line in ones]
+    assert times == sorted(times)
+    assert all(line["mfu"] > 0 and line["memory"] > 2**20 for line in ones)
+
+
+def test_the_card_holds_what_a_stranger_needs(quick, tmp_path, monkeypatch):  # noqa: F811
+    gifted = tmp_path / "gifted"
+    gifted.mkdir()
+    for path in Path(quick.teacher).iterdir():
+        (gifted / path.name).write_bytes(path.read_bytes())
+    (gifted / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# Gifted\n")
+    run = dataclasses.replace(quick, teacher=str(gifted), export_dtype="bfloat16")
+    folder = distill.train(run)
+    words = (folder / "README.md").read_text()
+    assert 'license: "apache-2.0"' in words and "base_model" not in words
+    assert re.search(r"\*\*Size\*\*: 2 blocks, \S+ parameters, \S+ kB in bfloat16", words)
+    assert re.search(r"in 6 optimizer steps, \S+ at \S+ tokens/s on \d x cpu", words)
+    assert re.search(r"jax \d\S+, equinox \d\S+, optax \d", words)
+    assert (folder / "curves.png").read_bytes() == (Path(run.out) / "curves.png").read_bytes()
+    (snippet,) = re.findall(r"```python\n(.*?)```", words, re.S)
+    compile(snippet, "card", "exec")
+    (line,) = re.findall(r"```bash\npython distill.py (.*)\n```", words)
+    assert "--teacher gifted" in line and str(tmp_path) not in line
+    again = errors.cli(distill.Config, line.replace("gifted", str(gifted)).split())
+    again = distill.with_defaults(dataclasses.replace(again, out=run.out, data=run.data))
+    apart = {"--out", "--data", "--save-every", "--eval-every", "--log-every", "--quiet"}
+    folders = [configs.run_folder(x) for x in (distill.with_defaults(run), again)]
+    assert not files.changes(*(folder.settings for folder in folders), apart, "--")
+
+
+def test_flags_of_a_card_are_flags():
+    off = dataclasses.replace(
+        distill.with_defaults(distill.Config()), deterministic=True,
+        loss=distill.losses.Config(temperature_squared=False),
+        data=data.Config(("/a/b.txt", "owner/set")),
+    )  # fmt: skip
+    words = card.command(off)
+    assert "--deterministic --" in words and "--loss.no-temperature-squared" in words
+    assert "--data.source b.txt owner/set" in words
+
+
+def test_a_student_is_stored_as_its_teacher_is(quick, tmp_path):  # noqa: F811
+    half = models.load(quick.teacher, dtype="bfloat16")
+    models.save(half, tmp_path / "half", tokenizer=quick.teacher)
+    asked = dataclasses.replace(quick, teacher=str(tmp_path / "half"), export_dtype="auto")
+    assert distill.with_defaults(asked).export_dtype == "bfloat16"
+    assert distill.with_defaults(dataclasses.replace(quick, export_dtype="auto")).export_dtype == (
+        models.load(quick.teacher).embedding.dtype.name
+    )
+
+
+# ---- what else is taken from a model's own files -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "own, flags, expected",
+    [
+        ({"do_sample": True, "temperature": 0.7, "top_k": 20}, {}, (0.7, 20, 1.0, 1.0)),
+        ({"do_sample": True, "temperature": 0.7}, {"temperature": 1.0}, (1.0, 0, 1.0, 1.0)),
+        ({"temperature": 0.7, "top_p": 0.8}, {}, (1.0, 0, 1.0, 1.0)),  # it does not sample
+        (None, {"top_p": 0.5}, (1.0, 0, 0.5, 1.0)),
+    ],
+)
+def test_a_model_writes_as_its_files_say(tmp_path, own, flags, expected):
+    if own is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    config = generate.Config(model="m", prompts="p", out="o.jsonl", **flags)
+    sampling = generate.with_model_settings(config, tmp_path).sampling
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    assert tuple(getattr(sampling, name) for name in names) == expected
+
+
+def test_conversations_are_kept_whole_by_default():
+    assert data.Config(mask="assistant").fits and data.Config(packing="fit").fits
+    assert not data.Config().fits
+    assert not data.Config(mask="assistant", packing="stream").fits
+
+
+def test_help_names_the_common_flags_first_and_defaults_in_words(capsys):
+    with pytest.raises(SystemExit):
+        errors.cli(distill.Config, ["--help"])
+    printed = capsys.readouterr().out
+    assert "None" not in printed
+    flags = re.findall(r"(?m)^\W*(--[\w.-]+)(?= [A-Z{[]|, --no)", printed.partition("--help")[2])
+    common = ["--teacher", "--student-layers", "--student-params", "--steps", "--tokens"]
+    assert flags[:5] == common
+    assert flags.index("--out") < flags.index("--targets") < flags.index("--data.source")
+    assert printed.index("python distill.py --teacher ") < printed.index("--student-layers INT")
+    with pytest.raises(SystemExit):
+        errors.cli(generate.Config, ["--help"])
+    flags = re.findall(r"(?m)^\W*(--[\w.-]+)(?= [A-Z{[]|, --no)", capsys.readouterr().out)
+    assert flags[:3] == ["--model", "--prompts", "--out"]
+
+
+def test_a_license_is_the_hubs(monkeypatch):
+    monkeypatch.setitem(commits.COMMITS, "license models/owner/name", "mit")
+    assert card.license_of("owner/name@main") == "mit"
+
+
+def test_the_embedded_teacher_lies_in_the_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(configs, "DEMO", tmp_path / "demo")
+    with pytest.raises(UserError, match="run distill.py in its checkout, or give --teacher"):
+        distill.with_defaults(distill.Config())
+
+
+# ---- blocks removed in stages --------------------------------------------------------------------
+
+
+def test_blocks_are_removed_in_stages(quick, monkeypatch):  # noqa: F811
+    staged = dataclasses.replace(
+        quick, student_layers=1, student_stages=2, student_init="influence", save_every=2,
+        student_heal="all", heal_tokens=512,
+    )  # fmt: skip
+    assert configs.stages(distill.with_defaults(staged)) == [(2, 3), (1, 6)]
+    distill.train(staged)
+    out = Path(staged.out)
+    first, second = (json.loads((out / f"choice{x}.json").read_text()) for x in ("", "-2"))
+    assert len(first["kept"]) == 2 and set(second["kept"]) < set(first["kept"])
+    whole = models.load(out / "student")
+    assert whole.config.layers == 1
+    assert (
+        f"1 of the teacher's 3 blocks: {second['kept'][0]}"
+        in (out / "student" / "README.md").read_text()
+    )
+    lines = [line for line in report.read_metrics(out / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    lr = distill.optim.make(staged.optim, 6).lr
+    assert np.allclose([line["lr"] for line in lines], [lr(step) for step in range(6)], rtol=1e-6)
+    for stop in (2, 3, 5):  # within a stage, between them, and in the last one
+        again = dataclasses.replace(staged, out=f"{staged.out}-{stop}")
+        wishes = iter([0] * (2 * stop - 1) + [processes.STOP])  # one before, one after a step
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(processes.Interruption, "wish", lambda _, x=wishes: next(x))
+            distill.train(again)
+        assert checkpoint.latest(Path(again.out) / "checkpoints") == stop
+        distill.train(again)
+        assert eqx.tree_equal(models.load(Path(again.out) / "student"), whole)
+    with pytest.raises(UserError, match="--steps was 6, by which --student-stages lie"):
+        distill.train(dataclasses.replace(staged, steps=8))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"student_init": "0,1"}, "--student-stages: it chooses blocks alone"),
+        ({"student_mlp": 8}, "--student-stages: it chooses blocks alone"),
+        ({"loss": distill.losses.Config(alpha=0.0)}, "with the teacher beside the student"),
+        ({"student_stages": 3}, "--student-stages 3: there are only 1 blocks to remove"),
+    ],
+)
+def test_stages_that_cannot_be(quick, change, words):  # noqa: F811
+    with pytest.raises(UserError, match=words):
+        distill.with_defaults(dataclasses.replace(quick, **{"student_stages": 2} | change))
