@@ -697,7 +697,7 @@ def test_what_differs_between_processes_is_named(quick, monkeypatch, name):
         return [facts, facts | {name: "another"} if name in facts else facts]
 
     monkeypatch.setattr(processes, "gather", gather)
-    monkeypatch.setattr(prepare, "sync_global_devices", lambda what: None)
+    monkeypatch.setattr(resume, "sync_global_devices", lambda what: None)
     with pytest.raises(UserError, match=f"{name} is .* in process 0, but another in process 1"):
         if name.startswith("the content"):
             distill.train(quick)
@@ -835,7 +835,7 @@ def test_a_share_of_the_parameters_decides_depth_and_width(quick, monkeypatch, c
         return cut(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare, "cut", die_at_the_second)
+        patch.setattr(selection, "cut_and_heal", die_at_the_second)
         distill.train(shared)
     assert not (out / "choice.json").exists()
     assert capsys.readouterr().err.count("candidate ") == 1

@@ -441,7 +441,9 @@ def test_it_is_a_source_to_train_on(folder, tmp_path, mask):
     out = ran(model=folder, prompts=path, out=tmp_path / "out.parquet")
     rows = read(out)
     assert {row["finish_reason"] for row in rows} == {"stop", "length"}
-    config = data.Config(source=(str(out),), mask=mask, held_out=1.0, cache=str(tmp_path / "c"))
+    config = data.Config(
+        source=(str(out),), mask=mask, held_out=1.0, cache=str(tmp_path / "c"), packing="stream"
+    )
     corpus = data.open_corpus(config, folder, seq_len=60, seed=0, vocab=136)
     batches = list(data.evaluation(corpus, 1))
     tokens = np.concatenate([b.tokens[0, 1:][b.segments[0, 1:] > 0] for b in batches])
