@@ -164,11 +164,12 @@ def field_axes(module: type, field: str) -> tuple[str, ...] | None:
 
 def match_leaves(tree: PyTree, patterns: Sequence[str], flag: str) -> dict[str, bool]:
     """The name of every leaf, in order, such as `student.blocks.query`, and whether it fits one of
-    these patterns of `flag`. A pattern may leave out the first part of a name."""
+    these patterns of `flag`, several of which a comma may join. A pattern may leave out the first
+    part of a name."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
     matches = dict.fromkeys(names, False)
-    for pattern in patterns:
+    for pattern in ",".join(patterns).split(",") if patterns else ():
         paths = [(name, name.partition(".")[2]) for name in names]
         matching = [path[0] for path in paths if any(fnmatchcase(x, pattern) for x in path)]
         if not matching:
