@@ -213,7 +213,7 @@ def test_freezing_what_is_not_there_names_what_is():
         (("embedding", "blocks.up*"), (), {"embedding", "blocks.up", "blocks.up_bias"}),
         (("blocks.*",), ("*_bias", "up", "qkv"), {"blocks.norm", "blocks.output"}),
         (("*norm",), ("blocks.norm",), {"norm"}),
-        (("embedding,norm",), (), {"embedding", "norm"}),
+        (("embedding,norm",), (), {"embedding", "norm", "blocks.norm"}),
     ],
 )
 def test_only_what_is_named_is_trained_less_what_is_frozen(train, freeze, trained):
