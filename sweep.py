@@ -69,8 +69,9 @@ def outcome(run: Run, exit_status: int) -> Run:
     from runtime.results import EXPORTED, NotFinite
 
     folder = Path(run["folder"])
-    exported = files.read_json(folder / EXPORTED) if (folder / EXPORTED).exists() else {}
-    ended = "finished" if exported.get("step") == run["steps"] else "stopped"
+    paths = folder / EXPORTED, folder / "config.json"
+    exported, asked = (files.read_json(path) if path.exists() else {} for path in paths)
+    ended = "finished" if exported and exported["step"] == asked["steps"] else "stopped"
     status = {0: ended, NotFinite.status: "diverged"}.get(exit_status, "failed")
     metrics = report.read_metrics(folder / "metrics.jsonl")
     last = {name: value for line in metrics for name, value in line.items()}
@@ -123,7 +124,7 @@ def main() -> None:
 
     out, runs = parse(sys.argv[1:])
     for run in runs:  # all, before the first begins
-        run["steps"] = errors.cli(Flags, run["arguments"]).steps
+        errors.cli(Flags, run["arguments"])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     path, like = out / "sweep.jsonl", (runs[0]["shared"], [*runs[0]["swept"]])
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

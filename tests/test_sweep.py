@@ -101,16 +101,17 @@ def test_how_a_run_ends_and_its_last_figures(exit_status, exported, status, tmp_
         {"step": 4, "eval/ce": 4.0, "eval/kl": 1.5},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.json").write_text(json.dumps({"steps": 4}))
     if exported is not None:
         (tmp_path / "exported.json").write_text(json.dumps({"step": exported}))
-    run = sweep.outcome({"folder": str(tmp_path), "steps": 4}, exit_status)
+    run = sweep.outcome({"folder": str(tmp_path)}, exit_status)
     assert run["status"] == status and run["steps"] == 4
     assert (run["eval/kl"], run["eval/ce"], run["loss"]) == (1.5, 4.0, 1.0)
     assert run["seconds"] == pytest.approx(6.0)
 
 
 def test_a_run_that_left_nothing_has_no_figures(tmp_path):
-    run = sweep.outcome({"folder": str(tmp_path / "none"), "steps": 4}, 1)
+    run = sweep.outcome({"folder": str(tmp_path / "none")}, 1)
     assert (run["status"], run["steps"], run["loss"]) == ("failed", 0, None)
 
 
