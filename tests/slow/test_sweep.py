@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from runtime import checkpoint
+from benchmarks import soak
+from runtime import checkpoint, results
 
 ROOT = Path(__file__).parents[2]
 SWEPT = ["--optim.lr", "1e-4", "1e-3", "1e-2", "--student-init", "first", "last", "uniform"]
@@ -91,12 +92,10 @@ def steps_of(run: Path) -> int:
 
 def left_by(place: Path) -> dict[str, object]:
     """All that a sweep leaves but times, logs and pictures."""
-    left = {}
-    for path in sorted((place / "runs").glob("*/student/*")):
-        left[str(path.relative_to(place))] = path.read_bytes()
+    left = {str(x.relative_to(place)): soak.contents(x) for x in place.glob("runs/*/student")}
     for path in (place / "runs").glob("**/*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        timed = ("tokens_per_second", "seconds")
+        timed = (*results.OF_ONE_START, "seconds")
         left[str(path.relative_to(place))] = [
             {k: v for k, v in line.items() if k not in timed} for line in lines
         ]
