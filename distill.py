@@ -372,7 +372,7 @@ def next_stage(run: Run, state: State) -> tuple[Run, State]:
 
 
 def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) -> State:
-    """From the step of `state` to the last of its student. Devices are waited for a step behind."""
+    """Trains from the step of `state` to the last of its student; figures are read a step late."""
     config, start, last = run.config, int(state.step), run.last_step
     program, fixed = compile_step(run, state), (run.optimizer, run.objective)
     written = on_policy.on_policy_steps(config.on_policy, config.seed, start, last)

@@ -23,7 +23,7 @@ from config import DURING_STEPS, Config, run_folder, uses_teacher_loss
 from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
 from models.hub import GENERATION
-from runtime import card, figures, files, plan, report
+from runtime import card, commits, figures, files, plan, report
 from runtime.errors import UserError
 from runtime.prepare import Run
 from runtime.report import Log
@@ -214,6 +214,7 @@ def push(config: Config) -> Path:
     if config.push is not None and jax.process_index() == 0:
         from huggingface_hub import HfApi
 
+        commits.reserve(config.push, "model")  # of a finished run nobody has
         problem = f"--push {config.push}: cannot be written"
         with files.library_errors(problem), report.progress("uploading"):
             HfApi().upload_folder(repo_id=config.push, folder_path=folder)
