@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import zlib
@@ -171,12 +172,15 @@ def open_corpus(
         return TokenRange(store, 0, cut, seq_len), held_out
 
     share = 0.0 if config.eval_source else config.held_out
-    training, held_out = zip(*(split(source, share) for source in sources), strict=True)
+    ranges = [[split(part, share) for part in source.parts or [source]] for source in sources]
+    training = [tuple(training for training, _ in parts) for parts in ranges]
+    held_out = tuple(held_out for parts in ranges for _, held_out in parts)
     if config.eval_source:
-        held_out = (split(find(config.eval_source), 1.0)[1],)
+        source = find(config.eval_source)
+        held_out = tuple(split(part, 1.0)[1] for part in source.parts or [source])
     if config.cache_limit is not None:  # now that what this run reads is open
         prune(config.cache, config.cache_limit)
-    groups = tuple((part,) for part in training) if config.weights else (training,)
+    groups = tuple(training) if config.weights else (tuple(itertools.chain(*training)),)
     return Corpus(groups, config.weights, held_out, seq_len, seed, template)
 
 
