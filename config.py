@@ -62,7 +62,8 @@ class Config(processes.Config):
     """Tokens that each row of a batch predicts; by default 128 for the demo, else 1024 or what
     the teacher can."""
     out: Annotated[str | None, OUT] = None
-    """Folder of the run; by default runs/<teacher>-<layers>L, or -<share> of --student-params."""
+    """Folder of the run; by default runs/TEACHER-12L of so many blocks, or runs/TEACHER-0.5 where
+    --student-params says so."""
     plan: bool = False
     """Print what each device will hold, and what to change where it does not fit; then stop."""
     export: bool = False

@@ -41,7 +41,8 @@ class Config:
 
     source: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .jsonl, .parquet (also .gz, .zst), or hub data sets as
-    id[@revision][:config][:split]; by default the articles of WikiText-103, or the demo's."""
+    id@revision:config:split, where the id is enough; by default the articles of WikiText-103, or
+    the demo's."""
     weights: Annotated[tuple[float, ...], SHARES] = ()
     """How much of each source goes into the mixture; without them, all of every source."""
     text_field: str | None = None
