@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from runtime import results
+from runtime import buckets, results
 from runtime.report import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def names(url: str) -> set[str]:
 
 
 def download(url: str, folder: Path) -> Path:
-    fs.copy_files(url, str(folder))
+    buckets.download(url, folder)
     return folder
 
 
