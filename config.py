@@ -18,7 +18,7 @@ import sharding
 import student as students
 from losses import features
 from models import kernels
-from runtime import files, on_policy, processes, target_store
+from runtime import files, on_policy, processes, target_store, trackers
 from runtime.errors import LOCAL, SEED, UserError, above, at_least, below, between, check
 
 # A field hides the module it is named after.
@@ -153,6 +153,8 @@ class Config(processes.Config):
     """Steps between lines of metrics."""
     log_norms: bool = False
     """Add norms of parameters and gradients, per layer, to the metrics."""
+    track: tuple[trackers.Name, ...] = ()
+    """Send metrics, settings, curves and the final table to these trackers as well."""
     profile_steps: str | None = None
     """Steps a:b to trace, for TensorBoard or Perfetto; the trace is left in the run's folder."""
     quiet: bool = False
@@ -259,12 +261,13 @@ MAY_CHANGE = frozenset({
     "--data.cache", "--data.cache-limit", "--data.streaming", "--profile-steps", "--plan",
     "--devices", "--topology", "--device-memory", "--force", "--distributed", "--coordinator",
     "--processes", "--process-id", "--requeue-status", "--export", "--push", "--save-minutes",
+    "--track",
     "--data.text-field",  # what it says of the text is compared itself
 })  # fmt: skip
 # Of these, the ones that a finished run cannot heed any more.
 DURING_STEPS = frozenset({
     "--eval-every", "--eval-windows", "--eval-teacher", "--save-every", "--save-minutes",
-    "--keep-best", "--log-every", "--log-norms", "--profile-steps",
+    "--keep-best", "--log-every", "--log-norms", "--profile-steps", "--track",
 })  # fmt: skip
 
 

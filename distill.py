@@ -48,6 +48,7 @@ from runtime import (
     results,
     resume,
     selection,
+    trackers,
 )
 from runtime.errors import UserError
 from runtime.prepare import Placement, Run
@@ -306,6 +307,7 @@ def check_memory(
 def train(config: Config) -> Path:
     """Runs, or continues, what `config` describes; returns the folder of the exported student."""
     begun = time.monotonic()
+    trackers.check_installed(config.track)
     if not config.plan:
         resume.restore_commits(with_defaults(config))  # they say where the run is
         config = prepare.with_epochs(config)
@@ -332,13 +334,16 @@ def train(config: Config) -> Path:
             check_memory(deepest, placement, abstract_arguments(deepest, placement), optimizer)
             run, state = prepare_state(config, out, placement)
             prepare.print_summary(run, state.student)
-            if int(state.step) < config.steps and not config.export:
-                with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:
-                    while (done := int(state.step)) < config.steps:
-                        if done == run.last_step:
-                            run, state = next_stage(run, state)
-                        state = loop(run, state, saved, begun)
-            results.finish(run, state.student, int(state.step))
+            names = () if jax.process_index() else config.track
+            with trackers.Trackers(names, folder, int(state.step)) as track:
+                run = run._replace(track=track)
+                if int(state.step) < config.steps and not config.export:
+                    with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:
+                        while (done := int(state.step)) < config.steps:
+                            if done == run.last_step:
+                                run, state = next_stage(run, state)
+                            state = loop(run, state, saved, begun)
+                results.finish(run, state.student, int(state.step))
             return results.push(config)
 
 

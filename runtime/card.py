@@ -16,7 +16,9 @@ from models.base import LanguageModel
 from runtime import commits, figures, files, report
 from runtime.prepare import Run
 
-ELSEWHERE = {"--out", "--resume", "--export", "--push", "--quiet", "--data.cache"}  # no matter
+ELSEWHERE = {  # no matter
+    "--out", "--resume", "--export", "--push", "--quiet", "--data.cache", "--track",
+}  # fmt: skip
 
 
 def model_card(run: Run, student: LanguageModel, step: int, metrics: list[dict[str, Any]]) -> str:

@@ -39,6 +39,7 @@ from runtime import (
     selection,
     target_store,
     topology,
+    trackers,
 )
 from runtime.errors import UserError
 
@@ -94,6 +95,7 @@ class Run(NamedTuple):
     first_token: int = 0  # of step 0; not 0 where a checkpoint had batches of another size
     stages: tuple[tuple[int | None, int], ...] = ()  # blocks of the student, and its last step
     stage: int = 0
+    track: trackers.Trackers = trackers.Trackers()
 
     @property
     def last_step(self) -> int:

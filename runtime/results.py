@@ -44,7 +44,9 @@ class NotFinite(UserError):
 def open_log(run: Run, start: int) -> Log:
     path = run.out / "metrics.jsonl" if jax.process_index() == 0 else None
     divergence = run.config.loss.divergence.replace("forward_kl", "KL")
-    return Log(path, steps=run.config.steps, start=start, divergence=divergence)
+    return Log(
+        path, steps=run.config.steps, start=start, divergence=divergence, track=run.track.log
+    )
 
 
 def step_logger(
@@ -184,7 +186,7 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
     metrics = report.read_metrics(path) if first else []
     known = any(line["step"] == step and "eval/ce" in line for line in metrics)
     if process_allgather(first and not known).any():  # where --steps moved to an earlier save
-        with Log(path if first else None, steps=step, start=step) as log:
+        with open_log(run, step) as log:
             log.evaluation({"step": step} | score(run, student))
         metrics = report.read_metrics(path) if first else []
     if first:
@@ -198,6 +200,7 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
         lines = list(samples(run, student))
     report.say("\n".join(lines))
     if first:
+        run.track.results(step, run.out / "curves.png", figures.rows(metrics))
         print(figures.table(figures.rows(metrics)), f"student  {folder}", sep="\n")
         if (best := run.out / "student-best").exists():
             evaluations = [line for line in metrics if "eval/ce" in line]

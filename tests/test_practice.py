@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import re
+import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import equinox as eqx
 import numpy as np
@@ -22,7 +25,17 @@ import data
 import distill
 import generate
 import models
-from runtime import card, checkpoint, commits, errors, files, prepare, processes, report
+from runtime import (
+    card,
+    checkpoint,
+    commits,
+    errors,
+    files,
+    prepare,
+    processes,
+    report,
+    trackers,
+)
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -245,3 +258,63 @@ def test_blocks_are_removed_in_stages(quick, monkeypatch):  # noqa: F811
 def test_stages_that_cannot_be(quick, change, words):  # noqa: F811
     with pytest.raises(UserError, match=words):
         distill.with_defaults(dataclasses.replace(quick, **{"student_stages": 2} | change))
+
+
+# ---- trackers ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tensorboard(monkeypatch):
+    """A module in the place of tensorboardX, whose writer records what it is called with."""
+    calls = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            calls.append(("open", folder, purge_step))
+
+        def __getattr__(self, name):
+            return lambda *args, **_: calls.append((name, *args))
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
+    there = {"tensorboardX": True}
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", there.get)
+    return Writer, calls
+
+
+def test_a_tracker_gets_numbers_curves_and_table(quick, tensorboard):  # noqa: F811
+    distill.train(dataclasses.replace(quick, track=("tensorboard",), log_norms=True))
+    out, (first, config, *calls, curves, table, last) = Path(quick.out), tensorboard[1]
+    assert first == ("open", str(out / "tensorboard"), 1)
+    assert config[:2] == ("add_text", "config") and '"steps": 6' in config[2]
+    expected = [
+        ("add_scalar", name, value, line["step"])
+        for line in report.read_metrics(out / "metrics.jsonl")
+        for name, value in line.items()
+        if name not in ("step", "time") and isinstance(value, float | int)
+    ]
+    assert calls == expected
+    assert curves[:2] == ("add_image", "curves") and curves[2].ndim == 3 and curves[3] == 6
+    assert "| student at step 6 |" in table[2] and last == ("close",)
+
+
+@pytest.mark.parametrize("method", ["__init__", "add_scalar", "add_image", "close"])
+def test_a_tracker_that_fails_stops_no_run(quick, tensorboard, monkeypatch, capsys, method):  # noqa: F811
+    def fail(*_, **__):
+        raise OSError("no route to\nits host")
+
+    monkeypatch.setattr(tensorboard[0], method, fail, raising=False)
+    distill.train(dataclasses.replace(quick, track=("tensorboard",)))
+    warning = "--track tensorboard fails and is left out: no route to its host\n"
+    assert capsys.readouterr().err.count(warning) == 1
+    assert (Path(quick.out) / "student").exists()
+
+
+def test_a_tracker_that_is_not_there_is_refused(quick, tensorboard):  # noqa: F811
+    words = r"--track wandb: it is not installed: pip install -e '.\[wandb\]'"
+    with pytest.raises(UserError, match=words):
+        distill.train(dataclasses.replace(quick, track=("tensorboard", "wandb")))
+    assert not Path(quick.out).exists() and not tensorboard[1]
+    with pytest.raises(UserError, match="choice 'mlflow' for argument '--track'. Expected one of"):
+        errors.cli(distill.Config, ["--track", "mlflow"])
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert trackers.KINDS.keys() <= extras["optional-dependencies"].keys()
