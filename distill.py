@@ -335,7 +335,7 @@ def train(config: Config) -> Path:
             run, state = prepare_state(config, out, placement)
             prepare.print_summary(run, state.student)
             names = () if jax.process_index() else config.track
-            with trackers.Trackers(names, folder, int(state.step)) as track:
+            with trackers.opened(names, folder, int(state.step)) as track:
                 run = run._replace(track=track)
                 if int(state.step) < config.steps and not config.export:
                     with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:

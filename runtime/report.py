@@ -57,7 +57,7 @@ class Log(ExitStack):
 
     def __init__(
         self, path: Path | None, *, steps: int, start: int = 0, divergence: str = "KL",
-        track: Callable[[Metrics], None] | None = None,
+        track: Callable[[Metrics], None] = lambda line: None,
     ):  # fmt: skip
         super().__init__()
         self.track = track
@@ -111,8 +111,7 @@ class Log(ExitStack):
         if self.path is not None:
             with disk_errors(self.path):
                 append_json(self.file, metrics)
-            if self.track is not None:
-                self.track(metrics)
+            self.track(metrics)
         return metrics
 
 

@@ -44,9 +44,8 @@ class NotFinite(UserError):
 def open_log(run: Run, start: int) -> Log:
     path = run.out / "metrics.jsonl" if jax.process_index() == 0 else None
     divergence = run.config.loss.divergence.replace("forward_kl", "KL")
-    return Log(
-        path, steps=run.config.steps, start=start, divergence=divergence, track=run.track.log
-    )
+    settings = {"steps": run.config.steps, "divergence": divergence, "track": run.track}
+    return Log(path, start=start, **settings)
 
 
 def step_logger(
@@ -200,7 +199,7 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
         lines = list(samples(run, student))
     report.say("\n".join(lines))
     if first:
-        run.track.results(step, run.out / "curves.png", figures.rows(metrics))
+        run.track({"step": step}, run.out / "curves.png", figures.rows(metrics))
         print(figures.table(figures.rows(metrics)), f"student  {folder}", sep="\n")
         if (best := run.out / "student-best").exists():
             evaluations = [line for line in metrics if "eval/ce" in line]

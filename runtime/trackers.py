@@ -6,7 +6,8 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,102 +16,81 @@ from runtime.errors import UserError
 from runtime.report import Metrics
 
 Name = Literal["wandb", "trackio", "tensorboard"]
-FILE = "track.json"  # of a run: the id by which it continues its tracks
-PROJECT = "compact-distill"
+Send = Callable[..., None]
+Tracker = tuple[Send, Callable[[], None]]  # what it logs by, and is closed by
 
 
-class Wandb:
-    def __init__(self, out: Path, run_id: str, settings: files.Settings, start: int):
-        import wandb
+def wandb(package: str, out: Path, run_id: str, settings: files.Settings, start: int) -> Tracker:
+    """Opens Weights & Biases, or trackio, which has its interface but for the id."""
+    library = importlib.import_module(package)
+    project = os.environ.get(f"{package.upper()}_PROJECT", "compact-distill")
+    names: dict[str, Any] = {"name": f"{out.name}-{run_id}"}
+    if package == "wandb":
+        names = {"name": out.name, "id": run_id, "dir": out, "settings": {"console": "off"}}
+    library.init(project=project, resume="allow", config=dict(settings), **names)
 
-        self.library, self.run = wandb, wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT), dir=out, id=run_id, name=out.name,
-            resume="allow", config=dict(settings), settings=wandb.Settings(console="off"),
-        )  # fmt: skip
+    def log(step: int, values: dict[str, Any], curves: Path | None, rows: Sequence) -> None:
+        if curves is not None:
+            values["curves"] = library.Image(str(curves))
+            values["results"] = library.Table(columns=rows[0], data=rows[1:])
+        library.log(values, step=step)
 
-    def log(self, step: int, numbers: Metrics) -> None:
-        self.run.log(dict(numbers), step=step)
-
-    def results(self, step: int, curves: Path, rows: list[list[str]]) -> None:
-        table = self.library.Table(columns=rows[0], data=rows[1:])
-        self.log(step, {"curves": self.library.Image(str(curves)), "results": table})
-
-    def close(self) -> None:
-        self.library.finish()
+    return log, library.finish
 
 
-class Trackio(Wandb):
-    """It has the interface of wandb, but for the id."""
+def tensorboard(out: Path, run_id: str, settings: files.Settings, start: int) -> Tracker:
+    from tensorboardX import SummaryWriter
 
-    def __init__(self, out: Path, run_id: str, settings: files.Settings, start: int):
-        import trackio
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+    writer.add_text("config", f"```json\n{json.dumps(settings, indent=2)}\n```")
 
-        project, name = os.environ.get("TRACKIO_PROJECT", PROJECT), f"{out.name}-{run_id}"
-        self.library, self.run = (
-            trackio,
-            trackio.init(project, name, resume="allow", config=dict(settings)),
-        )
+    def log(step: int, values: dict[str, Any], curves: Path | None, rows: Sequence) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        if curves is not None:
+            from matplotlib.image import imread
 
+            writer.add_image("curves", imread(curves), step, dataformats="HWC")
+            writer.add_text("results", figures.markdown(rows), step)
 
-class TensorBoard:
-    def __init__(self, out: Path, run_id: str, settings: files.Settings, start: int):
-        from tensorboardX import SummaryWriter
-
-        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
-        self.writer.add_text("config", f"```json\n{json.dumps(settings, indent=2)}\n```")
-
-    def log(self, step: int, numbers: Metrics) -> None:
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
-
-    def results(self, step: int, curves: Path, rows: list[list[str]]) -> None:
-        from matplotlib.image import imread
-
-        self.writer.add_image("curves", imread(curves), step, dataformats="HWC")
-        self.writer.add_text("results", figures.markdown(rows), step)
-
-    def close(self) -> None:
-        self.writer.close()
+    return log, writer.close
 
 
-KINDS = {"wandb": Wandb, "trackio": Trackio, "tensorboard": TensorBoard}
+OPEN = {x: partial(wandb, x) for x in ("wandb", "trackio")} | {"tensorboard": tensorboard}
 
 
 def check_installed(names: Sequence[Name]) -> None:
     for name in names:
-        if importlib.util.find_spec("tensorboardX" if name == "tensorboard" else name) is None:
+        if importlib.util.find_spec({"tensorboard": "tensorboardX"}.get(name, name)) is None:
             raise UserError(f"--track {name}: it is not installed: pip install -e '.[{name}]'")
 
 
-class Trackers(contextlib.AbstractContextManager):
-    """The trackers of a run. One that fails is left out, with a warning, and the run goes on."""
+@contextlib.contextmanager
+def opened(names: Sequence[Name], folder: files.RunFolder, start: int) -> Iterator[Send]:
+    """Yields what sends a line of metrics to the trackers of a run, in the end with curves and
+    table. One that fails is left out, with a warning, and the run goes on."""
+    path, active = folder.path / "track.json", {name: OPEN[name] for name in names}
+    run_id = files.read_json(path)["id"] if path.exists() else secrets.token_hex(4)
+    if names:
+        files.write_json(path, {"id": run_id})
 
-    def __init__(self, names: Sequence[Name] = (), folder: Any = None, start: int = 0):
-        self.active: dict[str, Any] = {name: KINDS[name] for name in names}
-        if names:
-            path, run_id = folder.path / FILE, secrets.token_hex(4)
-            if not path.exists():
-                files.write_json(path, {"id": run_id})
-            facts = folder.path, files.read_json(path)["id"], folder.settings, start
-            self._each(lambda name, kind: self.active.update({name: kind(*facts)}))
-
-    def log(self, line: Metrics) -> None:
-        numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
-        step, _ = numbers.pop("step"), numbers.pop("time", None)  # all have a clock of their own
-        self._each(lambda _, tracker: tracker.log(step, numbers))
-
-    def results(self, step: int, curves: Path, rows: list[list[str]]) -> None:
-        self._each(lambda _, tracker: tracker.results(step, curves, rows))
-
-    def __exit__(self, *_: object) -> None:
-        self._each(lambda _, tracker: tracker.close())
-
-    def _each(self, act: Callable[[str, Any], object]) -> None:
-        for name, tracker in list(self.active.items()):
+    def each(act: Callable[[Any], Any]) -> None:
+        for name, tracker in list(active.items()):
             try:
-                with contextlib.redirect_stdout(sys.stderr):  # what they print is not the result
-                    act(name, tracker)
+                with contextlib.redirect_stdout(sys.stderr):  # what they print is no result
+                    active[name] = act(tracker) or tracker
             except Exception as error:
-                del self.active[name]
+                del active[name]
                 why = files.printable(error)
                 print(f"--track {name} fails and is left out: {why}", file=sys.stderr, flush=True)
+
+    def send(line: Metrics, curves: Path | None = None, rows: Sequence = ()) -> None:
+        numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        step, _ = numbers.pop("step"), numbers.pop("time", None)  # all have clocks of their own
+        each(lambda tracker: tracker[0](step, dict(numbers), curves, rows))
+
+    each(lambda open_tracker: open_tracker(folder.path, run_id, folder.settings, start))
+    try:
+        yield send
+    finally:
+        each(lambda tracker: tracker[1]())

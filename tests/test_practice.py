@@ -317,4 +317,4 @@ def test_a_tracker_that_is_not_there_is_refused(quick, tensorboard):  # noqa: F8
     with pytest.raises(UserError, match="choice 'mlflow' for argument '--track'. Expected one of"):
         errors.cli(distill.Config, ["--track", "mlflow"])
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert trackers.KINDS.keys() <= extras["optional-dependencies"].keys()
+    assert trackers.OPEN.keys() <= extras["optional-dependencies"].keys()
