@@ -30,6 +30,7 @@ from config import (
     Data,
     Mesh,
     Optim,
+    parse_flags,
     run_folder,
     stages,
     uses_teacher_loss,
@@ -52,7 +53,7 @@ from runtime import (
 )
 from runtime.errors import UserError
 from runtime.prepare import Placement, Run
-from runtime.processes import STOP
+from runtime.processes import STOP, watched
 
 __all__ = ["Config", "Data", "Mesh", "Optim", "State", "init_state", "main", "step", "train"]
 
@@ -335,15 +336,14 @@ def train(config: Config) -> Path:
             run, state = prepare_state(config, out, placement)
             prepare.print_summary(run, state.student)
             names = () if jax.process_index() else config.track
-            with trackers.opened(names, folder, int(state.step)) as track:
-                run = run._replace(track=track)
-                if int(state.step) < config.steps and not config.export:
-                    with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:
-                        while (done := int(state.step)) < config.steps:
-                            if done == run.last_step:
-                                run, state = next_stage(run, state)
-                            state = loop(run, state, saved, begun)
-                results.finish(run, state.student, int(state.step))
+            run = run._replace(track=trackers.open_all(names, folder, int(state.step)))
+            if int(state.step) < config.steps and not config.export:
+                with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:
+                    while (done := int(state.step)) < config.steps:
+                        if done == run.last_step:
+                            run, state = next_stage(run, state)
+                        state = loop(run, state, saved, begun)
+            results.finish(run, state.student, int(state.step))
             return results.push(config)
 
 
@@ -396,7 +396,7 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
         log.lap(start)
 
         try:
-            for number, batch in enumerate(batches, start + 1):
+            for number, batch in enumerate(watched(batches, config.hang_limit), start + 1):
                 trace.before(number)
                 if written[number - 1 - start]:
                     batch = write(state, batch)
@@ -489,7 +489,7 @@ def command() -> str:
 
 def main() -> None:
     processes.end_at_once()
-    config = errors.cli(Config)
+    config = parse_flags()
     processes.start(config, devices=1 if config.topology else config.devices)
     with processes.exit_with_peers():
         train(config)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 OTHERS = {
     "--learning-rate": "--optim.lr", "--max-steps": "--steps",
     "--num-layers": "--student-layers", "--output-dir": "--out", "--data": "--data.source",
-    "--dataset": "--data.source", "--config": "flags alone: a config.json is written, not read",
+    "--dataset": "--data.source",
     "--version": "the commit of its checkout: git log -1",
 }  # fmt: skip
 

@@ -1,10 +1,17 @@
-"""What a run leaves to look at: curves, the table, the model card."""
+"""What a run leaves to look at: curves, the table; and a program that draws the curves of several:
 
+python -m runtime.figures runs/one runs/other --out compare.png
+"""
+
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
-from runtime.files import atomic_write
+from runtime import errors
+from runtime.errors import UserError
+from runtime.files import atomic_write, local_path
 from runtime.report import Metrics, count, figure, read_metrics
 
 HEADER = ["", "cross entropy", "perplexity", "KL", "top-1 agreement", "gap recovered"]
@@ -21,30 +28,43 @@ PANELS = {  # what each panel draws of the metrics, and how
 }
 
 
-def curves(metrics_path: Path, png_path: Path) -> None:
-    """Draws loss, cross entropy and KL with their held-out figures, and the learning rate."""
+def curves(runs: Mapping[str, Path], png_path: Path) -> None:
+    """Draws loss, cross entropy and KL with their held-out figures, and the learning rate, of each
+    metrics file: over steps and tokens, or tokens alone where steps of the runs differ in these."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    metrics = read_metrics(metrics_path)
+    metrics = {name: read_metrics(path) for name, path in runs.items()}
+    lines = [(name, line) for name in metrics for line in metrics[name] if line.get("tokens")]
+    rates = {name: line["tokens"] / line["step"] for name, line in lines}  # of their last lines
+    rate = {*rates.values()}.pop() if len({*rates.values()}) == 1 else None
     sheet = Figure(figsize=(11, 7), layout="constrained")
-    panels = sheet.subplots(2, 2, sharex=True).flat
-    for panel, (title, series) in zip(panels, PANELS.items(), strict=True):
+    panels = sheet.subplots(2, 2, sharex=True)
+    for panel, (title, series) in zip(panels.flat, PANELS.items(), strict=True):
         panel.set_title(title)
         panel.grid(which="both", alpha=0.2)
         panel.spines[["top", "right"]].set_visible(False)
-        for key, style in series.items():
-            points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
+        for (number, name), key in product(enumerate(metrics), series):
+            scale, style = 1 if rate else rates.get(name, 1), {"lw": 1} | series[key]
+            if len(runs) > 1:  # a color for each, named once
+                style |= {"color": f"C{number}", "label": name if key == next(iter(series)) else ""}
+            points = [(x["step"] * scale, x[key]) for x in metrics[name] if x.get(key) is not None]
             if points:
-                panel.plot(*zip(*points, strict=True), **{"lw": 1} | style)
-            if key == "eval/kl" and any(value > 0 for _, value in points):
-                panel.set_yscale("log")
+                panel.plot(*zip(*points, strict=True), **style)
+        values = [y for line in panel.lines for y in line.get_ydata() if y > 0]
+        if "lr" not in series and max(values, default=0) > 4 * min(values, default=0):
+            panel.set_yscale("log")
         if not panel.lines:
             panel.text(0.5, 0.5, "no teacher", transform=panel.transAxes, ha="center", color="gray")
         elif "lr" not in series:
             panel.legend(frameon=False)
         panel.xaxis.get_major_locator().set_params(integer=True)
-    sheet.supxlabel("optimizer step", fontsize="medium")
+    for panel in panels[0] if rate else ():
+        to_tokens, to_steps = (lambda x: x * rate), (lambda x: x / rate)
+        axis = panel.secondary_xaxis("top", functions=(to_tokens, to_steps))
+        axis.xaxis.set_major_formatter(lambda tokens, _: count(tokens))
+        axis.spines["top"].set_visible(False)
+    sheet.supxlabel("optimizer step; tokens above" if rate else "tokens", fontsize="medium")
     plain = {"axes.formatter.min_exponent": 4}  # 0.3 beside 0.1, not 3 × 10^-1
     with atomic_write(png_path) as half, matplotlib.rc_context(plain):
         sheet.savefig(half, format="png", dpi=130)
@@ -83,3 +103,28 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     header, *others = rows
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *others]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Draw the curves of runs, whose folders are named, into one picture.
+
+    python -m runtime.figures runs/one runs/other --out compare.png"""
+
+    out: str = "compare.png"
+    """File to write."""
+
+
+def main() -> None:
+    config, folders = errors.cli(Config, return_unknown_args=True)
+    runs = {folder: local_path(folder) / "metrics.jsonl" for folder in folders}
+    missing = [folder for folder, path in runs.items() if not path.exists()]
+    if missing or not runs:
+        what = " ".join(missing) or "no folder"
+        raise UserError(f"{what}: expected runs that have begun, each with a metrics.jsonl")
+    curves(runs, local_path(config.out))
+    print(config.out)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import math
 import os
@@ -10,8 +11,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.experimental.multihost_utils import process_allgather
 from runtime import errors, files
 from runtime.errors import UserError, at_least
 
+T = TypeVar("T")
 MAY_DIFFER = frozenset({"--process-id", "--coordinator", "--quiet", "--data.cache"})
 SAVE, STOP = 1, 2  # what may be wished for after a step
 PATIENCE = 60  # seconds to wait for the other processes at the start
@@ -202,6 +204,18 @@ class Interruption(contextlib.ExitStack):
     def ask(self, *_: Any) -> None:
         self.asked = True
         self.close()
+
+
+def watched(items: Iterable[T], minutes: float) -> Iterator[T]:
+    """The items. Where the work on one takes so many minutes (0 is no limit), the stacks of all
+    threads are printed and the process ends with status 1, even if it waits in native code."""
+    try:
+        for item in items:
+            if minutes:
+                faulthandler.dump_traceback_later(60 * minutes, exit=True)
+            yield item
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def block_on_cpu(result: Any) -> Any:

@@ -174,7 +174,7 @@ def draw_curves(run: Run) -> None:
     """Draws the curves of a run that goes on or has saved: a full disk is not to end it here."""
     if jax.process_index() == 0:
         with contextlib.suppress(UserError):
-            figures.curves(run.out / "metrics.jsonl", run.out / "curves.png")
+            figures.curves({run.out.name: run.out / "metrics.jsonl"}, run.out / "curves.png")
 
 
 def finish(run: Run, student: LanguageModel, step: int) -> Path:
@@ -189,7 +189,7 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
             log.evaluation({"step": step} | score(run, student))
         metrics = report.read_metrics(path) if first else []
     if first:
-        figures.curves(path, run.out / "curves.png")
+        figures.curves({run.out.name: path}, run.out / "curves.png")
         (run.out / EXPORTED).unlink(missing_ok=True)
     export(run, student, step, folder, metrics)
     if first:  # last of all files: a run that has it is finished

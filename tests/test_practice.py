@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import equinox as eqx
 import numpy as np
 import pytest
+import yaml
 from test_distill import (  # noqa: F401
     FIXTURES,
     config,
@@ -318,3 +319,54 @@ def test_a_tracker_that_is_not_there_is_refused(quick, tensorboard):  # noqa: F8
         errors.cli(distill.Config, ["--track", "mlflow"])
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert trackers.OPEN.keys() <= extras["optional-dependencies"].keys()
+
+
+# ---- a run from the settings of another ----------------------------------------------------------
+
+
+def test_a_run_is_repeated_from_its_config(quick, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(commits, "COMMITS", {})
+    distill.train(dataclasses.replace(quick, resume=False, push=None))
+    first, again = Path(quick.out), str(tmp_path / "again")
+    (first / "commits.json").write_text('{"models/a/b@main": "0123"}')
+    words = ["--config", str(first / "config.json"), f"--out={again}"]
+    repeated = configs.parse_flags(words)
+    assert repeated.resume and repeated.out == again and repeated.config is None
+    assert commits.COMMITS == {"models/a/b@main": "0123"}
+    distill.train(repeated)
+    weights = [Path(x) / "student" / "model.safetensors" for x in (quick.out, again)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    changed = configs.parse_flags([*words, "--tokens", "1000", "--optim.lr", "0.5"])
+    assert (changed.steps, changed.tokens, changed.optim.lr) == (None, 1000, 0.5)
+    same = dataclasses.replace(changed, tokens=None, steps=repeated.steps, optim=repeated.optim)
+    assert same == repeated
+    settings = json.loads((first / "config.json").read_text()) | {"student_init": "last"}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings | {"optim": {"lr": 1e-5}}))
+    written = configs.parse_flags(["--config", str(tmp_path / "a.yaml"), "--out", again])
+    assert (written.student_init, written.optim.lr) == ("last", 1e-5)
+    assert written.data == repeated.data
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "expected the node content"),
+        ("[1]", "'list' object has no attribute 'items'"),
+        ('{"stepz": 3}', "Unrecognized options: --stepz"),
+        ('{"steps": 0}', "--steps is 0: it must be 1 or more"),
+        (None, "No such file"),
+    ],
+)
+def test_a_config_that_cannot_be(tmp_path, content, words):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=f"^--config {path}: .*{words}.*: give the config.json of"):
+        configs.parse_flags(["--config", str(path), "--out", "x"])
+
+
+def test_a_config_does_not_say_where_a_run_is(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"out": "runs/x"}')
+    with pytest.raises(UserError, match=f"--config {path}: add the --out of this run"):
+        configs.parse_flags(["--config", str(path)])

@@ -474,7 +474,7 @@ def drawn(monkeypatch, tmp_path, *lines):
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *a, **k: (sheets.append(self), save(self, *a, **k))
     )
-    figures.curves(written(tmp_path / "m", *lines), tmp_path / "c.png")
+    figures.curves({"m": written(tmp_path / "m", *lines)}, tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.png", "m"]
     return {panel.get_title(): panel for panel in sheets[0].axes}
