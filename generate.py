@@ -390,60 +390,42 @@ def with_model_settings(config: Config, folder: Path) -> Config:
     return dataclasses.replace(config, **values)
 
 
-def how_to_decode(config: Config, folder: Path) -> Decoding:
-    """How a model writes, by flags and its own files."""
-    config, vocab = with_model_settings(config, folder), models.config(folder).vocab
-    if any(not 0 <= token < vocab for token in config.stop):
-        stop = " ".join(map(str, config.stop))
-        raise UserError(f"--stop {stop}: expected token ids from 0 to {vocab - 1}")
-    stop = tuple(sorted({*text.stop_ids(folder), *config.stop}))
-    dtype = sharding.compute_dtype(config.compute_dtype)
-    return Decoding(config.max_new, config.sampling, stop, dtype)
-
-
-def longest_prompt(config: Config, positions: int) -> tuple[int, str]:
-    """The most tokens that a prompt may have, and what allows for more."""
-    if positions - config.max_new < config.max_prompt:
-        remedy = f"lower --max-new (the model has {positions} positions)"
-        return max(0, positions - config.max_new), remedy
-    return config.max_prompt, "raise --max-prompt"
-
-
-def encode(tokenizer: text.Tokenizer, pieces: Sequence[text.Piece]) -> list[list[int]]:
-    bos = [] if tokenizer.bos is None else [tokenizer.bos]
-    encodings = zip(pieces, tokenizer.encode(pieces), strict=True)
-    return [encoded.ids if piece.rendered else bos + encoded.ids for piece, encoded in encodings]
-
-
 def prepare(
-    config: Config, folder: Path, tokenizer: text.Tokenizer
-) -> tuple[list[text.Prompt], list[Job], Decoding, dict[str, Any]]:
-    """All prompts, the jobs of those that are not too long, and the settings of what is written."""
-    decoding = how_to_decode(config, folder)
-    prompts = list(text.prompts(text.find(config.prompts), tokenizer, config.column))
-    if not prompts:
-        raise UserError(f"{config.prompts}: no prompts in it: all it holds is empty or blank")
-    tokens = encode(tokenizer, [prompt.piece for prompt in prompts])
-    longest, remedy = longest_prompt(config, models.config(folder).longest)
+    config: Config, folder: Path, tokenizer: text.Tokenizer, prompts: Sequence[text.Prompt]
+) -> tuple[list[Job], Decoding, dict[str, Any]]:
+    """Jobs of the prompts that are not too long, and the settings of what is written."""
+    config = with_model_settings(config, folder)
+    shape, dtype = models.config(folder), sharding.compute_dtype(config.compute_dtype)
+    if any(not 0 <= token < shape.vocab for token in config.stop):
+        stop = " ".join(map(str, config.stop))
+        raise UserError(f"--stop {stop}: expected token ids from 0 to {shape.vocab - 1}")
+    bos = [] if tokenizer.bos is None else [tokenizer.bos]
+    pieces = [prompt.piece for prompt in prompts]
+    encodings = zip(pieces, tokenizer.encode(pieces), strict=True)
+    tokens = [encoded.ids if piece.rendered else bos + encoded.ids for piece, encoded in encodings]
+    longest, remedy = config.max_prompt, "raise --max-prompt"
+    if shape.longest - config.max_new < longest:
+        longest = max(0, shape.longest - config.max_new)
+        remedy = f"lower --max-new (the model has {shape.longest} positions)"
     fitting = [i for i, ids in enumerate(tokens) if 0 < len(ids) <= longest]
     if not fitting:
         raise UserError(
-            f"{config.prompts}: all {len(prompts)} prompts are longer than {longest} tokens (the"
-            f" shortest has {min(map(len, tokens))}): give shorter ones, or {remedy}"
+            f"{config.prompts or '--prompt'}: all {len(prompts)} prompts are longer than {longest}"
+            f" tokens (the shortest has {min(map(len, tokens))}): give shorter ones, or {remedy}"
         )
     if excess := len(prompts) - len(fitting):
         words = f"{excess} of {len(prompts)} prompts left out: over {longest} tokens, or none"
         print(words, file=sys.stderr)
+    stop = tuple(sorted({*text.stop_ids(folder), *config.stop}))
     settings = {
         "model": config.model, "prompts": config.prompts,
         "samples": config.samples, "max-prompt": longest, "max-new": config.max_new,
-        "seed": config.seed, "stop": list(decoding.stop), "compute-dtype": decoding.dtype,
-        **{name.replace("_", "-"): value for name, value in vars(decoding.sampling).items()},
+        "seed": config.seed, "stop": list(stop), "compute-dtype": dtype,
+        **{name.replace("_", "-"): value for name, value in vars(config.sampling).items()},
         "chat-template": text.chat_template(folder), "text of the prompts": text.digest(tokens),
-        "weights": models.fingerprint(folder),
     }  # fmt: skip
     jobs = [Job(i, j, tokens[i]) for i in fitting for j in range(config.samples)]
-    return prompts, jobs, decoding, settings
+    return jobs, Decoding(config.max_new, config.sampling, stop, dtype), settings
 
 
 def answer(job: Job, tokens: list[int], stop: Sequence[int], decode: Callable) -> dict[str, Any]:
@@ -458,53 +440,38 @@ def answer(job: Job, tokens: list[int], stop: Sequence[int], decode: Callable) -
     return record | {"finish_reason": "stop" if stopped else "length", "n_tokens": len(tokens)}
 
 
-@contextlib.contextmanager
-def loaded(config: Config, folder: Path, dtype: str) -> Iterator[LanguageModel]:
-    """The model on its mesh, which is in scope."""
+def load(config: Config, folder: Path) -> tuple[jax.sharding.Mesh, LanguageModel]:
     mesh = sharding.make_mesh(**config.mesh.sizes)
-    model = models.load(folder, dtype=dtype, mesh=mesh)
-    with sharding.use_mesh(mesh):
-        yield model if mesh.devices.flat[0].platform == "cpu" else unstacked(model)
+    model = models.load(folder, dtype=sharding.compute_dtype(config.compute_dtype), mesh=mesh)
+    return mesh, model if mesh.devices.flat[0].platform == "cpu" else unstacked(model)
 
 
 def write(config: Config, jobs: list[Job], decoding: Decoding, folder: Path, add: Callable) -> None:
     """Lets the model do these jobs, and adds them as they are finished."""
-    with loaded(config, folder, decoding.dtype) as model:
-        key, start, done, tokens = jax.random.key(config.seed), time.monotonic(), 0, 0
-        with report.progress("generating", len(jobs)) as advance:
-            for finished in generate(model, jobs, key, decoding, slots=config.batch_size):
-                add(finished)
-                done, tokens = done + len(finished), tokens + sum(len(new) for _, new in finished)
-                advance(done, remark=f"{report.count(tokens / (time.monotonic() - start))} tok/s")
-
-
-def lines_of_user() -> Iterator[str]:
-    with contextlib.suppress(EOFError):
-        while line := input("> " if sys.stdin.isatty() else ""):
-            yield line
+    mesh, model = load(config, folder)
+    key, start, done, tokens = jax.random.key(config.seed), time.monotonic(), 0, 0
+    with sharding.use_mesh(mesh), report.progress("generating", len(jobs)) as advance:
+        for finished in generate(model, jobs, key, decoding, slots=config.batch_size):
+            add(finished)
+            done, tokens = done + len(finished), tokens + sum(len(new) for _, new in finished)
+            advance(done, remark=f"{report.count(tokens / (time.monotonic() - start))} tok/s")
 
 
 def converse(config: Config) -> None:
-    """Continues the prompt, or answers the user, on standard output."""
-    folder, messages = models.fetch(config.model), []
-    shape, decoding = models.config(folder), how_to_decode(config, folder)
-    tokenizer, key = text.load_tokenizer(folder, shape.vocab), jax.random.key(config.seed)
-    longest, remedy = longest_prompt(config, shape.longest)
-    if config.chat:
-        tokenizer.render_prompt([{"role": "user", "content": "a"}], "--chat")  # or is refused
-    with loaded(config, folder, decoding.dtype) as model:
-        for turn, line in enumerate(lines_of_user() if config.chat else [config.prompt]):
+    """Continues --prompt, or answers line by line, on standard output."""
+    folder, messages, key = models.fetch(config.model), [], jax.random.key(config.seed)
+    tokenizer = text.load_tokenizer(folder, models.config(folder).vocab)
+    lines = iter(partial(input, "> " if sys.stdin.isatty() else ""), "")
+    mesh, model = load(config, folder)
+    with sharding.use_mesh(mesh), contextlib.suppress(EOFError):
+        for turn, line in enumerate(lines if config.chat else [config.prompt]):
             messages.append({"role": "user", "content": line})
-            prompt = (
-                tokenizer.render_prompt(messages, "--chat") if config.chat else text.Piece(line)
-            )
-            (tokens,), shown = encode(tokenizer, [prompt]), ""
-            if not 0 < len(tokens) <= longest:
-                what = "--chat: the conversation" if config.chat else "--prompt"
-                raise UserError(f"{what} has {len(tokens)} tokens, not 1 to {longest}: {remedy}")
-            # Of one width for all turns, whose programs are the same.
-            settings = {"slots": 1, "steps": 1, "width": longest, "unfinished": True}
-            for ((job, new),) in generate(model, [Job(turn, 0, tokens)], key, decoding, **settings):
+            piece = tokenizer.render_prompt(messages, "--chat") if config.chat else text.Piece(line)
+            prompts, shown = [text.Prompt(piece, None)], ""
+            (job, *_), decoding, settings = prepare(config, folder, tokenizer, prompts)
+            jobs, width = [job._replace(prompt=turn)], settings["max-prompt"]  # one for all turns
+            options = {"slots": 1, "steps": 1, "width": width, "unfinished": True}
+            for ((job, new),) in generate(model, jobs, key, decoding, **options):
                 record = answer(job, new.tolist(), decoding.stop, tokenizer.encoder.decode)
                 print(record["completion"][len(shown) :], end="", flush=True)
                 shown = record["completion"]
@@ -515,7 +482,11 @@ def converse(config: Config) -> None:
 def run(config: Config) -> None:
     out, folder = files.local_path(config.out), models.fetch(config.model)
     tokenizer = text.load_tokenizer(folder, models.config(folder).vocab)
-    prompts, jobs, decoding, settings = prepare(config, folder, tokenizer)
+    prompts = list(text.prompts(text.find(config.prompts), tokenizer, config.column))
+    if not prompts:
+        raise UserError(f"{config.prompts}: no prompts in it: all it holds is empty or blank")
+    jobs, decoding, settings = prepare(config, folder, tokenizer, prompts)
+    settings["weights"] = models.fingerprint(folder)
     columns, decode = None, tokenizer.encoder.decode
     if out.suffix == ".parquet":  # what does not fit is refused now, not in the end
         columns = answers.schema([prompt.messages for prompt in prompts if prompt.messages])

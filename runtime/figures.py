@@ -30,14 +30,14 @@ PANELS = {  # what each panel draws of the metrics, and how
 
 def curves(runs: Mapping[str, Path], png_path: Path) -> None:
     """Draws loss, cross entropy and KL with their held-out figures, and the learning rate, of each
-    metrics file: over steps and tokens, or tokens alone where steps of the runs differ in these."""
+    metrics file; over tokens too, where all runs read as many in a step."""
     import matplotlib
     from matplotlib.figure import Figure
 
     metrics = {name: read_metrics(path) for name, path in runs.items()}
-    lines = [(name, line) for name in metrics for line in metrics[name] if line.get("tokens")]
-    rates = {name: line["tokens"] / line["step"] for name, line in lines}  # of their last lines
-    rate = {*rates.values()}.pop() if len({*rates.values()}) == 1 else None
+    rates = {
+        x["tokens"] / x["step"] for lines in metrics.values() for x in lines if x.get("tokens")
+    }
     sheet = Figure(figsize=(11, 7), layout="constrained")
     panels = sheet.subplots(2, 2, sharex=True)
     for panel, (title, series) in zip(panels.flat, PANELS.items(), strict=True):
@@ -45,10 +45,11 @@ def curves(runs: Mapping[str, Path], png_path: Path) -> None:
         panel.grid(which="both", alpha=0.2)
         panel.spines[["top", "right"]].set_visible(False)
         for (number, name), key in product(enumerate(metrics), series):
-            scale, style = 1 if rate else rates.get(name, 1), {"lw": 1} | series[key]
+            style = {"lw": 1} | series[key]
             if len(runs) > 1:  # a color for each, named once
                 style |= {"color": f"C{number}", "label": name if key == next(iter(series)) else ""}
-            points = [(x["step"] * scale, x[key]) for x in metrics[name] if x.get(key) is not None]
+                style |= {"alpha": 1 if key.startswith("eval/") else 0.6}
+            points = [(x["step"], x[key]) for x in metrics[name] if x.get(key) is not None]
             if points:
                 panel.plot(*zip(*points, strict=True), **style)
         values = [y for line in panel.lines for y in line.get_ydata() if y > 0]
@@ -59,12 +60,15 @@ def curves(runs: Mapping[str, Path], png_path: Path) -> None:
         elif "lr" not in series:
             panel.legend(frameon=False)
         panel.xaxis.get_major_locator().set_params(integer=True)
-    for panel in panels[0] if rate else ():
-        to_tokens, to_steps = (lambda x: x * rate), (lambda x: x / rate)
-        axis = panel.secondary_xaxis("top", functions=(to_tokens, to_steps))
-        axis.xaxis.set_major_formatter(lambda tokens, _: count(tokens))
-        axis.spines["top"].set_visible(False)
-    sheet.supxlabel("optimizer step; tokens above" if rate else "tokens", fontsize="medium")
+    if len(rates) == 1:
+        (rate,) = rates
+        for panel in panels[0]:
+            axis = panel.secondary_xaxis("top", functions=(lambda x: x * rate, lambda x: x / rate))
+            axis.xaxis.set_major_formatter(lambda tokens, _: count(tokens).replace(".0", ""))
+            axis.spines["top"].set_visible(False)
+    words = "optimizer step, tokens above" if len(rates) == 1 else "optimizer step"
+    words += "; dots are held out" if len(runs) > 1 else ""
+    sheet.supxlabel(words, fontsize="medium")
     plain = {"axes.formatter.min_exponent": 4}  # 0.3 beside 0.1, not 3 × 10^-1
     with atomic_write(png_path) as half, matplotlib.rc_context(plain):
         sheet.savefig(half, format="png", dpi=130)

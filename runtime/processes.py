@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from jax.experimental.multihost_utils import process_allgather
 from runtime import errors, files
 from runtime.errors import UserError, at_least
 
-T = TypeVar("T")
 MAY_DIFFER = frozenset({"--process-id", "--coordinator", "--quiet", "--data.cache"})
 SAVE, STOP = 1, 2  # what may be wished for after a step
 PATIENCE = 60  # seconds to wait for the other processes at the start
@@ -206,7 +205,7 @@ class Interruption(contextlib.ExitStack):
         self.close()
 
 
-def watched(items: Iterable[T], minutes: float) -> Iterator[T]:
+def watched(items: Iterable[Any], minutes: float) -> Iterator[Any]:
     """The items. Where the work on one takes so many minutes (0 is no limit), the stacks of all
     threads are printed and the process ends with status 1, even if it waits in native code."""
     try:

@@ -1,8 +1,4 @@
-"""Trackers of a run: the lines of metrics.jsonl go to them too, with settings, curves and table.
-
-Each is a generator, which opens its track at first and is then sent a step with its figures, or at
-last the curves and the table.
-"""
+"""Trackers of a run: the lines of metrics.jsonl go to them too, with settings, curves and table."""
 
 import contextlib
 import importlib.util
@@ -19,6 +15,7 @@ from runtime import figures, files
 from runtime.errors import UserError
 
 Name = Literal["wandb", "trackio", "tensorboard"]
+# Opens a track where it starts; then a step with its figures, curves and table is sent to it.
 Tracker = Generator[None, Any, None]
 
 
@@ -67,10 +64,9 @@ def open_all(names: Sequence[Name], folder: files.RunFolder, start: int) -> Call
     """What sends a line of metrics, or curves and table, to trackers. One that fails is left out,
     with a warning. A run that goes on continues its tracks, by the id that is in its folder."""
     path = folder.path / "track.json"
-    run_id = files.read_json(path)["id"] if path.exists() else secrets.token_hex(4)
-    if names:
-        files.write_json(path, {"id": run_id})
-    facts = folder.path, run_id, folder.settings, start
+    if names and not path.exists():
+        files.write_json(path, {"id": secrets.token_hex(4)})
+    facts = folder.path, files.read_json(path)["id"] if names else "", folder.settings, start
     active = {name: OPEN[name](*facts) for name in names}
 
     def send_all(event: Any) -> None:
