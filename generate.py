@@ -461,22 +461,23 @@ def converse(config: Config) -> None:
     """Continues --prompt, or answers line by line, on standard output."""
     folder, messages, key = models.fetch(config.model), [], jax.random.key(config.seed)
     tokenizer = text.load_tokenizer(folder, models.config(folder).vocab)
-    lines = iter(partial(input, "> " if sys.stdin.isatty() else ""), "")
+    decode, sign = tokenizer.encoder.decode, "> " if sys.stdin.isatty() else ""
+    lines = iter(partial(input, sign), "") if config.chat else [config.prompt]
     mesh, model = load(config, folder)
     with sharding.use_mesh(mesh), contextlib.suppress(EOFError):
-        for turn, line in enumerate(lines if config.chat else [config.prompt]):
+        for turn, line in enumerate(lines):
             messages.append({"role": "user", "content": line})
             piece = tokenizer.render_prompt(messages, "--chat") if config.chat else text.Piece(line)
-            prompts, shown = [text.Prompt(piece, None)], ""
+            prompts, completion = [text.Prompt(piece, None)], ""
             (job, *_), decoding, settings = prepare(config, folder, tokenizer, prompts)
             jobs, width = [job._replace(prompt=turn)], settings["max-prompt"]  # one for all turns
             options = {"slots": 1, "steps": 1, "width": width, "unfinished": True}
             for ((job, new),) in generate(model, jobs, key, decoding, **options):
-                record = answer(job, new.tolist(), decoding.stop, tokenizer.encoder.decode)
-                print(record["completion"][len(shown) :], end="", flush=True)
-                shown = record["completion"]
+                before = len(completion)
+                completion = answer(job, new.tolist(), decoding.stop, decode)["completion"]
+                print(completion[before:], end="", flush=True)
             print()
-            messages.append({"role": "assistant", "content": shown})
+            messages.append({"role": "assistant", "content": completion})
 
 
 def run(config: Config) -> None:

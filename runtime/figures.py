@@ -35,9 +35,8 @@ def curves(runs: Mapping[str, Path], png_path: Path) -> None:
     from matplotlib.figure import Figure
 
     metrics = {name: read_metrics(path) for name, path in runs.items()}
-    rates = {
-        x["tokens"] / x["step"] for lines in metrics.values() for x in lines if x.get("tokens")
-    }
+    counted = [line for lines in metrics.values() for line in lines if line.get("tokens")]
+    rates = {line["tokens"] / line["step"] for line in counted}
     sheet = Figure(figsize=(11, 7), layout="constrained")
     panels = sheet.subplots(2, 2, sharex=True)
     for panel, (title, series) in zip(panels.flat, PANELS.items(), strict=True):
@@ -46,9 +45,9 @@ def curves(runs: Mapping[str, Path], png_path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         for (number, name), key in product(enumerate(metrics), series):
             style = {"lw": 1} | series[key]
-            if len(runs) > 1:  # a color for each, named once
+            if len(runs) > 1:  # a color for each, named once, paler for what was trained on
                 style |= {"color": f"C{number}", "label": name if key == next(iter(series)) else ""}
-                style |= {"alpha": 1 if key.startswith("eval/") else 0.6}
+                style["alpha"] = 1 if key.startswith("eval/") else 0.6
             points = [(x["step"], x[key]) for x in metrics[name] if x.get(key) is not None]
             if points:
                 panel.plot(*zip(*points, strict=True), **style)
@@ -60,14 +59,12 @@ def curves(runs: Mapping[str, Path], png_path: Path) -> None:
         elif "lr" not in series:
             panel.legend(frameon=False)
         panel.xaxis.get_major_locator().set_params(integer=True)
-    if len(rates) == 1:
-        (rate,) = rates
-        for panel in panels[0]:
-            axis = panel.secondary_xaxis("top", functions=(lambda x: x * rate, lambda x: x / rate))
-            axis.xaxis.set_major_formatter(lambda tokens, _: count(tokens).replace(".0", ""))
-            axis.spines["top"].set_visible(False)
-    words = "optimizer step, tokens above" if len(rates) == 1 else "optimizer step"
-    words += "; dots are held out" if len(runs) > 1 else ""
+    rate = rates.pop() if len(rates) == 1 else None
+    for panel in panels[0] if rate else ():
+        axis = panel.secondary_xaxis("top", functions=(lambda x: x * rate, lambda x: x / rate))
+        axis.xaxis.set_major_formatter(lambda tokens, _: count(tokens).replace(".0", ""))
+        axis.spines["top"].set_visible(False)
+    words = "optimizer step" + ", tokens above" * bool(rate) + "; dots: held out" * (len(runs) > 1)
     sheet.supxlabel(words, fontsize="medium")
     plain = {"axes.formatter.min_exponent": 4}  # 0.3 beside 0.1, not 3 × 10^-1
     with atomic_write(png_path) as half, matplotlib.rc_context(plain):
