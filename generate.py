@@ -373,10 +373,9 @@ class Config(Sampling):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.prompts is not None) + (self.prompt is not None) + self.chat != 1:
-            raise UserError("--prompts, --prompt or --chat: give one of the three")
-        if (self.prompts is None) != (self.out is None):
-            raise UserError("--prompts and --out: give both, or neither")
+        ways = (self.prompts is not None) + (self.prompt is not None) + self.chat
+        if ways != 1 or (self.prompts is None) != (self.out is None):
+            raise UserError("--prompts with --out, --prompt or --chat: give one of the three")
 
 
 def with_model_settings(config: Config, folder: Path) -> Config:

@@ -119,10 +119,9 @@ class Config:
 def main() -> None:
     config, folders = errors.cli(Config, return_unknown_args=True)
     runs = {folder: local_path(folder) / "metrics.jsonl" for folder in folders}
-    missing = [folder for folder, path in runs.items() if not path.exists()]
-    if missing or not runs:
-        what = " ".join(missing) or "no folder"
-        raise UserError(f"{what}: expected runs that have begun, each with a metrics.jsonl")
+    missing = [x for x, path in runs.items() if not path.exists()] if runs else ["no folder"]
+    if missing:
+        raise UserError(f"{' '.join(missing)}: name folders of runs that have begun")
     curves(runs, local_path(config.out))
     print(config.out)
 

@@ -854,7 +854,7 @@ def test_text_is_shown_as_it_is_written(monkeypatch):
     monkeypatch.setattr("builtins.print", lambda *x, **_: pieces.extend(x))
     conversed(model=demo, prompt="Once")
     assert "".join(pieces) == whole
-    assert len([piece for piece in pieces if piece]) == len(whole)
+    assert {"Ü", "ï", "日", "本", "🙂"} <= set(pieces)
 
 
 def test_a_chat_remembers_and_compiles_once(chat, monkeypatch, capsys):
@@ -864,9 +864,14 @@ def test_a_chat_remembers_and_compiles_once(chat, monkeypatch, capsys):
         generate, "prepare", lambda *x: asked.append(x[3][0].piece.text) or prepare(*x)
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("one?\ntwo?\nthree?\n\nnot read\n"))
-    compiled = jax.monitoring.register_event_duration_secs_listener
-    compiled(lambda name, *_, **__: programs.append(len(asked)) if "compile" in name else None)
+
+    def compiles(name, *_, **__):
+        if "compile" in name:
+            programs.append(len(asked))
+
+    jax.monitoring.register_event_duration_secs_listener(compiles)
     conversed("--chat", model=chat, seed=4, max_new=8)
+    jax.monitoring.unregister_event_duration_listener(compiles)
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == len(asked) == 3 and len(set(answers)) > 1
     expected = [
@@ -875,7 +880,7 @@ def test_a_chat_remembers_and_compiles_once(chat, monkeypatch, capsys):
     ]
     written = "".join(f"<|im_start|>{x}<|im_end|>\n" for turn in expected for x in turn)
     assert asked[2] == written.removesuffix("<|im_end|>\n")
-    assert set(programs) == {1}
+    assert max(programs) == 1  # after the first question nothing
     monkeypatch.setattr("sys.stdin", io.StringIO("one?\n"))  # without an empty line
     conversed("--chat", model=chat, seed=4, max_new=8)
     assert capsys.readouterr().out.splitlines() == answers[:1]
@@ -884,10 +889,10 @@ def test_a_chat_remembers_and_compiles_once(chat, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ({}, "--prompts, --prompt or --chat: give one of the three"),
+        ({}, "--prompts with --out, --prompt or --chat: give one of the three"),
         ({"prompt": "a", "prompts": "b", "out": "c.jsonl"}, "give one of the three"),
-        ({"prompts": "b"}, "--prompts and --out: give both, or neither"),
-        ({"prompt": "a", "out": "c.jsonl"}, "--prompts and --out: give both, or neither"),
+        ({"prompts": "b"}, "--prompts with --out, "),
+        ({"prompt": "a", "out": "c.jsonl"}, "--prompts with --out, "),
         ({"prompt": "a" * 200}, "--prompt: all 1 prompts are longer than 116 .* lower --max-new"),
     ],
 )

@@ -546,5 +546,5 @@ def test_runs_are_drawn_into_one_picture(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("folders, words", [([], "no folder: "), (["a", "b"], "a b: ")])
 def test_a_picture_of_no_runs(monkeypatch, folders, words):
     monkeypatch.setattr(sys, "argv", ["figures", *folders])
-    with pytest.raises(UserError, match=f"{words}expected runs that have begun"):
+    with pytest.raises(UserError, match=f"{words}name folders of runs that have begun"):
         figures.main()
