@@ -67,8 +67,8 @@ class Config(processes.Config):
     out: Annotated[str | None, LOCAL] = None
     """Folder of the run; by default runs/<teacher>-<layers>L, or -<share> of --student-params."""
     config: str | None = None
-    """A run's config.json, or its like in .yaml, over which flags go. Give an --out with it: what it
-    says of --out, --resume, --push and processes is of its own run."""
+    """A run's config.json, or its like in .yaml, over which flags go. Give an --out with it: what
+    it says of --out, --resume, --push and processes is of its own run."""
     plan: bool = False
     """Print what each device will hold, and what to change where it does not fit; then stop."""
     export: bool = False
