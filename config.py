@@ -363,7 +363,8 @@ def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> 
         stories = (str(DEMO / "stories.txt"),)
         config = dataclasses.replace(config, source=stories, documents="paragraph")
     elif not config.source:
-        config = dataclasses.replace(config, source=("Salesforce/wikitext:wikitext-103-raw-v1",))
+        wikitext = "Salesforce/wikitext:wikitext-103-raw-v1"
+        config = dataclasses.replace(config, source=(wikitext,), documents="article")
     return config.canonical()
 
 

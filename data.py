@@ -40,13 +40,14 @@ class Config:
 
     source: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .jsonl, .parquet (also .gz, .zst), or hub data sets as
-    id[@revision][:config][:split]."""
+    id[@revision][:config][:split]; by default the articles of WikiText-103, or the demo's."""
     weights: Annotated[tuple[float, ...], SHARES] = ()
     """How much of each source goes into the mixture; without them, all of every source."""
     text_field: str | None = None
     """The field of a record that holds its text; by default text, where it has no conversation."""
-    documents: Literal["file", "paragraph", "line"] = "file"
-    """What a document is in plain text; paragraphs end at a blank line."""
+    documents: Literal["file", "paragraph", "line", "article"] = "file"
+    """What a document is in plain text; paragraphs end at a blank line. An article is the lines of
+    WikiText, in files or records, from a title to the next."""
     mask: Literal["all", "assistant"] = "all"
     """Which tokens to learn: all, or those of the assistant's turns."""
     packing: Literal["auto", "stream", "fit"] = "auto"

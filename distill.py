@@ -297,11 +297,13 @@ def check_memory(
     if config.force or plan.fits(config, need):
         return
     memory, source = plan.device_memory(config)
-    what, words = "arrays and gradients alone need", "--plan tells what would fit"
-    if program is not None:
-        what, words = "a step needs", remedy(config, placement, need)
     needed = report.size(max(need.total, need.own_teacher))
+    what = "arrays and gradients alone need" if program is None else "a step needs"
     why = f"a device has {report.size(memory)} ({source}), and {what} {needed}"
+    words = "--plan tells what would fit"
+    if program is not None:
+        report.say(f"too large {why}: compiling with other settings, to find some that fit")
+        words = remedy(config, placement, need)
     raise UserError(f"{why}: {words}; --force tries all the same")
 
 

@@ -201,10 +201,12 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
     if first:
         run.track({"step": step}, run.out / "curves.png", figures.rows(metrics))
         print(figures.table(figures.rows(metrics)), f"student  {folder}", sep="\n")
-        if (best := run.out / "student-best").exists():
-            evaluations = [line for line in metrics if "eval/ce" in line]
-            step = next(e["step"] for e in reversed(evaluations) if is_best(evaluations, e))
-            print(f"best     {best} (step {step})")
+        evaluations = [line for line in metrics if "eval/ce" in line]
+        lowest = [line["step"] for line in evaluations if is_best(evaluations, line)]
+        if lowest and (best := run.out / "student-best").exists():
+            print(f"best     {best} (step {lowest[-1]})")
+        elif lowest and lowest[-1] < step:
+            print(f"best     at step {lowest[-1]}: --keep-best keeps such a student")
         print(f"curves   {run.out / 'curves.png'}")
     sync_global_devices("finished")
     return folder

@@ -202,17 +202,18 @@ def test_what_cannot_fit_is_refused_but_not_by_force(config, begun, monkeypatch)
         distill.train(small)
 
 
-def test_a_compiled_step_that_cannot_fit_is_refused_with_what_would(config, monkeypatch):
+def test_a_compiled_step_that_cannot_fit_is_refused_with_what_would(config, monkeypatch, capsys):
     """Its arrays and gradients would fit."""
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: one)
     need = resident(config)
     memory = (need.arrays + need.gradients) / 1e9
-    refused = dataclasses.replace(config, device_memory=memory, steps=1)
+    refused = dataclasses.replace(config, device_memory=memory, steps=1, quiet=False)
     monkeypatch.setattr(plan, "smaller_settings", lambda *_: [(" --remat full", config)])
     monkeypatch.setattr(distill, "device_bytes", lambda *_: need._replace(teacher=0))
     with pytest.raises(UserError, match="a step needs .* with --remat full it does, in .*--force"):
         distill.train(refused)
+    assert "compiling with other settings, to find some that fit" in capsys.readouterr().err
     assert distill.train(dataclasses.replace(refused, force=True)).exists()
 
 

@@ -35,6 +35,7 @@ from runtime import (
     prepare,
     processes,
     report,
+    results,
     trackers,
 )
 from runtime.errors import UserError
@@ -91,6 +92,15 @@ def test_checkpoints_by_the_clock(quick, monkeypatch):  # noqa: F811
 
 
 # ---- what a run says of itself -------------------------------------------------------------------
+
+
+def test_a_run_says_that_an_earlier_student_was_better(quick, monkeypatch, capsys):  # noqa: F811
+    figures = iter((3.0, 1.0, 2.0))
+    monkeypatch.setattr(
+        results, "score", lambda *_: {"eval/ce": 1.0, "eval/kl": next(figures), "eval/of": "x"}
+    )
+    distill.train(quick)
+    assert "best     at step 4: --keep-best keeps such a student" in capsys.readouterr().out
 
 
 def test_lines_of_metrics_hold_means_time_speed_and_memory(quick):  # noqa: F811

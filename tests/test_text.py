@@ -135,6 +135,35 @@ def test_every_kind_of_file_gives_its_documents(plain, tmp_path, kind, packing):
     assert sum(read) == path.stat().st_size == text.find(str(path)).size
 
 
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
+def test_articles_of_wikitext(plain, tmp_path, kind):
+    lines = [
+        " and the end of something . \n", " \n", " = Homarus gammarus = \n", " \n",
+        " A lobster . \n", " = = Taxonomy = = \n", " = x + y is a sum \n", " = E = mc ² = \n",
+        " An equation . \n",
+    ]  # fmt: skip
+    expected = ["".join(lines[:2]), "".join(lines[2:7]), "".join(lines[7:])]
+    path = tmp_path / f"x{kind}"
+    if kind == ".txt":
+        path.write_text("".join(lines))
+        expected[-1] += "\n"  # a file ends as its last line does
+    else:
+        rows = [line if line.strip() else "" for line in lines]  # as the data set has them
+        expected[0], expected[1] = lines[0], "".join([*lines[2:3], *lines[4:7]])
+        if kind == ".jsonl":
+            path.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+        else:
+            pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path)
+    assert texts(path, plain, documents="article") == expected
+
+
+def test_articles_are_no_conversations(plain, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"prompt": "1 + 1 =", "completion": "2"}))
+    with pytest.raises(UserError, match="article is for lines of text, found .*completion"):
+        texts(path, plain, documents="article")
+
+
 def test_folders_and_globs_are_read_in_order(plain, tmp_path):
     for name in ("b/2.txt", "a/1.txt", "a/3.jsonl", "a/notes.md"):
         path = tmp_path / "books" / name

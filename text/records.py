@@ -30,6 +30,7 @@ SHAPES = (
     ("instruction", "output"),
 )
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
+TITLE = re.compile(r" = [^=].* = \n?")  # of an article of WikiText; sections have more signs
 
 
 class Piece(NamedTuple):
@@ -58,13 +59,21 @@ def pieces(
     choose, counts = partial(_columns, shapes, "--data.text-field"), Counter()
     for part in source.files or [source]:
         if files.kind(part) != ".txt":
-            for place, record in files.records(part, choose, progress):
-                fields = _filled(shapes, record, choose(record, place))
+            rows = (
+                (place, _filled(shapes, record, choose(record, place)))
+                for place, record in files.records(part, choose, progress)
+            )
+            if documents == "article":
+                yield from _articles((_row_text(*row) for row in rows), mask, part)
+                continue
+            for place, fields in rows:
                 document = list(_record_pieces(fields, tokenizer, mask, place))
                 counts[bool(document)] += 1
                 yield from document
         elif documents == "file":
             yield from _document_pieces(files.text_blocks(part, progress), mask, part)
+        elif documents == "article":
+            yield from _articles((f"{x}\n" for x in files.text_lines(part, progress)), mask, part)
         else:
             lines = files.text_lines(part, progress)
             for text in lines if documents == "line" else _paragraphs(lines):
@@ -145,6 +154,22 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
     for blank, group in itertools.groupby(lines, lambda line: not line.strip()):
         if not blank:
             yield "\n".join(group)
+
+
+def _articles(lines: Iterable[str], mask: str, where: Any) -> Iterator[Piece]:
+    """The articles of WikiText, each from its title to the next."""
+    numbered = itertools.accumulate(
+        lines, lambda last, line: (last[0] + bool(TITLE.fullmatch(line)), line), initial=(0, "")
+    )
+    for _, article in itertools.groupby(numbered, lambda pair: pair[0]):
+        yield from _document_pieces((line for _, line in article), mask, where)
+
+
+def _row_text(place: str, fields: Mapping[str, Any]) -> str:
+    match list(fields.values()):
+        case [] | [str()] as texts:
+            return "".join(texts)
+    raise UserError(f"{place}: --data.documents article is for lines of text, found {[*fields]}")
 
 
 # Cuts that leave the tokens of byte-level tokenizers as they are: these join no letter with the
