@@ -30,7 +30,9 @@ def calls() -> list[tuple[str, list[str]]]:
     """The programs that are called there, however they are started, with their arguments."""
     entries = []
     for line in shell_lines():
-        words = [part for word in split(line) for part in (split(word) if " " in word else [word])]
+        words = [
+            part for word in split(line) for part in (split(word) if ".py" in word else [word])
+        ]
         for i, word in enumerate(words):
             name = Path(word).stem
             if word.endswith(".py") and name in PROGRAMS:
