@@ -286,12 +286,12 @@ OF_ONE_RUN = {"out", "push", "resume", "resume-anyway", "distributed", "coordina
 
 def parse_flags(args: Sequence[str] | None = None) -> Config:
     """The configuration that a command line asks for, over the file that its --config names."""
-    import yaml
-
     args = sys.argv[1:] if args is None else args
     words = [word for arg in args for word in arg.split("=", 1)]
     if "--config" not in words[:-1]:
         return errors.cli(Config, args)
+    import yaml
+
     path = files.local_path(words[words.index("--config") + 1])
     amounts = {"steps", "tokens", "epochs"}
     dropped = OF_ONE_RUN | (amounts if any(f"--{x}" in words for x in amounts) else set())

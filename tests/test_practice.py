@@ -308,16 +308,29 @@ def test_a_tracker_gets_numbers_curves_and_table(quick, tensorboard):  # noqa: F
     assert "| student at step 6 |" in table[2] and last == ("close",)
 
 
-@pytest.mark.parametrize("method", ["__init__", "add_scalar", "add_image", "close"])
-def test_a_tracker_that_fails_stops_no_run(quick, tensorboard, monkeypatch, capsys, method):  # noqa: F811
-    def fail(*_, **__):
-        raise OSError("no route to\nits host")
+def fail(*_, **__):
+    raise OSError("no route to\nits host")
 
-    monkeypatch.setattr(tensorboard[0], method, fail, raising=False)
+
+WARNING = "--track tensorboard fails and is left out: no route to its host\n"
+
+
+def test_a_tracker_that_fails_stops_no_run(quick, tensorboard, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(tensorboard[0], "add_scalar", fail, raising=False)
     distill.train(dataclasses.replace(quick, track=("tensorboard",)))
-    warning = "--track tensorboard fails and is left out: no route to its host\n"
-    assert capsys.readouterr().err.count(warning) == 1
+    assert capsys.readouterr().err.count(WARNING) == 1
     assert (Path(quick.out) / "student").exists()
+
+
+@pytest.mark.parametrize("method", ["__init__", "add_text", "add_image", "close"])
+def test_trackers_may_fail_at_any_time(tmp_path, tensorboard, monkeypatch, capsys, method):
+    monkeypatch.setattr(tensorboard[0], method, fail, raising=False)
+    curves = ROOT / "benchmarks" / "mup.png"
+    send = trackers.open_all(("tensorboard",), files.RunFolder(tmp_path, {}, set()), 0)
+    for line in ({"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4}):
+        send(line)
+    send({"step": 2}, curves, [["", "KL"], ["student", "0.1"]])
+    assert capsys.readouterr().err == WARNING
 
 
 def test_a_tracker_that_is_not_there_is_refused(quick, tensorboard):  # noqa: F811
