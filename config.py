@@ -21,8 +21,17 @@ import sharding
 import student as students
 from losses import features
 from models import kernels
-from runtime import commits, errors, files, on_policy, processes, target_store, trackers
-from runtime.errors import LOCAL, SEED, UserError, above, at_least, below, between, check
+from runtime import (
+    buckets,
+    commits,
+    errors,
+    files,
+    on_policy,
+    processes,
+    target_store,
+    trackers,
+)
+from runtime.errors import OUT, SEED, UserError, above, at_least, below, between, check
 
 # A field hides the module it is named after.
 Data, Optim, OnPolicy, Mup = data.Config, optim.Config, on_policy.Config, mup.Config
@@ -64,8 +73,9 @@ class Config(processes.Config):
     seq_len: Annotated[int | None, at_least(1)] = None
     """Tokens that each row of a batch predicts; by default 128 for the demo, else 1024 or what
     the teacher can."""
-    out: Annotated[str | None, LOCAL] = None
-    """Folder of the run; by default runs/<teacher>-<layers>L, or -<share> of --student-params."""
+    out: Annotated[str | None, OUT] = None
+    """Folder of the run; by default runs/TEACHER-12L of so many blocks, or runs/TEACHER-0.5 where
+    --student-params says so."""
     config: str | None = None
     """A run's config.json, or its like in .yaml, over which flags go. Give an --out with it: what
     it says of --out, --resume, --push and processes is of its own run."""
@@ -234,6 +244,8 @@ class Config(processes.Config):
                 or self.student_init not in (None, *students.METHODS[:-1])),
              "--student-stages", "it chooses blocks alone, with the teacher beside the student"),
             (self.export and not self.resume, "--export with --no-resume", alone),
+            (not self.resume and buckets.in_bucket(self.out), "--no-resume with --out in a bucket",
+             "nothing there can be moved aside, name another folder"),
             (scaled and (self.student_init != "random" or bool(self.student_copy)),
              "--mup.base-embed without --student-init random, or with --student-copy",
              "it scales weights that are all fresh, leave it out for others"),
@@ -329,15 +341,10 @@ def with_defaults(config: Config) -> Config:
         features.pairs(config.loss.feature_pairs, layers or depth, depth)
     if config.on_policy.fraction:
         config.on_policy.lengths(seq_len)
-    steps, a_step = config.steps, config.batch_size * seq_len
     start, export_dtype = models.abstract(config.student or teacher), config.export_dtype
-    if steps is None:  # those of --epochs follow when the text is open
-        usual = 0 if embedded else sum(leaf.size for leaf in jax.tree.leaves(start)) // 20
-        steps = math.ceil((config.tokens or max(usual, 300 * a_step)) / a_step)
     if export_dtype == "auto":
         export_dtype = "float32" if embedded else start.embedding.dtype.name
-    save_every = steps if config.save_minutes else max(100, steps // 20)
-    name = files.local_path(named or "demo")
+    name = buckets.local_path(named or "demo")
     name = (name.resolve() if name.exists() else Path(str(name).partition("@")[0])).name
     compute = sharding.compute_dtype(config.compute_dtype)
     size = f"{layers}L" if layers else f"{config.student_params:g}"
@@ -348,9 +355,29 @@ def with_defaults(config: Config) -> Config:
         config, teacher=teacher, student_layers=layers, seq_len=seq_len, compute_dtype=compute,
         student_init=config.student_init or ("greedy" if config.student is None else None),
         out=config.out or f"runs/{name}-{size}", data=_data(config.data, stored, embedded),
-        steps=steps, tokens=None, epochs=None, save_every=config.save_every or save_every,
-        eval_every=config.eval_every or max(100, steps // 10), export_dtype=export_dtype,
+        export_dtype=export_dtype, optim=_optim(config), tokens=None, epochs=None,
+        **_schedule(config, None if embedded else start, config.batch_size * seq_len),
     )  # fmt: skip
+
+
+def _schedule(config: Config, start: Any, a_step: int) -> dict[str, int]:
+    """How many steps, of so many tokens, a run has, and between evaluations and saves."""
+    steps = config.steps
+    if steps is None:  # those of --epochs follow when the text is open
+        usual = sum(leaf.size for leaf in jax.tree.leaves(start)) // 20
+        steps = math.ceil((config.tokens or max(usual, 300 * a_step)) / a_step)
+    save_every = steps if config.save_minutes else max(100, steps // 20)
+    eval_every = config.eval_every or max(100, steps // 10)
+    return {
+        "steps": steps, "eval_every": eval_every, "save_every": config.save_every or save_every,
+    }  # fmt: skip
+
+
+def _optim(config: Config) -> Optim:
+    """The optimizer with the learning rate of what it begins from, see benchmarks/RESULTS.md."""
+    whole = config.student is not None and config.student_init is None
+    usual = 5e-5 if whole else 1e-3 if config.student_init == "random" else 3e-4
+    return dataclasses.replace(config.optim, lr=config.optim.lr or usual)
 
 
 def _data(config: Data, stored: target_store.Targets | None, embedded: bool) -> Data:
@@ -428,7 +455,7 @@ def student_config(config: Config) -> Any:
 def run_folder(config: Config) -> files.RunFolder:
     """The folder of a run, which holds its configuration."""
     settings, default = (json.loads(json.dumps(dataclasses.asdict(x))) for x in (config, Config()))
-    return files.RunFolder(files.local_path(config.out), settings, MAY_CHANGE, default)
+    return files.RunFolder(buckets.place(config.out), settings, MAY_CHANGE, default)
 
 
 def uses_teacher_loss(loss: losses.Config) -> bool:

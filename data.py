@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import zlib
@@ -40,7 +41,8 @@ class Config:
 
     source: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .jsonl, .parquet (also .gz, .zst), or hub data sets as
-    id[@revision][:config][:split]; by default the articles of WikiText-103, or the demo's."""
+    id@revision:config:split, where the id is enough; by default the articles of WikiText-103, or
+    the demo's."""
     weights: Annotated[tuple[float, ...], SHARES] = ()
     """How much of each source goes into the mixture; without them, all of every source."""
     text_field: str | None = None
@@ -171,12 +173,15 @@ def open_corpus(
         return TokenRange(store, 0, cut, seq_len), held_out
 
     share = 0.0 if config.eval_source else config.held_out
-    training, held_out = zip(*(split(source, share) for source in sources), strict=True)
+    ranges = [[split(part, share) for part in source.parts or [source]] for source in sources]
+    training = [tuple(training for training, _ in parts) for parts in ranges]
+    held_out = tuple(held_out for parts in ranges for _, held_out in parts)
     if config.eval_source:
-        held_out = (split(find(config.eval_source), 1.0)[1],)
+        source = find(config.eval_source)
+        held_out = tuple(split(part, 1.0)[1] for part in source.parts or [source])
     if config.cache_limit is not None:  # now that what this run reads is open
         prune(config.cache, config.cache_limit)
-    groups = tuple((part,) for part in training) if config.weights else (training,)
+    groups = tuple(training) if config.weights else (tuple(itertools.chain(*training)),)
     return Corpus(groups, config.weights, held_out, seq_len, seed, template)
 
 

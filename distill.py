@@ -39,6 +39,7 @@ from config import (
 from losses import features
 from models.base import LanguageModel, add_rows, check_tokens
 from runtime import (
+    buckets,
     checkpoint,
     errors,
     on_policy,
@@ -307,6 +308,7 @@ def check_memory(
     raise UserError(f"{why}: {words}; --force tries all the same")
 
 
+@buckets.mirrored
 def train(config: Config) -> Path:
     """Runs, or continues, what `config` describes; returns the folder of the exported student."""
     begun = time.monotonic()

@@ -19,7 +19,7 @@ import models
 import sharding
 import text
 from models.base import LanguageModel
-from runtime import commits, errors, files, processes, report
+from runtime import buckets, commits, errors, files, processes, report
 from runtime.errors import UserError, at_least
 
 Data = data.Config  # a field of a config hides the module it is named after
@@ -86,7 +86,7 @@ def evaluate(
 
 def of_run(config: Config) -> Config:
     """The configuration that scores the student of `config.run`."""
-    folder = files.local_path(config.run)
+    folder = buckets.local_path(config.run)
     settings = files.read_json(folder / "config.json", ": give the folder of a run")
     if not (student := folder / "student").exists():
         remedy = "let it finish, or give its command --export"

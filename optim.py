@@ -28,8 +28,9 @@ Mup = mup.Config  # a field hides the module it is named after
 class Config:
     name: Literal["adamw", "lion", "adafactor", "sgd", "muon"] = "adamw"
     """The update rule; muon takes the matrices of the blocks and leaves the rest to adamw."""
-    lr: Annotated[float, above(0)] = 3e-4
-    """Learning rate at the peak; muon and adafactor are scaled so that values for adamw serve."""
+    lr: Annotated[float | None, above(0)] = None
+    """Learning rate at the peak; by default 3e-4, of fresh weights 1e-3, of a --student as it is
+    5e-5. Muon and adafactor are scaled so that values for adamw serve."""
     lr_end: Annotated[float, at_least(0)] = 0.0
     """Learning rate at the end of the run (linear, cosine, wsd), at most --optim.lr."""
     warmup: Annotated[int | None, at_least(0)] = None
@@ -60,7 +61,7 @@ class Config:
 
     def __post_init__(self):
         check(self, "--optim.")
-        if self.lr_end > self.lr:
+        if self.lr is not None and self.lr_end > self.lr:
             raise UserError(f"--optim.lr-end is {self.lr_end}: --optim.lr is only {self.lr}")
         if self.name == "adafactor" and self.moment_dtype != "float32":
             raise UserError("--optim.moment-dtype bfloat16: adafactor has no first moment")
@@ -71,7 +72,8 @@ def make(config: Config, steps: int, mup: Mup | None = None) -> "Optimizer":
     warmup = steps // 20 if config.warmup is None else config.warmup
     if warmup > steps:
         raise UserError(f"--optim.warmup is {warmup}: it must not exceed --steps ({steps})")
-    return Optimizer(replace(config, warmup=warmup), steps, mup or Mup())
+    config = replace(config, warmup=warmup, lr=config.lr or 3e-4)
+    return Optimizer(config, steps, mup or Mup())
 
 
 @dataclass(frozen=True)

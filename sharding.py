@@ -154,6 +154,7 @@ def axes(tree: PyTree) -> PyTree:
 
 
 def field_axes(module: type, field: str) -> tuple[str, ...] | None:
+    """The axis names in the annotation of a field, `X | None` included; None where it has none."""
     annotation = next((f.type for f in dataclasses.fields(module) if f.name == field), None)
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         options = [kind for kind in typing.get_args(annotation) if kind is not type(None)]

@@ -22,8 +22,8 @@ import models
 import sharding
 import text
 from models.base import LanguageModel
-from runtime import checkpoint, errors, files, processes, report, target_store
-from runtime.errors import LOCAL, SEED, UserError, above, at_least
+from runtime import buckets, checkpoint, errors, files, processes, report, target_store
+from runtime.errors import OUT, SEED, UserError, above, at_least
 from runtime.target_store import Targets, append, unwritten
 
 Data = data.Config  # a field of a config hides the module it is named after
@@ -35,7 +35,7 @@ class Config(processes.Config):
 
     teacher: str
     """Hub id or folder of the teacher."""
-    out: Annotated[str, LOCAL]
+    out: Annotated[str, OUT]
     """Folder of the targets; those that an interrupted run left there are continued."""
     data: Data = dataclasses.field(default_factory=Data)
     seq_len: Annotated[int | None, at_least(1)] = None
@@ -86,6 +86,7 @@ def targets_of(
     return losses.sample_targets(states, windows, jax.random.key(targets.seed), **settings)
 
 
+@buckets.mirrored
 def make(config: Config) -> Targets:
     """Computes the targets that `config` describes, or those of them that are not written yet."""
     mesh = sharding.make_mesh(**config.mesh.sizes)
@@ -122,7 +123,7 @@ def describe(config: Config) -> tuple[Targets, data.Corpus]:
         windows = np.unique(data.windows(corpus, 0, config.steps * config.batch_size))
     flags = dataclasses.replace(config.data.canonical(), cache=None, cache_limit=None)
     targets = Targets(
-        files.local_path(config.out), windows, models.fingerprint(folder),
+        buckets.place(config.out), windows, models.fingerprint(folder),
         text.canonical(config.teacher),
         tokenizer=text.load_tokenizer(folder).fingerprint,
         data=target_store.windows_digest(corpus),

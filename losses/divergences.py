@@ -36,6 +36,7 @@ def skewed_kl(share: float, log_a: LogProbs, log_b: LogProbs) -> LogProbs:
 
 
 def jsd(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
+    """Terms of beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q."""
     # The slope by log m is -m, and log m has the slope (1 - beta) q / m: they cancel q's own log.
     log_m = stop(log_mixture(config.beta, log_p, log_q))
     to_q = (1 - config.beta) * jnp.exp(log_q) * (stop(log_q) - log_m)
@@ -43,6 +44,7 @@ def jsd(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
 
 
 def tvd(config: Any, log_p: LogProbs, log_q: LogProbs) -> LogProbs:
+    """Terms of half the sum of |p - q|."""
     d = jnp.exp(log_q) - jnp.exp(log_p)
     return d * stop(jnp.sign(d)) / 2  # the slope of jnp.abs at 0 is 1
 

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 import sharding
 from models.base import LanguageModel
 from models.hf_config import HFConfig
-from runtime import commits, files, report
+from runtime import buckets, commits, files, report
 from runtime.errors import UserError
 
 from .bloom import Bloom
@@ -61,7 +61,7 @@ def fetch(source: Source, *, weights: bool = True) -> Path:
     """The local folder of a folder or a hub id (`owner/name`, `owner/name@revision`), downloaded
     where the cache lacks it; without `weights` only config and tokenizer."""
     wanted = ["config.json", GENERATION, *TOKENIZER, *((SINGLE, INDEX) if weights else ())]
-    path = files.local_path(source)
+    path = buckets.local_path(source)
     if os.path.isdir(path):
         # A folder may come from a stranger, and what it holds is copied into a student's.
         names = (*wanted, INDEX, "*.safetensors")
@@ -226,7 +226,7 @@ def config(source: Source) -> Any:
     """The config alone of a model in a folder or on the hub."""
     folder = fetch(source, weights=False)
     path = folder / "config.json"
-    name = path if os.path.isdir(files.local_path(source)) else source
+    name = path if os.path.isdir(buckets.local_path(source)) else source
     if not path.exists():
         raise UserError(f"{path}: no such file, so {folder} is no checkpoint")
     settings = HFConfig(files.read_json(path, ""))

@@ -13,7 +13,7 @@ import jax
 import models
 from config import Config, describe_loss, run_folder, student_widths
 from models.base import LanguageModel
-from runtime import commits, figures, files, report
+from runtime import buckets, commits, figures, files, report
 from runtime.prepare import Run
 
 ELSEWHERE = {  # no matter
@@ -29,7 +29,7 @@ def model_card(run: Run, student: LanguageModel, step: int, metrics: list[dict[s
     teacher = config.teacher if run.targets is None else run.targets.teacher_name
     if run.targets is not None or teacher != config.student:
         license = license_of(teacher)
-        if (folder := files.local_path(teacher)).exists():  # `base_model` is an id of the hub
+        if (folder := buckets.local_path(teacher)).exists():  # `base_model` is an id of the hub
             teacher = folder.resolve().name
         else:
             front = f"base_model: {json.dumps(teacher.partition('@')[0])}\n"
@@ -118,7 +118,7 @@ def _speed(metrics: list[dict[str, Any]]) -> str:
 
 def license_of(teacher: str) -> str | None:
     """What a teacher's own card says."""
-    path = files.local_path(teacher) / "README.md"
+    path = buckets.local_path(teacher) / "README.md"
     if path.is_file():
         words = re.search(
             r"(?m)^license: *(\S+)", path.read_text(encoding="utf-8", errors="replace")[:10_000]

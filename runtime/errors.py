@@ -101,6 +101,10 @@ LOCAL = Constraint(  # Orbax cannot write under other names
     "a path on this machine, in UTF-8",
     lambda path: not re.match(r"\w[\w+.-]+:/|.*[\ud800-\udfff]", path, re.DOTALL),
 )
+OUT = Constraint(
+    f"{LOCAL.words}, s3://bucket/folder or gs://bucket/folder",
+    lambda path: bool(re.match(r"(s3|gs)://[^/]+/.", path)) or LOCAL.holds(path),
+)
 SEED = Constraint("from 0 to 2^63 - 1", lambda seed: 0 <= seed < 2**63)
 
 

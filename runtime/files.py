@@ -224,7 +224,7 @@ def file_digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def lock(
-    path: Path, guarded: Path | None = None, *, wait: bool = False, remedy: str = RESUME
+    path: Path, guarded: Path | str | None = None, *, wait: bool = False, remedy: str = RESUME
 ) -> Iterator[None]:
     """Holds the lock file `path`, which the system releases however the process ends.
 

@@ -23,7 +23,7 @@ import data
 import losses
 import models
 import text
-from runtime import files
+from runtime import buckets, files
 from runtime.errors import UserError
 
 VERSION = 2
@@ -160,7 +160,7 @@ def windows_digest(corpus: data.Corpus) -> str:
 
 def load(folder: Path | str, *, unfinished: bool = False) -> Targets:
     """Targets that are whole, unless `unfinished`, as far as the sizes of their files tell."""
-    folder = files.local_path(folder)
+    folder = buckets.local_path(folder)
     path, index = folder / MANIFEST, folder / INDEX
     if not path.is_file():
         raise UserError(f"{folder}: no {MANIFEST} in it, so these are no targets of targets.py")

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import data
 from runtime import files, report
 from runtime.errors import UserError
+from text import files as text_files
 from text import records, store
 
 WORDS = [f"w{i}" for i in range(200)]
@@ -240,8 +241,11 @@ def documents(batches) -> collections.Counter:
 
 
 def whole(tokenizer, tmp_path, *sources, **options) -> collections.Counter:
-    corpus = opened(tokenizer, tmp_path, *sources, held_out=1.0, **options)
-    return documents(data.evaluation(corpus, 8))
+    corpus, together = opened(tokenizer, tmp_path, *sources, held_out=1.0, **options), []
+    for part in corpus.held_out:  # the windows of another do not overlap with its
+        one = dataclasses.replace(corpus, held_out=(part,))
+        together.append(documents(data.evaluation(one, 8)))
+    return sum(together, collections.Counter())
 
 
 def test_text_comes_back_from_the_store(tokenizer, tmp_path, stories):
@@ -256,6 +260,48 @@ def test_text_comes_back_from_the_store(tokenizer, tmp_path, stories):
     for batch, *parts in zip(batches, *halves, strict=True):
         np.testing.assert_array_equal(batch.mask, np.concatenate([part.mask for part in parts]))
         assert batch.tokens.shape == (8, 17)
+
+
+def test_parts_of_a_large_source_are_tokenized_by_themselves(tokenizer, tmp_path, monkeypatch):
+    for i, count in enumerate((300, 5, 300, 5, 5)):
+        lines = (story(1000 * i + j) for j in range(count))
+        (tmp_path / f"{i}.txt").write_text("\n\n".join(lines))
+    together, built = whole(tokenizer, tmp_path, tmp_path), []
+    monkeypatch.setattr(text_files, "PART", 1 << 13)
+    tokenize = store._tokenize
+
+    def spy(source, *rest):
+        built.append(sorted(file.name for file in source.files))
+        return tokenize(source, *rest)
+
+    monkeypatch.setattr(store, "_tokenize", spy)
+    assert whole(tokenizer, tmp_path, tmp_path) == together
+    assert ["0.txt"] in built and ["2.txt"] in built
+    assert sorted(itertools.chain(*built)) == [f"{i}.txt" for i in range(5)]
+    parts = len(built)
+    assert 3 <= parts < 5
+    corpus = opened(tokenizer, tmp_path, tmp_path, tmp_path / "0.txt", weights=(1.0, 1.0))
+    assert [len(group) for group in corpus.groups] == [parts, 1]
+
+    built.clear()
+    with (tmp_path / "2.txt").open("a") as file:
+        file.write("\n\nw1 w2 w3")
+    assert "w1 w2 w3" in whole(tokenizer, tmp_path, tmp_path)
+    assert built == [["2.txt"]]
+
+    shutil.rmtree(tmp_path / "cache")
+    built.clear()
+
+    def interrupted(source, *rest):
+        if len(built) == 2:
+            raise KeyboardInterrupt
+        return spy(source, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "_tokenize", interrupted)
+        whole(tokenizer, tmp_path, tmp_path)
+    whole(tokenizer, tmp_path, tmp_path)
+    assert len(built) == parts
 
 
 def test_held_out_documents_are_never_trained_on(tokenizer, tmp_path, stories):

@@ -79,6 +79,21 @@ def test_by_default_a_run_is_as_long_as_its_model_is_large(monkeypatch):
     assert (long.steps, long.eval_every, long.save_every) == (4000, 400, 200)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, 3e-4),
+        ({"student_init": "random"}, 1e-3),
+        ({"student": str(FIXTURES / "llama-2")}, 5e-5),
+        ({"student": str(FIXTURES / "llama-2"), "student_init": "grow", "student_layers": 4}, 3e-4),
+        ({"student_init": "random", "optim": distill.Optim(lr=0.1)}, 0.1),
+    ],
+)
+def test_rates_follow_what_a_student_begins_as(flags, expected):
+    config = distill.Config(teacher=str(FIXTURES / "llama-2"), seq_len=32, **flags)
+    assert distill.with_defaults(config).optim.lr == expected
+
+
 def test_checkpoints_by_the_clock(quick, monkeypatch):  # noqa: F811
     saved = []
     monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, step, *_: saved.append(step))

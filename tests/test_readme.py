@@ -1,4 +1,5 @@
-"""README.md keeps its word: its flags are flags, its snippets run. tests/slow runs the commands."""
+"""README.md and docs/ keep their word: their flags are flags, snippets of README.md run. tests/slow
+runs the commands, and the snippets of docs/."""
 
 import importlib
 import re
@@ -14,13 +15,14 @@ import distill
 import sweep
 from runtime import errors
 
-PYTHON = readme.blocks("python")
-CALLS = readme.calls()
+PYTHON = readme.blocks(readme.README, "python")
+CALLS = [call for page in readme.PAGES for call in readme.calls(page)]
 
 
 def test_the_readme_has_commands_of_every_program():
-    assert {name for name, _ in CALLS} == set(readme.PROGRAMS)
-    assert len(CALLS) > 12 and len(PYTHON) >= 2
+    calls = readme.calls(readme.README)
+    assert {name for name, _ in calls} == set(readme.PROGRAMS)
+    assert len(calls) > 12 and len(PYTHON) >= 2
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,8 @@ def test_flags_that_the_text_names_exist(capsys):
         with pytest.raises(SystemExit):
             errors.cli(importlib.import_module(program).Config, ["--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
-    codes = re.findall(r"`([^`\n]+)`", (readme.ROOT / "README.md").read_text())
+    pages = "\n".join(page.read_text() for page in readme.PAGES)
+    codes = re.findall(r"`([^`\n]+)`", pages)
     codes = [code for code in codes if not re.search(r"\b(pip|uv|pytest)\b", code)]
     named = {flag for code in codes for flag in re.findall(r"(?<!\S)--[a-z][a-z0-9.-]*", code)}
     assert len(named) > 30
@@ -54,7 +57,7 @@ def test_flags_that_the_text_names_exist(capsys):
 
 def test_what_is_installed_can_be_installed():
     settings = tomllib.loads((readme.ROOT / "pyproject.toml").read_text())["project"]
-    for line in readme.shell_lines():
+    for line in (line for page in readme.PAGES for line in readme.shell_lines(page)):
         for extra in re.findall(r"\.\[(\w+)\]", line):
             assert extra in settings["optional-dependencies"], line
         for file in re.findall(r"-c (\S+)", line):

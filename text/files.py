@@ -12,12 +12,13 @@ import re
 import shlex
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from runtime import commits, report
+from runtime import buckets, commits, report
 from runtime.errors import UserError
 from runtime.files import check_links, digest, library_errors, local_path, read_json
 
@@ -27,6 +28,7 @@ COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 HUB = re.compile(rf"(\w[\w.-]*/\w[\w.-]*{commits.REVISION})(?::([^:]*))?(?::(.*))?")
 SIDECAR = ".settings.json"  # of a jsonl file, which holds records only
 BLOCK = 1 << 20  # bytes read at once
+PART = 1 << 30  # bytes of files, about, that are tokenized by themselves where there are more
 LONGEST = 1 << 26  # characters of a line: it is held in memory
 
 Progress = Callable[[int], object]
@@ -43,6 +45,8 @@ class Source:
     hub: tuple[str, str, str] = ("", "", "")  # repository, commit, config
     split: str = ""
     streaming: bool = False
+    parts: tuple["Source", ...] = ()
+    """What of a large source is tokenized by itself, and again where it has changed."""
 
     def __str__(self) -> str:
         return self.name
@@ -73,6 +77,8 @@ class Source:
 
 def canonical(name: str) -> str:
     """One spelling for a path, the same from any folder; an id of the hub is as it is."""
+    if buckets.in_bucket(name):
+        return name
     path = local_path(name)
     if os.path.exists(path):  # a link is not followed: where it leads may lack the suffix
         return str(path.parent.resolve() / path.name)
@@ -92,7 +98,7 @@ def hub_commit(name: str) -> tuple[str, str, str, str] | None:
 def find(name: str, *, streaming: bool = False) -> Source:
     """The source that `name`, a file, folder, glob or `id[@revision][:config][:split]`, is."""
     with library_errors(f"{name}: cannot be read"):  # a path may be too long, or forbidden
-        path, folder, hidden = local_path(name), None, 0
+        path, folder, hidden = buckets.local_path(name), None, 0
         if path.is_dir():
             folder, paths, root = path, [], str(path.absolute()).rstrip("/")
             for place, folders, names in os.walk(root or "/"):
@@ -130,7 +136,25 @@ def find(name: str, *, streaming: bool = False) -> Source:
             raise UserError(f"{name}: no file to read in it; expected {kinds}{pull}{convert}")
         if hidden or count > len(facts):
             report.say(f"{name}: {left_out}")
-    return Source(name, digest(facts), tuple(Path(x[0]) for x in facts))
+    return _of_files(name, facts, _parts(facts))
+
+
+def _of_files(name: str, facts: list[tuple], parts: Iterable[list[tuple]] = ()) -> Source:
+    files = tuple(Path(x[0]) for x in facts)
+    return Source(name, digest(facts), files, parts=tuple(_of_files(name, x) for x in parts))
+
+
+def _parts(facts: list[tuple]) -> Iterable[list[tuple]]:
+    """Large files one by one, and small ones in groups that stay when others come and go; none
+    where all of them together are one part."""
+    small, groups = PART // 16, {}
+    if sum(size for _, _, size, *_ in facts) <= PART:
+        return ()
+    count = 1 << (sum(size for _, _, size, *_ in facts if size < small) // PART).bit_length()
+    for x in facts:
+        group = x[0] if x[2] >= small else zlib.crc32(os.fsencode(x[0])) % count
+        groups.setdefault(group, []).append(x)
+    return groups.values()
 
 
 def conversion(path: str) -> str:

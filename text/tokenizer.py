@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime import buckets
 from runtime.errors import UserError
-from runtime.files import digest, library_errors, local_path, printable, read_json
+from runtime.files import digest, library_errors, printable, read_json
 from text.chat import CHATML, environment, split_marks
 from text.files import Source, written_settings
 from text.records import Piece
@@ -172,7 +173,7 @@ def choose_template(asked: str | None, folder: Path | str, sources: Iterable[Sou
         return CHATML
     if asked is not None:
         with library_errors(f"--data.chat-template {asked}: cannot be read"):
-            return local_path(asked).read_text(encoding="utf-8")
+            return buckets.local_path(asked).read_text(encoding="utf-8")
     if chat_template(folder) is None:
         for settings in (written_settings(x.files[0]) for x in sources if x.files):
             if isinstance(template := settings.get("chat-template"), str):

@@ -1,5 +1,6 @@
-"""The README's commands, run as they stand but for sizes: on tiny models of the families that they
-name, from a hub on loopback, with fewer steps of fewer and shorter rows."""
+"""The commands of README.md and docs/, run as they stand but for sizes: on tiny models of the
+families that they name, from a hub on loopback, with fewer steps of fewer and shorter rows. A
+command that stands in several places runs once."""
 
 import json
 import os
@@ -57,10 +58,12 @@ SMALL = {
     "generate": {"--max-new": "16", "--batch-size": "4"},
     "eval": {},
 }  # fmt: skip
+CALLS = [call for page in readme.PAGES for call in readme.calls(page)]
 COMMANDS = [
-    (name, arguments) for i, (name, arguments) in enumerate(readme.calls())
-    if "…" not in arguments and (name, arguments) not in readme.calls()[:i]
+    (name, arguments) for i, (name, arguments) in enumerate(CALLS)
+    if "…" not in arguments and (name, arguments) not in CALLS[:i]
 ]  # fmt: skip
+SNIPPETS = [page for page in readme.PAGES[1:] if readme.blocks(page, "python")]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -96,7 +99,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Where the reader of the README is: a checkout's demo beside texts of their own."""
+    """Where the reader of the pages is: a checkout's demo beside texts of their own."""
     place = tmp_path_factory.mktemp("place")
     (place / "my").mkdir()
     stories = (ROOT / "demo" / "stories.txt").read_text().split("\n\n")[:80]
@@ -111,12 +114,17 @@ def place(tmp_path_factory):
 
 
 def run(name: str, arguments: list[str], place: Path, hub: Hub, home: str = "hub") -> str:
+    return python([str(ROOT / f"{name}.py"), *arguments], place, hub, home)
+
+
+def python(arguments: list[str], place: Path, hub: Hub, home: str = "hub") -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment = {k: v for k, v in environment.items() if "proxy" not in k.lower()}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(place / home)}
     environment |= {"XDG_CACHE_HOME": str(place / "cache"), "JAX_NUM_CPU_DEVICES": "1"}
+    environment |= {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(ROOT / f"{name}.py"), *arguments],
+        [sys.executable, *arguments],
         cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -145,7 +153,7 @@ def smaller(name: str, arguments: list[str], number: int, place: Path) -> list[s
     "number", range(len(COMMANDS)), ids=lambda i: " ".join(COMMANDS[i][1])[:40]
 )
 def test_a_command(number, hub, place):
-    """In the order of the README: some read what others have written."""
+    """In the order of the pages: some read what others have written."""
     name, arguments = COMMANDS[number]
     if "--plan" in arguments:
         return compare_plan(arguments, place, hub)
@@ -175,7 +183,7 @@ def compare_plan(arguments: list[str], place: Path, hub: Hub) -> None:
     )
     printed = run("distill", arguments, place, hub, home="hub-of-plan").splitlines()
     hub.repositories[name]["main"] = files
-    (block,) = readme.blocks("console")
+    (block,) = readme.blocks(readme.README, "console")
     expected = [line for line in block.splitlines() if not line.startswith(("$", "    --"))]
     assert len(printed) == len(expected)
     number = r"\d+(?:\.\d+)?"
@@ -183,3 +191,12 @@ def compare_plan(arguments: list[str], place: Path, hub: Hub) -> None:
         assert re.sub(number, "#", line).split() == re.sub(number, "#", said).split()
         for here, there in zip(re.findall(number, line), re.findall(number, said), strict=True):
             assert float(here) == pytest.approx(float(there), rel=0.1), line
+
+
+@pytest.mark.parametrize("page", SNIPPETS, ids=lambda page: page.stem)
+def test_snippets_of_a_page(page, hub, place):
+    """After the commands: some load what these have left."""
+    code = "".join(readme.blocks(page, "python"))
+    if "transformers" in code:
+        pytest.importorskip("transformers")
+    assert python(["-c", code], place, hub)
