@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +21,16 @@ import sharding
 import student as students
 from losses import features
 from models import kernels
-from runtime import buckets, files, on_policy, processes, target_store
+from runtime import (
+    buckets,
+    commits,
+    errors,
+    files,
+    on_policy,
+    processes,
+    target_store,
+    trackers,
+)
 from runtime.errors import OUT, SEED, UserError, above, at_least, below, between, check
 
 # A field hides the module it is named after.
@@ -64,6 +76,9 @@ class Config(processes.Config):
     out: Annotated[str | None, OUT] = None
     """Folder of the run; by default runs/TEACHER-12L of so many blocks, or runs/TEACHER-0.5 where
     --student-params says so."""
+    config: str | None = None
+    """A run's config.json, or its like in .yaml, over which flags go. Give an --out with it: what
+    it says of --out, --resume, --push and processes is of its own run."""
     plan: bool = False
     """Print what each device will hold, and what to change where it does not fit; then stop."""
     export: bool = False
@@ -134,6 +149,10 @@ class Config(processes.Config):
     """Continue it although its mathematics has changed, and say what has."""
     time_limit: Annotated[float | None, above(0)] = None
     """Minutes of wall clock after which the run saves and stops."""
+    hang_limit: Annotated[float, at_least(0)] = 0.0
+    """Minutes after which a step, with the evaluation and the save that follow it, counts as hung:
+    the stacks are printed and the run ends with status 1, so that a scheduler starts it again.
+    0 is no limit. It includes what a later evaluation compiles, but not the step's compilation."""
     requeue_status: Annotated[int, between(0, 255)] = 0
     """Exit status of a run that was stopped before its end, for a scheduler that requeues by it."""
     eval_every: Annotated[int | None, at_least(1)] = None
@@ -154,6 +173,8 @@ class Config(processes.Config):
     """Steps between lines of metrics."""
     log_norms: bool = False
     """Add norms of parameters and gradients, per layer, to the metrics."""
+    track: tuple[trackers.Name, ...] = ()
+    """Send metrics, settings, curves and the final table to these trackers as well."""
     profile_steps: str | None = None
     """Steps a:b to trace, for TensorBoard or Perfetto; the trace is left in the run's folder."""
     quiet: bool = False
@@ -262,13 +283,41 @@ MAY_CHANGE = frozenset({
     "--data.cache", "--data.cache-limit", "--data.streaming", "--profile-steps", "--plan",
     "--devices", "--topology", "--device-memory", "--force", "--distributed", "--coordinator",
     "--processes", "--process-id", "--requeue-status", "--export", "--push", "--save-minutes",
+    "--track", "--hang-limit",
     "--data.text-field",  # what it says of the text is compared itself
 })  # fmt: skip
 # Of these, the ones that a finished run cannot heed any more.
 DURING_STEPS = frozenset({
     "--eval-every", "--eval-windows", "--eval-teacher", "--save-every", "--save-minutes",
-    "--keep-best", "--log-every", "--log-norms", "--profile-steps",
+    "--keep-best", "--log-every", "--log-norms", "--profile-steps", "--track",
 })  # fmt: skip
+# What a config.json says of its own run alone.
+OF_ONE_RUN = {"out", "push", "resume", "resume-anyway", "distributed", "coordinator", "processes",
+              "process-id", "config"}  # fmt: skip
+
+
+def parse_flags(args: Sequence[str] | None = None) -> Config:
+    """The configuration that a command line asks for, over the file that its --config names."""
+    args = sys.argv[1:] if args is None else args
+    words = [word for arg in args for word in arg.split("=", 1)]
+    if "--config" not in words[:-1]:
+        return errors.cli(Config, args)
+    import yaml
+
+    path = files.local_path(words[words.index("--config") + 1])
+    amounts = {"steps", "tokens", "epochs"}
+    dropped = OF_ONE_RUN | (amounts if any(f"--{x}" in words for x in amounts) else set())
+    try:
+        flags = files.flags(yaml.safe_load(path.read_text(encoding="utf-8")))  # of JSON too
+        settings = (files.arguments(x, y) for x, y in flags if x[2:] not in dropped)
+        default = errors.cli(Config, [*chain(*settings)])
+    except Exception as error:
+        remedy = "give the config.json of a run, or its like in .yaml"
+        raise UserError(f"--config {path}: {files.printable(error)}: {remedy}") from error
+    if not {"--out", "--help"} & {*words}:
+        raise UserError(f"--config {path}: add the --out of this run, the file's is another's")
+    commits.restore(path.parent)  # ids of the hub mean what they meant in the run of its folder
+    return dataclasses.replace(errors.cli(Config, args, default=default), config=None)
 
 
 def with_defaults(config: Config) -> Config:

@@ -30,6 +30,7 @@ from config import (
     Data,
     Mesh,
     Optim,
+    parse_flags,
     run_folder,
     stages,
     uses_teacher_loss,
@@ -49,10 +50,11 @@ from runtime import (
     results,
     resume,
     selection,
+    trackers,
 )
 from runtime.errors import UserError
 from runtime.prepare import Placement, Run
-from runtime.processes import STOP
+from runtime.processes import STOP, watched
 
 __all__ = ["Config", "Data", "Mesh", "Optim", "State", "init_state", "main", "step", "train"]
 
@@ -310,6 +312,7 @@ def check_memory(
 def train(config: Config) -> Path:
     """Runs, or continues, what `config` describes; returns the folder of the exported student."""
     begun = time.monotonic()
+    trackers.check_installed(config.track)
     if not config.plan:
         resume.restore_commits(with_defaults(config))  # they say where the run is
         config = prepare.with_epochs(config)
@@ -336,6 +339,8 @@ def train(config: Config) -> Path:
             check_memory(deepest, placement, abstract_arguments(deepest, placement), optimizer)
             run, state = prepare_state(config, out, placement)
             prepare.print_summary(run, state.student)
+            names = () if jax.process_index() else config.track
+            run = run._replace(track=trackers.open_all(names, folder, int(state.step)))
             if int(state.step) < config.steps and not config.export:
                 with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:
                     while (done := int(state.step)) < config.steps:
@@ -395,7 +400,7 @@ def loop(run: Run, state: State, saved: checkpoint.Checkpoints, begun: float) ->
         log.lap(start)
 
         try:
-            for number, batch in enumerate(batches, start + 1):
+            for number, batch in enumerate(watched(batches, config.hang_limit), start + 1):
                 trace.before(number)
                 if written[number - 1 - start]:
                     batch = write(state, batch)
@@ -488,7 +493,7 @@ def command() -> str:
 
 def main() -> None:
     processes.end_at_once()
-    config = errors.cli(Config)
+    config = parse_flags()
     processes.start(config, devices=1 if config.topology else config.devices)
     with processes.exit_with_peers():
         train(config)

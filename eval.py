@@ -91,8 +91,7 @@ def of_run(config: Config) -> Config:
     if not (student := folder / "student").exists():
         remedy = "let it finish, or give its command --export"
         raise UserError(f"--run {config.run}: it has no student yet: {remedy}")
-    if (path := folder / commits.FILE).exists():
-        commits.COMMITS.update(files.read_json(path))
+    commits.restore(folder)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["data"].items()}
     teacher = settings["teacher"]
     if settings["targets"] or teacher == settings["student"]:  # no teacher was in its memory

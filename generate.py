@@ -1,8 +1,10 @@
 """Text from a model: the choice of a token, rows decoded together, many texts, the program:
 
 python generate.py --model DIR --prompts FILE --out FILE.parquet
+python generate.py --model DIR --prompt 'text'
 """
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -266,9 +268,11 @@ class Job(NamedTuple):
 
 
 def generate(
-    model: LanguageModel, jobs: Sequence[Job], key: PRNGKeyArray, decoding: Decoding, *, slots: int
-) -> Iterator[list[tuple[Job, Int[np.ndarray, " new"]]]]:
-    """Every job with its new tokens, some at a time, as they are finished.
+    model: LanguageModel, jobs: Sequence[Job], key: PRNGKeyArray, decoding: Decoding, *, slots: int,
+    steps: int = STEPS, width: int = WIDTH, unfinished: bool = False,
+) -> Iterator[list[tuple[Job, Int[np.ndarray, " new"]]]]:  # fmt: skip
+    """Every job with its new tokens, some at a time, as they are finished; or all at work every
+    few `steps`, if `unfinished` are asked for.
 
     Up to `slots` are continued at once, longer prompts first. As soon as a quarter of them are
     finished others take their place: short texts wait for long ones only at the end.
@@ -277,7 +281,7 @@ def generate(
     slots = -(-min(slots, len(jobs)) // shards) * shards
     group = -(-slots // (4 * shards)) * shards
     queue = deque(sorted(jobs, key=lambda job: -len(job.tokens)))
-    width = -(-len(queue[0].tokens) // WIDTH) * WIDTH
+    width = -(-len(queue[0].tokens) // width) * width
     running: dict[int, Job] = {}
     keys = jax.random.split(key, slots)  # none is used: each job brings its own
     state = idle_state(model, keys, width + decoding.max_new, decoding)
@@ -293,10 +297,11 @@ def generate(
                 prompts[i, : lengths[i]] = job.tokens
             state = insert_prompts((model, key, prompts, lengths, names, places), state, decoding)
         idle = min(group, len(queue)) if queue else slots
-        state = decode((model, np.int32(idle)), state, decoding, STEPS)
+        state = decode((model, np.int32(idle)), state, decoding, steps)
         tokens, counts, active = map(sharding.to_host, (state.tokens, state.count, state.active))
-        ended = [slot for slot in sorted(running) if not active[slot]]
-        yield [(running.pop(slot), tokens[slot, : counts[slot]]) for slot in ended]
+        ready = [slot for slot in sorted(running) if unfinished or not active[slot]]
+        yield [(running[slot], tokens[slot, : counts[slot]]) for slot in ready]
+        running = {slot: job for slot, job in running.items() if active[slot]}
 
 
 @sharding.jit(donate="all-except-first")
@@ -317,15 +322,20 @@ def insert_prompts(frozen: tuple[Any, ...], state: DecodeState, decoding: Decodi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Sampling):
-    """Let a model continue prompts, and keep what it writes as a data set to train on."""
+    """Let a model continue prompts, and keep what it writes as a data set to train on; or one
+    --prompt, or its side of a --chat, on the terminal."""
 
     model: str
     """Hub id or folder of the model."""
-    prompts: str
+    prompts: str | None = None
     """File, folder or glob of .txt (one prompt a line), .jsonl, .parquet (also .gz, .zst), or a
     hub data set as id[@revision][:config][:split]."""
-    out: Annotated[str, OUT]
-    """File to write."""
+    out: Annotated[str | None, OUT] = None
+    """File to write what --prompts bring."""
+    prompt: str | None = None
+    """A text to continue on standard output, as it is written."""
+    chat: bool = False
+    """Answer line by line, with the model's chat template; an empty line is the end."""
     temperature: Annotated[float | None, at_least(0)] = None
     """Divides the logits; 0 takes the likeliest token. By default, as for the next three, what the
     model's generation_config.json says where it samples, else 1."""
@@ -361,6 +371,12 @@ class Config(Sampling):
     """Print only warnings and the result."""
     mesh: sharding.Sizes = dataclasses.field(default_factory=lambda: sharding.Sizes(-1, 1, 1))
 
+    def __post_init__(self):
+        super().__post_init__()
+        ways = (self.prompts is not None) + (self.prompt is not None) + self.chat
+        if ways != 1 or (self.prompts is None) != (self.out is None):
+            raise UserError("--prompts with --out, --prompt or --chat: give one of the three")
+
 
 def with_model_settings(config: Config, folder: Path) -> Config:
     """With the sampling of the model's own files, where no flag says another."""
@@ -374,17 +390,14 @@ def with_model_settings(config: Config, folder: Path) -> Config:
 
 
 def prepare(
-    config: Config, folder: Path, tokenizer: text.Tokenizer
-) -> tuple[list[text.Prompt], list[Job], Decoding, dict[str, Any]]:
-    """All prompts, the jobs of those that are not too long, and the settings of what is written."""
+    config: Config, folder: Path, tokenizer: text.Tokenizer, prompts: Sequence[text.Prompt]
+) -> tuple[list[Job], Decoding, dict[str, Any]]:
+    """Jobs of the prompts that are not too long, and the settings of what is written."""
     config = with_model_settings(config, folder)
     shape, dtype = models.config(folder), sharding.compute_dtype(config.compute_dtype)
     if any(not 0 <= token < shape.vocab for token in config.stop):
         stop = " ".join(map(str, config.stop))
         raise UserError(f"--stop {stop}: expected token ids from 0 to {shape.vocab - 1}")
-    prompts = list(text.prompts(text.find(config.prompts), tokenizer, config.column))
-    if not prompts:
-        raise UserError(f"{config.prompts}: no prompts in it: all it holds is empty or blank")
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
     pieces = [prompt.piece for prompt in prompts]
     encodings = zip(pieces, tokenizer.encode(pieces), strict=True)
@@ -396,8 +409,8 @@ def prepare(
     fitting = [i for i, ids in enumerate(tokens) if 0 < len(ids) <= longest]
     if not fitting:
         raise UserError(
-            f"{config.prompts}: all {len(prompts)} prompts are longer than {longest} tokens (the"
-            f" shortest has {min(map(len, tokens))}): give shorter ones, or {remedy}"
+            f"{config.prompts or '--prompt'}: all {len(prompts)} prompts are longer than {longest}"
+            f" tokens (the shortest has {min(map(len, tokens))}): give shorter ones, or {remedy}"
         )
     if excess := len(prompts) - len(fitting):
         words = f"{excess} of {len(prompts)} prompts left out: over {longest} tokens, or none"
@@ -409,10 +422,9 @@ def prepare(
         "seed": config.seed, "stop": list(stop), "compute-dtype": dtype,
         **{name.replace("_", "-"): value for name, value in vars(config.sampling).items()},
         "chat-template": text.chat_template(folder), "text of the prompts": text.digest(tokens),
-        "weights": models.fingerprint(folder),
     }  # fmt: skip
     jobs = [Job(i, j, tokens[i]) for i in fitting for j in range(config.samples)]
-    return prompts, jobs, Decoding(config.max_new, config.sampling, stop, dtype), settings
+    return jobs, Decoding(config.max_new, config.sampling, stop, dtype), settings
 
 
 def answer(job: Job, tokens: list[int], stop: Sequence[int], decode: Callable) -> dict[str, Any]:
@@ -427,11 +439,15 @@ def answer(job: Job, tokens: list[int], stop: Sequence[int], decode: Callable) -
     return record | {"finish_reason": "stop" if stopped else "length", "n_tokens": len(tokens)}
 
 
+def load(config: Config, folder: Path) -> tuple[jax.sharding.Mesh, LanguageModel]:
+    mesh = sharding.make_mesh(**config.mesh.sizes)
+    model = models.load(folder, dtype=sharding.compute_dtype(config.compute_dtype), mesh=mesh)
+    return mesh, model if mesh.devices.flat[0].platform == "cpu" else unstacked(model)
+
+
 def write(config: Config, jobs: list[Job], decoding: Decoding, folder: Path, add: Callable) -> None:
     """Lets the model do these jobs, and adds them as they are finished."""
-    mesh = sharding.make_mesh(**config.mesh.sizes)
-    model = models.load(folder, dtype=decoding.dtype, mesh=mesh)
-    model = model if mesh.devices.flat[0].platform == "cpu" else unstacked(model)
+    mesh, model = load(config, folder)
     key, start, done, tokens = jax.random.key(config.seed), time.monotonic(), 0, 0
     with sharding.use_mesh(mesh), report.progress("generating", len(jobs)) as advance:
         for finished in generate(model, jobs, key, decoding, slots=config.batch_size):
@@ -440,10 +456,37 @@ def write(config: Config, jobs: list[Job], decoding: Decoding, folder: Path, add
             advance(done, remark=f"{report.count(tokens / (time.monotonic() - start))} tok/s")
 
 
+def converse(config: Config) -> None:
+    """Continues --prompt, or answers line by line, on standard output."""
+    folder, messages, key = models.fetch(config.model), [], jax.random.key(config.seed)
+    tokenizer = text.load_tokenizer(folder, models.config(folder).vocab)
+    decode, sign = tokenizer.encoder.decode, "> " if sys.stdin.isatty() else ""
+    lines = iter(partial(input, sign), "") if config.chat else [config.prompt]
+    mesh, model = load(config, folder)
+    with sharding.use_mesh(mesh), contextlib.suppress(EOFError):
+        for turn, line in enumerate(lines):
+            messages.append({"role": "user", "content": line})
+            piece = tokenizer.render_prompt(messages, "--chat") if config.chat else text.Piece(line)
+            prompts, completion = [text.Prompt(piece, None)], ""
+            (job, *_), decoding, settings = prepare(config, folder, tokenizer, prompts)
+            jobs, width = [job._replace(prompt=turn)], settings["max-prompt"]  # one for all turns
+            options = {"slots": 1, "steps": 1, "width": width, "unfinished": True}
+            for ((job, new),) in generate(model, jobs, key, decoding, **options):
+                before = len(completion)
+                completion = answer(job, new.tolist(), decoding.stop, decode)["completion"]
+                print(completion[before:], end="", flush=True)
+            print()
+            messages.append({"role": "assistant", "content": completion})
+
+
 def run(config: Config) -> None:
     out, folder = files.local_path(config.out), models.fetch(config.model)
     tokenizer = text.load_tokenizer(folder, models.config(folder).vocab)
-    prompts, jobs, decoding, settings = prepare(config, folder, tokenizer)
+    prompts = list(text.prompts(text.find(config.prompts), tokenizer, config.column))
+    if not prompts:
+        raise UserError(f"{config.prompts}: no prompts in it: all it holds is empty or blank")
+    jobs, decoding, settings = prepare(config, folder, tokenizer, prompts)
+    settings["weights"] = models.fingerprint(folder)
     columns, decode = None, tokenizer.encoder.decode
     if out.suffix == ".parquet":  # what does not fit is refused now, not in the end
         columns = answers.schema([prompt.messages for prompt in prompts if prompt.messages])
@@ -479,7 +522,7 @@ def main() -> None:
     config = errors.cli(Config)
     processes.start()
     with report.quietly(config.quiet):
-        run(config)
+        converse(config) if config.prompts is None else run(config)
 
 
 if __name__ == "__main__":

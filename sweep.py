@@ -120,11 +120,11 @@ def write(out: Path, runs: Sequence[Run]) -> str:
 
 
 def main() -> None:
-    from config import Config as Flags
+    from config import parse_flags
 
     out, runs = parse(sys.argv[1:])
     for run in runs:  # all, before the first begins
-        errors.cli(Flags, run["arguments"])
+        parse_flags(run["arguments"])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     path, like = out / "sweep.jsonl", (runs[0]["shared"], [*runs[0]["swept"]])
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

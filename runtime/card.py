@@ -16,7 +16,9 @@ from models.base import LanguageModel
 from runtime import buckets, commits, figures, files, report
 from runtime.prepare import Run
 
-ELSEWHERE = {"--out", "--resume", "--export", "--push", "--quiet", "--data.cache"}  # no matter
+ELSEWHERE = {  # no matter
+    "--out", "--resume", "--export", "--push", "--quiet", "--data.cache", "--track",
+}  # fmt: skip
 
 
 def model_card(run: Run, student: LanguageModel, step: int, metrics: list[dict[str, Any]]) -> str:
@@ -94,14 +96,9 @@ def command(config: Config) -> str:
     folder, words = run_folder(config), ["python", "distill.py"]
     default = dict(files.flags(folder.default))
     for flag, value in files.flags(folder.settings):
-        if value == default[flag] or flag in ELSEWHERE:
-            continue
-        if isinstance(value, bool):
-            group, dot, name = flag[2:].rpartition(".")
-            words.append(flag if value else f"--{group}{dot}no-{name}")
-            continue
-        values = [str(x) for x in (value if isinstance(value, list) else [value])]
-        words += [flag, *(Path(x).name if os.path.isabs(x) else x for x in values)]
+        if value != default[flag] and flag not in ELSEWHERE:
+            flag, *values = files.arguments(flag, value)
+            words += [flag, *(Path(x).name if os.path.isabs(x) else x for x in values)]
     return shlex.join(words)
 
 

@@ -45,6 +45,12 @@ def commit(source: str, kind: Literal["model", "dataset"] = "model") -> str:
     return COMMITS.setdefault(key, info.sha)
 
 
+def restore(folder: Path) -> None:
+    """Lets names mean what they meant to the run in a folder."""
+    if (path := folder / FILE).exists():
+        COMMITS.update(files.read_json(path))
+
+
 def reserve(name: str, kind: Literal["model", "dataset"]) -> None:
     """Makes a repository on the hub, private unless it is there: so a refusal comes early."""
     from huggingface_hub import HfApi

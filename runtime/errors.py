@@ -21,7 +21,7 @@ T = TypeVar("T")
 OTHERS = {
     "--learning-rate": "--optim.lr", "--max-steps": "--steps",
     "--num-layers": "--student-layers", "--output-dir": "--out", "--data": "--data.source",
-    "--dataset": "--data.source", "--config": "flags alone: a config.json is written, not read",
+    "--dataset": "--data.source",
     "--version": "the commit of its checkout: git log -1",
 }  # fmt: skip
 
@@ -170,7 +170,7 @@ def _flags(kind: type, prefix: str = "--") -> Iterator[str]:
 
 def _with_constraints(info: Any) -> Any:
     """tyro's own reading of a dataclass, in the order of its arguments, those that must be given
-    first, with its constraints."""
+    first, those of its bases last, with its constraints."""
     import tyro
 
     if Constraint in info.markers or not dataclasses.is_dataclass(info.type):
@@ -179,7 +179,8 @@ def _with_constraints(info: Any) -> Any:
     spec = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
     hints, limits, fields = typing.get_type_hints(info.type), constraints(info.type), []
     given = inspect.signature(info.type).parameters
-    order = sorted(given, key=lambda name: given[name].default is not inspect.Parameter.empty)
+    names = [name for name in dict.fromkeys([*info.type.__annotations__, *given]) if name in given]
+    order = sorted(names, key=lambda name: given[name].default is not inspect.Parameter.empty)
     for field in sorted(spec.fields, key=lambda field: order.index(field.name)):
         text = (field.helptext() if callable(field.helptext) else field.helptext) or ""
         if limit := limits.get(field.name):

@@ -263,6 +263,15 @@ def flags(settings: Settings, prefix: str = "--") -> Iterator[tuple[str, Any]]:
         yield from flags(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
 
 
+def arguments(flag: str, value: Any) -> list[str]:
+    """A setting as words of a command line; none where it is None."""
+    if isinstance(value, bool):
+        group, dot, name = flag[2:].rpartition(".")
+        return [flag if value else f"--{group}{dot}no-{name}"]
+    values = value if isinstance(value, list) else [value]
+    return [] if value is None else [flag, *map(str, values)]
+
+
 def changes(
     before: Settings, now: Settings, may_change: Set[str], prefix: str = "", *,
     default: Settings | None = None, words: str = "{} was {}, is {}",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +94,7 @@ class Run(NamedTuple):
     first_token: int = 0  # of step 0; not 0 where a checkpoint had batches of another size
     stages: tuple[tuple[int | None, int], ...] = ()  # blocks of the student, and its last step
     stage: int = 0
+    track: Callable[..., None] = lambda *_: None
 
     @property
     def last_step(self) -> int:

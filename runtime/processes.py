@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, NoReturn
 
 import jax
@@ -202,6 +203,18 @@ class Interruption(contextlib.ExitStack):
     def ask(self, *_: Any) -> None:
         self.asked = True
         self.close()
+
+
+def watched(items: Iterable[Any], minutes: float) -> Iterator[Any]:
+    """The items. Where the work on one takes so many minutes (0 is no limit), the stacks of all
+    threads are printed and the process ends with status 1, even if it waits in native code."""
+    try:
+        for item in items:
+            if minutes:
+                faulthandler.dump_traceback_later(60 * minutes, exit=True)
+            yield item
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def block_on_cpu(result: Any) -> Any:

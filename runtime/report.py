@@ -55,8 +55,12 @@ class Log(ExitStack):
     Lines up to step `start` stay in the file. Without a path it writes and says nothing.
     """
 
-    def __init__(self, path: Path | None, *, steps: int, start: int = 0, divergence: str = "KL"):
+    def __init__(
+        self, path: Path | None, *, steps: int, start: int = 0, divergence: str = "KL",
+        track: Callable[[Metrics], None] = lambda line: None,
+    ):  # fmt: skip
         super().__init__()
+        self.track = track
         self.steps, self.divergence, self.bar, self.path = steps, divergence, None, path
         self.quiet, self.last_lap = path is None or _quiet.get(), (time.monotonic(), start)
         if path is None:
@@ -107,6 +111,7 @@ class Log(ExitStack):
         if self.path is not None:
             with disk_errors(self.path):
                 append_json(self.file, metrics)
+            self.track(metrics)
         return metrics
 
 

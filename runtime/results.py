@@ -44,7 +44,8 @@ class NotFinite(UserError):
 def open_log(run: Run, start: int) -> Log:
     path = run.out / "metrics.jsonl" if jax.process_index() == 0 else None
     divergence = run.config.loss.divergence.replace("forward_kl", "KL")
-    return Log(path, steps=run.config.steps, start=start, divergence=divergence)
+    settings = {"steps": run.config.steps, "divergence": divergence, "track": run.track}
+    return Log(path, start=start, **settings)
 
 
 def step_logger(
@@ -173,7 +174,7 @@ def draw_curves(run: Run) -> None:
     """Draws the curves of a run that goes on or has saved: a full disk is not to end it here."""
     if jax.process_index() == 0:
         with contextlib.suppress(UserError):
-            figures.curves(run.out / "metrics.jsonl", run.out / "curves.png")
+            figures.curves({run.out.name: run.out / "metrics.jsonl"}, run.out / "curves.png")
 
 
 def finish(run: Run, student: LanguageModel, step: int) -> Path:
@@ -184,11 +185,11 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
     metrics = report.read_metrics(path) if first else []
     known = any(line["step"] == step and "eval/ce" in line for line in metrics)
     if process_allgather(first and not known).any():  # where --steps moved to an earlier save
-        with Log(path if first else None, steps=step, start=step) as log:
+        with open_log(run, step) as log:
             log.evaluation({"step": step} | score(run, student))
         metrics = report.read_metrics(path) if first else []
     if first:
-        figures.curves(path, run.out / "curves.png")
+        figures.curves({run.out.name: path}, run.out / "curves.png")
         (run.out / EXPORTED).unlink(missing_ok=True)
     export(run, student, step, folder, metrics)
     if first:  # last of all files: a run that has it is finished
@@ -198,6 +199,7 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
         lines = list(samples(run, student))
     report.say("\n".join(lines))
     if first:
+        run.track({"step": step}, run.out / "curves.png", figures.rows(metrics))
         print(figures.table(figures.rows(metrics)), f"student  {folder}", sep="\n")
         evaluations = [line for line in metrics if "eval/ce" in line]
         lowest = [line["step"] for line in evaluations if is_best(evaluations, line)]

@@ -22,9 +22,8 @@ def restore_commits(config: Config) -> None:
     or what they mean now to the first process."""
     for source in (*config.data.source, config.data.eval_source or ""):
         text.hub_commit(source)
-    path = run_folder(config).path / commits.FILE
-    if config.resume and path.exists():
-        commits.COMMITS.update(files.read_json(path))
+    if config.resume:
+        commits.restore(run_folder(config).path)
     commits.COMMITS.update(processes.gather(commits.COMMITS)[0])
 
 

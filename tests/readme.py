@@ -35,7 +35,7 @@ def calls(page: Path) -> list[tuple[str, list[str]]]:
 
 def calls_in(line: str) -> list[tuple[str, list[str]]]:
     """The programs that a line of shell calls, with their arguments."""
-    words = [part for word in split(line) for part in (split(word) if " " in word else [word])]
+    words = [part for word in split(line) for part in (split(word) if ".py" in word else [word])]
     entries = []
     for i, word in enumerate(words):
         name = Path(word).stem

@@ -1031,7 +1031,6 @@ def arguments(*words: str) -> distill.Config:
         (["--num-layers", "3"], "; instead of --num-layers it has --student-layers$"),
         (["--data", "a"], "; instead of --data it has --data.source$"),
         (["--dataset", "a"], "; instead of --dataset it has --data.source$"),
-        (["--config", "a"], "; instead of --config it has flags alone"),
         (["--version"], "; instead of --version it has the commit of its checkout"),
         (["--loss.divergence", "forwardkl"], "forward_kl"),
         (["--loss.alpha", "1.5"], "alpha"),

@@ -1,7 +1,9 @@
 """Sampling: what is drawn and what it depends on. The program: what it leaves behind."""
 
 import base64
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -816,3 +818,90 @@ def test_a_hub_that_refuses_does_so_before_the_work(base, hub, status, message):
     assert not answers.journal_path(base["out"]).exists()
     with pytest.raises(UserError, match="--push not/an/id: "):
         ran(**base, push="not/an/id")
+
+
+# ---- on the terminal -----------------------------------------------------------------------------
+
+
+def conversed(*args, **flags) -> None:
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in ({"max_new": 12} | flags).items()]
+    generate.converse(errors.cli(generate.Config, [*map(str, args), *words]))
+
+
+@pytest.mark.parametrize("flags", [{"temperature": 0}, {"seed": 3}])
+def test_a_prompt_is_continued_as_in_a_file(base, capsys, flags):
+    rows = read(ran(**base, **flags))
+    capsys.readouterr()
+    conversed(model=base["model"], prompt=rows[0]["prompt"], **flags)
+    assert capsys.readouterr().out == rows[0]["completion"] + "\n"
+
+
+def test_text_is_shown_as_it_is_written(monkeypatch):
+    """Of a character of several bytes nothing before its last."""
+    demo = Path(__file__).parents[1] / "demo" / "teacher"
+    whole = " Ünï 日本🙂 or \ufffd."
+    tokens = np.array(text.load_tokenizer(demo).encoder.encode(whole).ids)
+    assert len(tokens) > len(whole)
+    monkeypatch.setattr(
+        generate, "load", lambda *_: (jax.sharding.Mesh(jax.devices()[:1], "data"), None)
+    )
+    monkeypatch.setattr(sharding, "use_mesh", contextlib.nullcontext)
+    monkeypatch.setattr(
+        generate, "generate",
+        lambda _, jobs, *__, **___: ([(jobs[0], tokens[: i + 1])] for i in range(len(tokens))),
+    )  # fmt: skip
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *x, **_: pieces.extend(x))
+    conversed(model=demo, prompt="Once")
+    assert "".join(pieces) == whole
+    assert {"Ü", "ï", "日", "本", "🙂"} <= set(pieces)
+
+
+def test_a_chat_remembers_and_compiles_once(chat, monkeypatch, capsys):
+    asked, programs = [], []
+    prepare = generate.prepare
+    monkeypatch.setattr(
+        generate, "prepare", lambda *x: asked.append(x[3][0].piece.text) or prepare(*x)
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("one?\ntwo?\nthree?\n\nnot read\n"))
+
+    def compiles(name, *_, **__):
+        if "compile" in name:
+            programs.append(len(asked))
+
+    jax.monitoring.register_event_duration_secs_listener(compiles)
+    conversed("--chat", model=chat, seed=4, max_new=8)
+    jax.monitoring.unregister_event_duration_listener(compiles)
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == len(asked) == 3 and len(set(answers)) > 1
+    expected = [
+        (f"user\n{x}?", f"assistant\n{y}")
+        for x, y in zip(("one", "two", "three"), [*answers[:2], ""], strict=True)
+    ]
+    written = "".join(f"<|im_start|>{x}<|im_end|>\n" for turn in expected for x in turn)
+    assert asked[2] == written.removesuffix("<|im_end|>\n")
+    assert max(programs) == 1  # after the first question nothing
+    monkeypatch.setattr("sys.stdin", io.StringIO("one?\n"))  # without an empty line
+    conversed("--chat", model=chat, seed=4, max_new=8)
+    assert capsys.readouterr().out.splitlines() == answers[:1]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({}, "--prompts with --out, --prompt or --chat: give one of the three"),
+        ({"prompt": "a", "prompts": "b", "out": "c.jsonl"}, "give one of the three"),
+        ({"prompts": "b"}, "--prompts with --out, "),
+        ({"prompt": "a", "out": "c.jsonl"}, "--prompts with --out, "),
+        ({"prompt": "a" * 200}, "--prompt: all 1 prompts are longer than 116 .* lower --max-new"),
+    ],
+)
+def test_what_cannot_be_continued(plain, flags, words):
+    with pytest.raises(UserError, match=words):
+        conversed(model=plain, **flags)
+
+
+def test_a_model_without_a_template_does_not_chat(plain, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    with pytest.raises(UserError, match="--chat: .* the tokenizer has no chat template"):
+        conversed("--chat", model=plain)

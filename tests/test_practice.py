@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import re
+import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import equinox as eqx
 import numpy as np
 import pytest
+import yaml
 from test_distill import (  # noqa: F401
     FIXTURES,
     config,
@@ -22,7 +26,18 @@ import data
 import distill
 import generate
 import models
-from runtime import card, checkpoint, commits, errors, files, prepare, processes, report, results
+from runtime import (
+    card,
+    checkpoint,
+    commits,
+    errors,
+    files,
+    prepare,
+    processes,
+    report,
+    results,
+    trackers,
+)
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -269,3 +284,127 @@ def test_blocks_are_removed_in_stages(quick, monkeypatch):  # noqa: F811
 def test_stages_that_cannot_be(quick, change, words):  # noqa: F811
     with pytest.raises(UserError, match=words):
         distill.with_defaults(dataclasses.replace(quick, **{"student_stages": 2} | change))
+
+
+# ---- trackers ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tensorboard(monkeypatch):
+    """A module in the place of tensorboardX, whose writer records what it is called with."""
+    calls = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            calls.append(("open", folder, purge_step))
+
+        def __getattr__(self, name):
+            return lambda *args, **_: calls.append((name, *args))
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
+    there = {"tensorboardX": True}
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", there.get)
+    return Writer, calls
+
+
+def test_a_tracker_gets_numbers_curves_and_table(quick, tensorboard):  # noqa: F811
+    distill.train(dataclasses.replace(quick, track=("tensorboard",), log_norms=True))
+    out, (first, config, *calls, curves, table, last) = Path(quick.out), tensorboard[1]
+    assert first == ("open", str(out / "tensorboard"), 1)
+    assert config[:2] == ("add_text", "config") and '"steps": 6' in config[2]
+    expected = [
+        ("add_scalar", name, value, line["step"])
+        for line in report.read_metrics(out / "metrics.jsonl")
+        for name, value in line.items()
+        if name not in ("step", "time") and isinstance(value, float | int)
+    ]
+    assert calls == expected
+    assert curves[:2] == ("add_image", "curves") and curves[2].ndim == 3 and curves[3] == 6
+    assert "| student at step 6 |" in table[2] and last == ("close",)
+
+
+def fail(*_, **__):
+    raise OSError("no route to\nits host")
+
+
+WARNING = "--track tensorboard fails and is left out: no route to its host\n"
+
+
+def test_a_tracker_that_fails_stops_no_run(quick, tensorboard, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(tensorboard[0], "add_scalar", fail, raising=False)
+    distill.train(dataclasses.replace(quick, track=("tensorboard",)))
+    assert capsys.readouterr().err.count(WARNING) == 1
+    assert (Path(quick.out) / "student").exists()
+
+
+@pytest.mark.parametrize("method", ["__init__", "add_text", "add_image", "close"])
+def test_trackers_may_fail_at_any_time(tmp_path, tensorboard, monkeypatch, capsys, method):
+    monkeypatch.setattr(tensorboard[0], method, fail, raising=False)
+    curves = ROOT / "benchmarks" / "mup.png"
+    send = trackers.open_all(("tensorboard",), files.RunFolder(tmp_path, {}, set()), 0)
+    for line in ({"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4}):
+        send(line)
+    send({"step": 2}, curves, [["", "KL"], ["student", "0.1"]])
+    assert capsys.readouterr().err == WARNING
+
+
+def test_a_tracker_that_is_not_there_is_refused(quick, tensorboard):  # noqa: F811
+    words = r"--track wandb: it is not installed: pip install -e '.\[wandb\]'"
+    with pytest.raises(UserError, match=words):
+        distill.train(dataclasses.replace(quick, track=("tensorboard", "wandb")))
+    assert not Path(quick.out).exists() and not tensorboard[1]
+    with pytest.raises(UserError, match="choice 'mlflow' for argument '--track'. Expected one of"):
+        errors.cli(distill.Config, ["--track", "mlflow"])
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert trackers.OPEN.keys() <= extras["optional-dependencies"].keys()
+
+
+# ---- a run from the settings of another ----------------------------------------------------------
+
+
+def test_a_run_is_repeated_from_its_config(quick, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(commits, "COMMITS", {})
+    distill.train(dataclasses.replace(quick, resume=False, push=None))
+    first, again = Path(quick.out), str(tmp_path / "again")
+    (first / "commits.json").write_text('{"models/a/b@main": "0123"}')
+    words = ["--config", str(first / "config.json"), f"--out={again}"]
+    repeated = configs.parse_flags(words)
+    assert repeated.resume and repeated.out == again and repeated.config is None
+    assert commits.COMMITS == {"models/a/b@main": "0123"}
+    distill.train(repeated)
+    weights = [Path(x) / "student" / "model.safetensors" for x in (quick.out, again)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    changed = configs.parse_flags([*words, "--tokens", "1000", "--optim.lr", "0.5"])
+    assert (changed.steps, changed.tokens, changed.optim.lr) == (None, 1000, 0.5)
+    same = dataclasses.replace(changed, tokens=None, steps=repeated.steps, optim=repeated.optim)
+    assert same == repeated
+    settings = json.loads((first / "config.json").read_text()) | {"student_init": "last"}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings | {"optim": {"lr": 1e-5}}))
+    written = configs.parse_flags(["--config", str(tmp_path / "a.yaml"), "--out", again])
+    assert (written.student_init, written.optim.lr) == ("last", 1e-5)
+    assert written.data == repeated.data
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "expected the node content"),
+        ("[1]", ""),
+        ('{"stepz": 3}', "Unrecognized options: --stepz"),
+        ('{"steps": 0}', "--steps is 0: it must be 1 or more"),
+        (None, "No such file"),
+    ],
+)
+def test_a_config_that_cannot_be(tmp_path, content, words):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=f"^--config {path}: .*{words}.*: give the config.json of"):
+        configs.parse_flags(["--config", str(path), "--out", "x"])
+
+
+def test_a_config_does_not_say_where_a_run_is(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"out": "runs/x"}')
+    with pytest.raises(UserError, match=f"--config {path}: add the --out of this run"):
+        configs.parse_flags(["--config", str(path)])

@@ -474,7 +474,7 @@ def drawn(monkeypatch, tmp_path, *lines):
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *a, **k: (sheets.append(self), save(self, *a, **k))
     )
-    figures.curves(written(tmp_path / "m", *lines), tmp_path / "c.png")
+    figures.curves({"m": written(tmp_path / "m", *lines)}, tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.png", "m"]
     return {panel.get_title(): panel for panel in sheets[0].axes}
@@ -512,3 +512,39 @@ def test_curves_where_the_student_is_its_teacher(monkeypatch, tmp_path):
     lines = evaluation(0, 2.0, 0.0), evaluation(5, 2.0, 0.0)
     panels = drawn(monkeypatch, tmp_path, *lines)
     assert panels["KL from the teacher, nats per token"].get_yscale() == "linear"
+
+
+def test_runs_are_drawn_into_one_picture(monkeypatch, tmp_path, capsys):
+    from matplotlib.figure import Figure
+
+    sheets, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (sheets.append(self), save(self, *a, **k))
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, kl in (("one", 0.4), ("other", 0.2)):
+        Path(name).mkdir()
+        lines = [evaluation(0, 5.0, 2.0), *(step(i, kl=kl / i) for i in (1, 2, 3))]
+        written(Path(name) / "metrics.jsonl", *lines)
+    monkeypatch.setattr(sys, "argv", ["figures", "one", "other", "--out", "both.png"])
+    figures.main()
+    assert capsys.readouterr().out == "both.png\n" and Path("both.png").exists()
+    loss, ce, kl, rate = sheets[0].axes
+    assert [line.get_color() for line in kl.lines] == ["C0", "C0", "C1", "C1"]
+    assert [x.get_text() for x in kl.get_legend().get_texts()] == ["one", "other"]
+    assert kl.lines[2].get_ydata().tolist() == [0.2, 0.1, 0.2 / 3]
+    assert ce.get_yscale() == "linear" and kl.get_yscale() == "log"
+    (axis,) = loss.child_axes
+    sheets[0].canvas.draw()
+    assert axis.get_xlim()[1] == pytest.approx(100 * loss.get_xlim()[1])  # tokens of a step
+    lines = [json.loads(line) for line in Path("other/metrics.jsonl").read_text().splitlines()]
+    written(Path("other/metrics.jsonl"), *({**x, "tokens": 7 * x["step"]} for x in lines))
+    figures.main()
+    assert not sheets[1].axes[0].child_axes  # their steps are not comparable
+
+
+@pytest.mark.parametrize("folders, words", [([], "no folder: "), (["a", "b"], "a b: ")])
+def test_a_picture_of_no_runs(monkeypatch, folders, words):
+    monkeypatch.setattr(sys, "argv", ["figures", *folders])
+    with pytest.raises(UserError, match=f"{words}name folders of runs that have begun"):
+        figures.main()
