@@ -12,6 +12,8 @@ from functools import partial
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import data
 import losses
@@ -21,6 +23,7 @@ import text
 from models.base import LanguageModel
 from runtime import buckets, commits, errors, files, processes, report
 from runtime.errors import UserError, at_least
+from runtime.figures import table
 
 Data = data.Config  # a field of a config hides the module it is named after
 
@@ -53,18 +56,14 @@ class Config:
             raise UserError("--run or --model: give one of the two")
         if self.run is not None and self.data != Data(held_out=1.0):
             raise UserError("--data with --run: it has its text; for another give its --model")
-        if self.model is not None and not (self.data.source or self.data.eval_source):
+        if not (self.run or self.data.source or self.data.eval_source):
             raise UserError("--data.source is missing: name the text to score")
 
 
 @sharding.jit
-def _sums(model, teacher, batch, *, dtype, chunk) -> dict[str, jax.Array]:
-    signal = batch.signal
-    if signal is None and teacher is not None:
-        signal = losses.teacher_states(teacher, batch, dtype=dtype)
-    hidden = model.hidden(batch.tokens[:, :-1], batch.segments[:, :-1], dtype=dtype)
-    labels = batch.tokens[:, 1:]
-    return losses.measure(hidden, model.unembedding, signal, labels, batch.mask, chunk=chunk)
+def _sums(model, teacher, batch, **options) -> dict[str, jax.Array]:
+    figures = losses.token_figures(model, teacher, batch, **options) | {"tokens": batch.mask}
+    return {name: jnp.sum(x, where=batch.mask, dtype=jnp.float32) for name, x in figures.items()}
 
 
 def evaluate(
@@ -103,9 +102,8 @@ def of_run(config: Config) -> Config:
     )  # fmt: skip
 
 
-def score(config: Config) -> None:
-    """Prints the figures of a model on a text."""
-    config = config if config.run is None else of_run(config)
+def score(config: Config) -> dict[str, int | float]:
+    """The figures of a model on a text."""
     folder, source = models.fetch(config.model), config.data
     seq_len = models.seq_len(config.seq_len, 512, config.model, config.teacher or config.model)
     if config.teacher is not None:
@@ -121,35 +119,33 @@ def score(config: Config) -> None:
     rows = -(-config.batch_size // mesh.size) * mesh.size  # each device has as many
     windows = sum(part.windows for part in corpus.held_out)
     limit = min(config.windows or windows, windows)
-    batches = data.evaluation(corpus, rows, limit=limit)
+    read = partial(data.evaluation, corpus, rows)
+    on = {"to_device": partial(sharding.from_host, mesh=mesh), "dtype": sharding.compute_dtype()}
     with jax.set_mesh(mesh):
-        means = evaluate(
-            model, teacher, report.track(batches, "scoring", -(-limit // rows)),
-            to_device=partial(sharding.from_host, mesh=mesh), dtype=sharding.compute_dtype(),
-        )  # fmt: skip
+        batches = report.track(read(limit=limit), "scoring", -(-limit // rows))
+        means = evaluate(model, teacher, batches, **on)
     if not means["tokens"]:
         raise UserError(f"{' '.join(source.source)}: no token to score")
-    tokens, ce = means["tokens"], means["ce"]
-    figures = {"tokens": tokens, "ce": ce, "perplexity": math.exp(min(ce, 700))}
-    if source.held_out == 1 and not source.fits and limit == windows:
-        # Of a part, nobody has counted the bytes.
-        figures["bits_per_byte"] = ce * tokens / math.log(2) / corpus.bytes
+    counted = [batch.tokens[:, 1:][batch.mask] for batch in read(limit=limit)]
+    decoded = text.load_tokenizer(folder).encoder.decode(np.concatenate(counted).tolist())
+    bits = means["tokens"] / math.log(2) / max(len(decoded.encode()), 1)  # a byte, of nats a token
+    figures = {"tokens": means["tokens"], "ce": means["ce"]}
+    figures |= {"perplexity": math.exp(min(means["ce"], 700)), "bits_per_byte": means["ce"] * bits}
     if teacher is not None:
         figures |= {name: means[name] for name in ("kl", "reverse_kl", "agreement", "teacher_ce")}
         figures["teacher_perplexity"] = math.exp(min(means["teacher_ce"], 700))
-    if config.json:
-        print(json.dumps({name: report.plain(value) for name, value in figures.items()}))
-    else:
-        for name, value in figures.items():
-            shown = f"{value:,}" if name == "tokens" else report.figure(value)
-            print(f"{name:{max(map(len, figures))}}  {shown}")
+        figures["teacher_bits_per_byte"] = means["teacher_ce"] * bits
+    return figures
 
 
 def main() -> None:
     config = errors.cli(Config)
     processes.start()
     with report.quietly(config.json):
-        score(config)
+        config = config if config.run is None else of_run(config)
+        figures = {name: report.plain(value) for name, value in score(config).items()}
+        rows = [[x, f"{y:,}" if x == "tokens" else report.figure(y)] for x, y in figures.items()]
+        print(json.dumps(figures) if config.json else table(rows))
 
 
 if __name__ == "__main__":

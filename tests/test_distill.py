@@ -43,6 +43,7 @@ from runtime import (
     selection,
 )
 from runtime.errors import UserError
+from text import load_tokenizer
 from text.chat import CHATML
 
 ROOT = Path(__file__).parents[1]
@@ -1158,12 +1159,14 @@ def test_eval_prints_one_object(teacher, text, tmp_path, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert list(found) == [
         "tokens", "ce", "perplexity", "bits_per_byte", "kl", "reverse_kl", "agreement",
-        "teacher_ce", "teacher_perplexity",
+        "teacher_ce", "teacher_perplexity", "teacher_bits_per_byte",
     ]  # fmt: skip
     assert found["kl"] == pytest.approx(0, abs=1e-5) and found["agreement"] == 1
     assert found["ce"] == found["teacher_ce"] == pytest.approx(np.log(found["perplexity"]))
-    size = len(text.read_bytes())  # one document: by file
+    encoder = load_tokenizer(teacher).encoder  # of one document, by file, all but its first token
+    size = len(text.read_bytes()) - len(encoder.decode(encoder.encode(text.read_text()).ids[:1]))
     assert found["bits_per_byte"] == pytest.approx(found["ce"] * found["tokens"] / np.log(2) / size)
+    assert found["teacher_bits_per_byte"] == found["bits_per_byte"]
 
 
 @pytest.fixture
@@ -1180,7 +1183,9 @@ def scored(monkeypatch, capsys):
 
 def test_eval_scores_the_student_of_a_run_on_what_it_held_out(trained, ended, scored):
     figures = scored("--run", ended.out)
-    assert figures["kl"] > 0 and figures["tokens"] < 8 * 32 * 8 and "bits_per_byte" not in figures
+    assert figures["kl"] > 0 and figures["tokens"] < 8 * 32 * 8
+    shares = [figures["teacher_bits_per_byte"] / figures["bits_per_byte"]]
+    assert shares == [pytest.approx(figures["teacher_ce"] / figures["ce"])]
     last = metrics_of(trained[0])[-1]
     part = scored("--run", ended.out, "--windows", ended.eval_windows)
     for name in ("ce", "kl", "agreement", "teacher_ce"):
