@@ -1,7 +1,8 @@
-"""How good a model is on held-out text, and how near to its teacher.
+"""How good a model is on held-out text or on tasks, and how near to its teacher.
 
 python eval.py --run DIR
 python eval.py --model DIR [--teacher DIR] --data.source FILE
+python eval.py --model DIR [--teacher DIR] --tasks lambada_openai piqa
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ import sharding
 import text
 from models.base import LanguageModel
 from runtime import buckets, commits, errors, files, processes, report
-from runtime.errors import UserError, at_least
+from runtime.errors import LOCAL, UserError, at_least
 from runtime.figures import table
 
 Data = data.Config  # a field of a config hides the module it is named after
@@ -30,7 +31,7 @@ Data = data.Config  # a field of a config hides the module it is named after
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Score a model on a text, every token once."""
+    """Score a model on a text, every token once, or on tasks of lm-eval."""
 
     run: str | None = None
     """Folder of a run: scores its student beside its teacher, on the text that it held out."""
@@ -41,12 +42,20 @@ class Config:
     data: Data = dataclasses.field(default_factory=lambda: Data(held_out=1.0))
     seq_len: Annotated[int | None, at_least(1)] = None
     """Tokens a window predicts; each window is read without those before it. By default the run's,
-    else 512."""
+    else 512, or for tasks what the model can read."""
     windows: Annotated[int | None, at_least(1)] = None
-    """Score the first so many windows, or all where there are fewer."""
+    """Score the first so many windows, or questions of each task, or all where there are fewer."""
     batch_size: Annotated[int, at_least(1)] = 8
     """Windows at a time."""
     mesh: sharding.Sizes = dataclasses.field(default_factory=sharding.Sizes)
+    tasks: tuple[str, ...] = ()
+    """Instead of a text, tasks of lm-eval or patterns such as arc_*."""
+    task_path: str | None = None
+    """Folder with tasks of your own, as lm-eval describes them."""
+    num_fewshot: Annotated[int | None, at_least(0)] = None
+    """Solved examples before each question, by default what each task says."""
+    out: Annotated[str, LOCAL] = "tasks.json"
+    """File for what lm-eval says of tasks; of the teacher's it is tasks-teacher.json."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
@@ -56,8 +65,10 @@ class Config:
             raise UserError("--run or --model: give one of the two")
         if self.run is not None and self.data != Data(held_out=1.0):
             raise UserError("--data with --run: it has its text; for another give its --model")
-        if not (self.run or self.data.source or self.data.eval_source):
-            raise UserError("--data.source is missing: name the text to score")
+        if self.tasks and self.data.source:
+            raise UserError("--tasks with --data.source: that is of a text, give one")
+        if not (self.run or self.tasks or self.data.source or self.data.eval_source):
+            raise UserError("--data.source is missing: name the text to score, or --tasks")
 
 
 @sharding.jit
@@ -93,12 +104,13 @@ def of_run(config: Config) -> Config:
     if (path := folder / commits.FILE).exists():
         commits.COMMITS.update(files.read_json(path))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["data"].items()}
+    seq_len = config.seq_len or (None if config.tasks else settings["seq_len"])
     teacher = settings["teacher"]
     if settings["targets"] or teacher == settings["student"]:  # no teacher was in its memory
         teacher = None
     return dataclasses.replace(
         config, run=None, model=str(student), teacher=config.teacher or teacher,
-        data=Data(**values), seq_len=config.seq_len or settings["seq_len"],
+        data=Data(**values), seq_len=seq_len,
     )  # fmt: skip
 
 
@@ -143,8 +155,17 @@ def main() -> None:
     processes.start()
     with report.quietly(config.json):
         config = config if config.run is None else of_run(config)
-        figures = {name: report.plain(value) for name, value in score(config).items()}
-        rows = [[x, f"{y:,}" if x == "tokens" else report.figure(y)] for x, y in figures.items()]
+        if config.tasks:
+            from runtime import tasks
+
+            figures = tasks.evaluate(config)
+            rows = [["", *next(iter(figures.values()))]]
+            rows += [[task, *map(report.figure, row.values())] for task, row in figures.items()]
+        else:
+            figures = {name: report.plain(value) for name, value in score(config).items()}
+            rows = [
+                [x, f"{y:,}" if x == "tokens" else report.figure(y)] for x, y in figures.items()
+            ]
         print(json.dumps(figures) if config.json else table(rows))
 
 
