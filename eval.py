@@ -56,6 +56,8 @@ class Config:
     """Solved examples before each question, by default what each task says."""
     out: Annotated[str, LOCAL] = "tasks.json"
     """File for what lm-eval says of tasks; of the teacher's it is tasks-teacher.json."""
+    html: Annotated[str | None, LOCAL] = None
+    """File for a page that shows the first windows token by token, beside the teacher."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
@@ -65,8 +67,8 @@ class Config:
             raise UserError("--run or --model: give one of the two")
         if self.run is not None and self.data != Data(held_out=1.0):
             raise UserError("--data with --run: it has its text; for another give its --model")
-        if self.tasks and self.data.source:
-            raise UserError("--tasks with --data.source: that is of a text, give one")
+        if self.tasks and (self.html or self.data.source):
+            raise UserError("--tasks with --html or --data.source: these are of a text, give one")
         if not (self.run or self.tasks or self.data.source or self.data.eval_source):
             raise UserError("--data.source is missing: name the text to score, or --tasks")
 
@@ -120,6 +122,8 @@ def score(config: Config) -> dict[str, int | float]:
     seq_len = models.seq_len(config.seq_len, 512, config.model, config.teacher or config.model)
     if config.teacher is not None:
         text.same_tokenizer(models.fetch(config.teacher, weights=False), folder)
+    elif config.html is not None:
+        raise UserError("--html: its colours are the KL from a teacher, give --teacher")
     if source.eval_source is not None:
         all_of_it = {"source": (source.eval_source,), "held_out": 1.0}
         source = dataclasses.replace(source, weights=(), eval_source=None, **all_of_it)
@@ -136,6 +140,12 @@ def score(config: Config) -> dict[str, int | float]:
     with jax.set_mesh(mesh):
         batches = report.track(read(limit=limit), "scoring", -(-limit // rows))
         means = evaluate(model, teacher, batches, **on)
+        if config.html is not None:
+            from runtime import page
+
+            some, title = min(limit, page.WINDOWS), f"{config.model} beside {config.teacher}"
+            content = page.windows(model, teacher, read(limit=some), folder, **on)
+            page.write(files.local_path(config.html), title, content)
     if not means["tokens"]:
         raise UserError(f"{' '.join(source.source)}: no token to score")
     counted = [batch.tokens[:, 1:][batch.mask] for batch in read(limit=limit)]

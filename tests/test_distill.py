@@ -299,6 +299,10 @@ def test_what_a_run_leaves(trained, ended, capsys):
     assert json.loads((out / "config.json").read_text())["student_layers"] == 2
     assert len(json.loads((out / "choice.json").read_text())["kept"]) == 2
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text()
+    titles = re.findall(r'"title":"([^"]*)"', page)
+    assert titles == ["run", "Result", "Curves", "Samples", "Start", "Settings"]
+    assert '"blocks":{"kept":[' in page and "data:image/png;base64," in page
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
         path.name for path in folder.iterdir()
     }
@@ -351,6 +355,7 @@ def test_cross_entropy_alone_needs_no_teacher(config, one_device, monkeypatch):
     distill.train(plain)
     assert not loaded
     assert "eval/kl" not in metrics_of(config.out)[-1]
+    assert not (Path(config.out) / "report.html").exists()
     measured = dataclasses.replace(plain, eval_teacher=True, out=config.out + "-measured")
     distill.train(measured)
     assert loaded and "eval/kl" in metrics_of(measured.out)[-1]
@@ -1212,6 +1217,8 @@ def test_eval_heeds_what_is_held_out(teacher, text, tmp_path, scored):
         ("--run a --model b", "--run or --model: give one of the two"),
         ("--model b", "--data.source is missing"),
         ("--run a --data.source b", "--data with --run: it has its text"),
+        ("--model demo/teacher --data.source b --html c", "--html: .* give --teacher"),
+        ("--model a --tasks b --html c", "--tasks with --html or --data.source: .* give one"),
         ("--run a", "a/config.json .*: give the folder of a run"),
     ],
 )
