@@ -136,11 +136,6 @@ class Corpus:
         return sum(self.sizes)
 
     @property
-    def bytes(self) -> int:
-        """UTF-8 bytes of the text that is learned, held out or to train on."""
-        return sum(part.store.bytes for group in self.groups for part in group)
-
-    @property
     def digest(self) -> str:
         """What the sources' tokens are, wherever their stores lie."""
         return text.digest([part.store.digest for group in self.groups for part in group])

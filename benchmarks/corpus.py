@@ -112,7 +112,7 @@ def make_store(folder: Path, tokens: int) -> data.Corpus:
             ends = end + np.cumsum(rng.integers(50, 550, 1 << 16))
             file.write(np.minimum(ends[: np.searchsorted(ends, tokens) + 1], tokens))
             end = int(ends[-1])
-    sparse = store.Store(folder, "uint16", tokens, tokens, 0, 0, False, "")
+    sparse = store.Store(folder, "uint16", tokens, tokens, 0, False, "")
     return data.Corpus(((data.TokenRange(sparse, 0, tokens, SEQ_LEN),),), (), (), SEQ_LEN, 0)
 
 

@@ -289,7 +289,7 @@ def load_text(folder: Path, **options: Any) -> Any:
     config = data.Config((str(source),), held_out=1.0, cache=str(folder / "cache"), **options)
     corpus = data.open_corpus(config, folder, seq_len=16, seed=0, vocab=1 << 20)
     arrays = [array.tobytes() for batch in data.evaluation(corpus, 4) for array in batch[:3]]
-    return corpus.digest, corpus.bytes, arrays
+    return corpus.digest, arrays
 
 
 def load_talk(folder: Path) -> Any:

@@ -3,16 +3,20 @@ an evaluation, and the making of targets."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray, PyTree
 
+import data
+import sharding
 from losses import signal as signals
 from losses.objective import Config, Objective
 from losses.signal import SampledTargets, Signal, TeacherStates, TopK
 from models.attention import einsum_f32
+from models.base import LanguageModel
 from sharding import claims, constrain, device, num_shards
 
 
@@ -89,32 +93,48 @@ def measure(
     student_head: Float[Array, "vocab embed"],
     signal: TeacherStates | None,
     labels: Int[Array, "batch seq"],
-    mask: Bool[Array, "batch seq"],
     *,
+    top: int = 0,
     chunk: int | None = None,
-) -> dict[str, Float32[Array, ""]]:
-    """Sums over the tokens of `mask`: tokens and ce; beside a teacher teacher_ce, kl, reverse_kl
-    and agreement (tokens for which both find the same successor likeliest) too."""
+) -> dict[str, Array]:
+    """Measures each token: ce; beside a teacher teacher_ce, kl, reverse_kl and agreement (whether
+    both find the same successor likeliest) too. And the `top` likeliest successors, as ids and
+    log_probs, teacher_ids and teacher_log_probs."""
     vocab, weights = _prepare_head(student_head, signal, student_hidden.dtype)
-    names, rows, teacher_logits = ["tokens", "ce"], None, None
-    if signal is not None:
-        names += ["teacher_ce", "kl", "reverse_kl", "agreement"]
-        rows, teacher_logits = signal.rows, signal.logits(vocab)
+    rows, teacher_logits = signal and signal.rows, signal and signal.logits(vocab)
 
-    def chunk_fn(sums, hidden, teacher_hidden, labels, mask):
-        z = signals.head_logits(weights, hidden, vocab)
-        figures = {"tokens": jnp.ones(labels.shape), "ce": _cross_entropy(z, labels)[0]}
+    def chunk_fn(carry, hidden, teacher_hidden, labels):
+        logits, figures = {"": signals.head_logits(weights, hidden, vocab)}, {}
         if teacher_logits is not None:
-            z_teacher = teacher_logits(teacher_hidden)
-            figures["teacher_ce"] = _cross_entropy(z_teacher, labels)[0]
+            logits["teacher_"] = teacher_logits(teacher_hidden)
+            z, z_teacher = logits.values()
             for name, kind in (("kl", "forward_kl"), ("reverse_kl", "reverse_kl")):
                 figures[name] = signals.full_divergence(z_teacher, Config(kind), z, 1.0)[0]
             figures["agreement"] = jnp.argmax(z, 0) == jnp.argmax(z_teacher, 0)
-        add = partial(jnp.sum, where=mask, dtype=jnp.float32)
-        return {name: sums[name] + add(x) for name, x in figures.items()}, None
+        for whose, z in logits.items():
+            figures[f"{whose}ce"] = _cross_entropy(z, labels)[0]
+            if top:
+                largest, figures[f"{whose}ids"] = _largest(z.T, min(top, vocab))
+                figures[f"{whose}log_probs"] = largest - signals.logsumexp(z)[:, None]
+        # Or the mesh would exchange rows of the logits, to where those of the batch are.
+        axes = "", "rows", "rows width"
+        return carry, {name: constrain(x, axes[x.ndim]) for name, x in figures.items()}
 
-    zeros, arrays = dict.fromkeys(names, jnp.float32(0)), (student_hidden, rows, labels, mask)
-    return scan_chunks(chunk_fn, zeros, chunk or default_chunk(weights), arrays)[0]
+    chunk, arrays = chunk or default_chunk(weights), (student_hidden, rows, labels)
+    return scan_chunks(chunk_fn, None, chunk, arrays)[1]
+
+
+@sharding.jit
+def token_figures(
+    model: LanguageModel, teacher: LanguageModel | None, batch: data.Batch, *,
+    dtype: Any = None, **options: Any,
+) -> dict[str, Array]:  # fmt: skip
+    """What `measure` says of every token of a batch, by its signal if it has one."""
+    signal = batch.signal
+    if signal is None and teacher is not None:
+        signal = signals.teacher_states(teacher, batch, dtype=dtype)
+    hidden = model.hidden(batch.tokens[:, :-1], batch.segments[:, :-1], dtype=dtype)
+    return measure(hidden, model.unembedding, signal, batch.tokens[:, 1:], **options)
 
 
 def _prepare_head(head, signal, dtype):

@@ -54,7 +54,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer, model = (kind.from_pretrained({name}) for kind in (AutoTokenizer, AutoModelForCausalLM))
 ```
 
-{taught}- **Student began as**: {_start(run)}
+{taught}- **Student began as**: {start(run)}
 - **Size**: {student.config.layers} blocks, {report.count(parameters)} parameters, \
 {report.size(size)} in {config.export_dtype}
 - **Data**: {source}
@@ -75,7 +75,7 @@ share of the cross-entropy gap between teacher and untrained student that traini
 """
 
 
-def _start(run: Run) -> str:
+def start(run: Run) -> str:
     """What the student was before its first step."""
     config = run.config
     if config.student is not None:

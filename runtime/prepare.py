@@ -133,12 +133,12 @@ class Run(NamedTuple):
         hidden = jax.device_put(states.hidden, local.tokens.sharding)
         return local._replace(signal=losses.TeacherStates(hidden, self.head))
 
-    def held_out(self) -> tuple[Iterator[data.Batch], int]:
+    def held_out(self, limit: int | None = None) -> tuple[Iterator[data.Batch], int]:
         """Batches of the windows that an evaluation reads, and at most how many batches."""
         rows = self.config.batch_size
         if self.placement.teacher_mesh is None:  # else they are to divide over its devices too
             rows //= self.config.microbatches
-        limit = self.config.eval_windows
+        limit = limit or self.config.eval_windows
         batches = data.evaluation(self.corpus, rows, *self.process_rows, limit=limit)
         return batches, -(-limit // rows)
 

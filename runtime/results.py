@@ -1,5 +1,6 @@
 """What a run measures of its student, and what it leaves: the checkpoint, the curves, the table."""
 
+import base64
 import collections
 import contextlib
 import dataclasses
@@ -23,7 +24,7 @@ from config import DURING_STEPS, Config, run_folder, uses_teacher_loss
 from generate import Decoding, Sampling, sample
 from models.base import LanguageModel
 from models.hub import GENERATION
-from runtime import card, commits, figures, files, plan, report
+from runtime import card, commits, figures, files, page, plan, report
 from runtime.errors import UserError
 from runtime.prepare import Run
 from runtime.report import Log
@@ -192,11 +193,13 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
         figures.curves({run.out.name: path}, run.out / "curves.png")
         (run.out / EXPORTED).unlink(missing_ok=True)
     export(run, student, step, folder, metrics)
+    with report.progress("writing samples"):
+        lines = list(samples(run, student))
+        if run.teacher is not None:
+            write_page(run, student, metrics, lines)
     if first:  # last of all files: a run that has it is finished
         facts = {"step": step, "dtype": run.config.export_dtype}
         files.write_json(run.out / EXPORTED, facts)
-    with report.progress("writing samples"):
-        lines = list(samples(run, student))
     report.say("\n".join(lines))
     if first:
         run.track({"step": step}, run.out / "curves.png", figures.rows(metrics))
@@ -210,6 +213,29 @@ def finish(run: Run, student: LanguageModel, step: int) -> Path:
         print(f"curves   {run.out / 'curves.png'}")
     sync_global_devices("finished")
     return folder
+
+
+def write_page(run: Run, student: LanguageModel, metrics: list[Any], lines: list[str]) -> None:
+    """Writes a page of the student beside its teacher, by tokens, and of what the run has left."""
+    teacher = None if run.placement.teacher_mesh is not None else run.teacher
+    batches, _ = run.held_out(min(page.WINDOWS, -(-page.TOKENS // run.config.seq_len)))
+    content = page.windows(
+        student, teacher, batches, run.tokenizer,
+        to_device=run.to_device, dtype=run.objective.dtype, chunk=run.config.loss.chunk,
+    )  # fmt: skip
+    if jax.process_index() > 0:
+        return
+    image = base64.b64encode((run.out / "curves.png").read_bytes()).decode()
+    blocks = run.layers and {"kept": run.layers, "of": run.teacher.config.layers}
+    sections = [
+        {"title": "Result", "table": figures.rows(metrics)},
+        {"title": "Curves", "image": f"data:image/png;base64,{image}"},
+        {"title": "Samples", "text": "\n".join(lines).strip()},
+        {"title": "Start", "text": card.start(run), "blocks": blocks},
+        {"title": "Settings", "text": card.command(run.config)},
+    ]
+    page.write(run.out / "report.html", run.out.name, content, sections)
+    report.say(f"page      {run.out / 'report.html'}")
 
 
 def push(config: Config) -> Path:

@@ -43,6 +43,7 @@ from runtime import (
     selection,
 )
 from runtime.errors import UserError
+from text import load_tokenizer
 from text.chat import CHATML
 
 ROOT = Path(__file__).parents[1]
@@ -298,6 +299,10 @@ def test_what_a_run_leaves(trained, ended, capsys):
     assert json.loads((out / "config.json").read_text())["student_layers"] == 2
     assert len(json.loads((out / "choice.json").read_text())["kept"]) == 2
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text()
+    titles = re.findall(r'"title":"([^"]*)"', page)
+    assert titles == ["run", "Result", "Curves", "Samples", "Start", "Settings"]
+    assert '"blocks":{"kept":[' in page and "data:image/png;base64," in page
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
         path.name for path in folder.iterdir()
     }
@@ -350,6 +355,7 @@ def test_cross_entropy_alone_needs_no_teacher(config, one_device, monkeypatch):
     distill.train(plain)
     assert not loaded
     assert "eval/kl" not in metrics_of(config.out)[-1]
+    assert not (Path(config.out) / "report.html").exists()
     measured = dataclasses.replace(plain, eval_teacher=True, out=config.out + "-measured")
     distill.train(measured)
     assert loaded and "eval/kl" in metrics_of(measured.out)[-1]
@@ -1157,12 +1163,14 @@ def test_eval_prints_one_object(teacher, text, tmp_path, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert list(found) == [
         "tokens", "ce", "perplexity", "bits_per_byte", "kl", "reverse_kl", "agreement",
-        "teacher_ce", "teacher_perplexity",
+        "teacher_ce", "teacher_perplexity", "teacher_bits_per_byte",
     ]  # fmt: skip
     assert found["kl"] == pytest.approx(0, abs=1e-5) and found["agreement"] == 1
     assert found["ce"] == found["teacher_ce"] == pytest.approx(np.log(found["perplexity"]))
-    size = len(text.read_bytes())  # one document: by file
+    encoder = load_tokenizer(teacher).encoder  # of one document, by file, all but its first token
+    size = len(text.read_bytes()) - len(encoder.decode(encoder.encode(text.read_text()).ids[:1]))
     assert found["bits_per_byte"] == pytest.approx(found["ce"] * found["tokens"] / np.log(2) / size)
+    assert found["teacher_bits_per_byte"] == found["bits_per_byte"]
 
 
 @pytest.fixture
@@ -1179,7 +1187,9 @@ def scored(monkeypatch, capsys):
 
 def test_eval_scores_the_student_of_a_run_on_what_it_held_out(trained, ended, scored):
     figures = scored("--run", ended.out)
-    assert figures["kl"] > 0 and figures["tokens"] < 8 * 32 * 8 and "bits_per_byte" not in figures
+    assert figures["kl"] > 0 and figures["tokens"] < 8 * 32 * 8
+    shares = [figures["teacher_bits_per_byte"] / figures["bits_per_byte"]]
+    assert shares == [pytest.approx(figures["teacher_ce"] / figures["ce"])]
     last = metrics_of(trained[0])[-1]
     part = scored("--run", ended.out, "--windows", ended.eval_windows)
     for name in ("ce", "kl", "agreement", "teacher_ce"):
@@ -1206,6 +1216,8 @@ def test_eval_heeds_what_is_held_out(teacher, text, tmp_path, scored):
         ("--run a --model b", "--run or --model: give one of the two"),
         ("--model b", "--data.source is missing"),
         ("--run a --data.source b", "--data with --run: it has its text"),
+        ("--model demo/teacher --data.source b --html c", "--html: .* give --teacher"),
+        ("--model a --tasks b --html c", "--tasks with --html or --data.source: .* give one"),
         ("--run a", "a/config.json .*: give the folder of a run"),
     ],
 )

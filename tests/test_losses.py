@@ -1,5 +1,6 @@
 """The losses against the same formulas, written densely in probability space and in float64."""
 
+import contextlib
 import re
 from dataclasses import replace
 from functools import partial
@@ -462,10 +463,16 @@ def test_every_divergence_has_its_flag_value():
 # Evaluation
 
 
+@partial(jax.jit, static_argnames="chunk")
+def measured_sums(hidden, head, signal, labels, mask, *, chunk):
+    figures = losses.measure(hidden, head, signal, labels, chunk=chunk) | {"tokens": mask}
+    return {name: jnp.sum(x, where=mask, dtype=jnp.float32) for name, x in figures.items()}
+
+
 @pytest.mark.parametrize("chunk, padding", [(4, (0, 3)), (1000, (2, 0))])
 def test_measure(chunk, padding):
     hidden, head, teacher, labels, mask = arrays = problem(padding=padding)
-    measure = jax.jit(partial(losses.measure, chunk=chunk))
+    measure = partial(measured_sums, chunk=chunk)
     found = measure(*arrays)
     z, z_teacher = hidden @ head[:VOCAB].T, teacher.hidden @ teacher.head[:VOCAB].T
     swapped = (teacher.hidden, teacher.head, TeacherStates(hidden, head), labels, mask)
@@ -486,6 +493,17 @@ def test_measure(chunk, padding):
     same = measure(hidden, head, as_teacher(hidden, head, len(teacher.head)), labels, mask)
     assert float(same["agreement"]) == float(same["tokens"]) == int(mask.sum())
     assert same["ce"] == pytest.approx(float(same["teacher_ce"])) and abs(same["kl"]) < 1e-5
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+def test_the_likeliest_successors(mesh):
+    hidden, head, teacher, labels, _ = problem(batch=8, vocab=64)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(sharding.make_mesh(*mesh)):
+        figures = jax.jit(partial(losses.measure, top=5, chunk=16))(hidden, head, teacher, labels)
+    for whose, z in (("", hidden @ head.T), ("teacher_", teacher.hidden @ teacher.head.T)):
+        log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(z), 5)
+        np.testing.assert_array_equal(figures[f"{whose}ids"], ids)
+        assert_close([figures[f"{whose}log_probs"]], [log_probs], 1e-5)
 
 
 # Memory and placement
@@ -547,12 +565,11 @@ def test_a_mesh_changes_nothing_and_gathers_no_vocabulary():
     with jax.set_mesh(mesh):
         compiled = jax.jit(step).lower(*placed(mesh, arrays)).compile()
         (found, found_sums), (d_hidden, d_head) = compiled(*placed(mesh, arrays))
-        measure = partial(losses.measure, chunk=chunk)
-        evaluation = jax.jit(measure).lower(*placed(mesh, arrays)).compile()
+        evaluation = measured_sums.lower(*placed(mesh, arrays), chunk=chunk).compile()
         measured = evaluation(*placed(mesh, arrays))
     assert_close([found, *found_sums.values()], [wanted, *sums.values()], 1e-5)
     assert_close([d_hidden, d_head], gradients, 1e-5)
-    alone = jax.jit(measure)(*arrays)
+    alone = measured_sums(*arrays, chunk=chunk)
     assert_close(measured.values(), alone.values(), 1e-5)
     assert d_head.sharding.shard_shape(d_head.shape) == (vocab // 4, EMBED)
     assert d_hidden.sharding.shard_shape(d_hidden.shape) == (batch // 4, seq, EMBED)

@@ -515,7 +515,6 @@ def test_masks_reach_the_batch(encoder, tmp_path):
         kept += batch.tokens[:, 1:][batch.mask].tolist()
     expected = "uno\n<|im_end|>dos ünd<|im_end|>" * 3
     assert encoder.decode(kept, skip_special_tokens=False) == expected
-    assert corpus.bytes == len(expected.encode())
 
 
 def test_a_chat_template_that_is_asked_for(encoder, tmp_path):

@@ -30,7 +30,7 @@ from text.packing import best_fit, split_document
 from text.records import Piece
 from text.tokenizer import Tokenizer
 
-VERSION = 2
+VERSION = 3
 CHUNK = 1 << 21  # characters tokenized at once
 BLOCK = 1 << 12  # bytes of the token file that share a checksum: about what a window reads
 FILES = ("tokens", "documents", "trained")
@@ -46,8 +46,6 @@ class Store:
     tokens: int
     training: int
     documents: int
-    bytes: int
-    """Of the text that is learned (with `masked` the assistant's), in UTF-8."""
     masked: bool
     digest: str
     """Of all the above but the folder, and of the files."""
@@ -175,11 +173,11 @@ def build(
     with TokenFiles(folder, dtype) as training:
         with TokenFiles(folder / "held", dtype) as held_out:
             if row is None:
-                size = _tokenize(source, tokenizer, config, training, held_out)
+                _tokenize(source, tokenizer, config, training, held_out)
             else:
                 loose = [TokenFiles(folder / name, dtype) for name in ("loose", "loose-held")]
                 with loose[0], loose[1]:
-                    size = _tokenize(source, tokenizer, config, *loose)
+                    _tokenize(source, tokenizer, config, *loose)
                 for documents, out in zip(loose, (training, held_out), strict=True):
                     pack(documents, out, row, config.mask == "assistant")
                     shutil.rmtree(documents.folder)
@@ -193,7 +191,7 @@ def build(
     if masked and not trained:
         raise UserError(f"{source.name}: no assistant turns in it to learn from")
     write_sums(folder)
-    facts = (training.tokens, count, documents, size, masked)
+    facts = (training.tokens, count, documents, masked)
     manifest = {"version": VERSION} | dataclasses.asdict(Store(folder, dtype, *facts, digest=""))
     del manifest["folder"], manifest["digest"]
     manifest["files"] = {name: files.file_digest(folder / name) for name in (*FILES, "sums")}
@@ -232,9 +230,9 @@ def write_sums(folder: Path) -> None:
 def _tokenize(
     source: Source, tokenizer: Tokenizer, config: Any,
     training: TokenFiles, held_out: TokenFiles,
-) -> int:  # fmt: skip
-    """Writes the tokens of a source; returns the bytes of the text to learn."""
-    bos, size, out = [] if tokenizer.bos is None else [tokenizer.bos], 0, training
+) -> None:  # fmt: skip
+    """Writes the tokens of a source."""
+    bos, out = [] if tokenizer.bos is None else [tokenizer.bos], training
     position = 0
 
     def read(amount: int) -> None:
@@ -250,20 +248,17 @@ def _tokenize(
         contextlib.closing(_encoded(tokenizer, pieces)) as encoded,
     ):
         for piece, encoding in encoded:
-            content, ids, runs = piece.text.encode(), encoding.ids, []
+            ids, runs = encoding.ids, []
             if piece.starts:
-                is_held_out = hash_bytes(content) < config.held_out * 2**64
+                is_held_out = hash_bytes(piece.text.encode()) < config.held_out * 2**64
                 out = held_out if is_held_out else training
             if piece.spans is not None:
-                content = "".join(piece.text[slice(*span)] for span in piece.spans).encode()
                 runs = _runs(encoding.offsets, piece.spans)
-            size += len(content)
             if not piece.rendered:
                 ids = (bos if piece.starts else []) + ids
                 ids += [tokenizer.eos] if piece.ends else []
             out.add(ids, runs, piece.ends)
             advance(position, remark=f"{report.count(training.tokens + held_out.tokens)} tokens")
-    return size
 
 
 def _encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Any]]:
