@@ -101,7 +101,10 @@ def download(url: str, place: Path, pattern: str = "*") -> list[str]:
         if facts_of(target) == (entry.size, entry.mtime_ns):
             return
         with files.atomic_write(target) as partial:
-            with store.open_input_stream(entry.path) as source, partial.open("wb") as file:
+            with (
+                store.open_input_stream(entry.path, compression=None) as source,
+                partial.open("wb") as file,
+            ):
                 shutil.copyfileobj(source, file, 1 << 22)
             os.utime(partial, ns=(entry.mtime_ns, entry.mtime_ns))
 
@@ -193,10 +196,11 @@ class Copy:
         seals = {name for name in changed if SEAL.fullmatch(name)}
 
         def put(name: str) -> None:
+            path = f"{self.path}/{name}"
             if facts_of(self.folder / name) != now[name] and name in seals:
                 return  # the next time
             with contextlib.suppress(FileNotFoundError), open(self.folder / name, "rb") as source:
-                with self.bucket.open_output_stream(f"{self.path}/{name}") as file:
+                with self.bucket.open_output_stream(path, compression=None) as file:
                     shutil.copyfileobj(source, file, 1 << 22)
                 stored[name] = now[name]
 

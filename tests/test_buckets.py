@@ -40,11 +40,11 @@ class Bucket:
         here = path in self.objects
         return SimpleNamespace(path=path, is_file=here, size=len(content), mtime_ns=date)
 
-    def open_input_stream(self, path):
+    def open_input_stream(self, path, compression):
         return io.BytesIO(self.objects[path][0])
 
     @contextlib.contextmanager
-    def open_output_stream(self, path):
+    def open_output_stream(self, path, compression=None):
         stream = io.BytesIO()
         yield stream
         self.put(path, stream.getvalue())

@@ -31,13 +31,13 @@ class Mortal:
         self.store = store
     def __getattr__(self, name):
         return getattr(self.store, name)
-    def open_output_stream(self, name):
+    def open_output_stream(self, name, **options):
         global left
         _, found, rest = name.partition("/checkpoints/")
         left -= bool(found) and int(rest.partition("/")[0]) >= step
         if left <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.store.open_output_stream(name)
+        return self.store.open_output_stream(name, **options)
 def mortal(url):
     store, path = open_bucket(url)
     return Mortal(store), path
