@@ -168,6 +168,9 @@ def open_corpus(
         return TokenRange(store, 0, cut, seq_len), held_out
 
     share = 0.0 if config.eval_source else config.held_out
+    for part in itertools.chain(*(source.parts for source in sources)):  # processes share these
+        options = dataclasses.replace(config, held_out=share)
+        open_store(part, tokenizer, options, seq_len, wait=False)
     ranges = [[split(part, share) for part in source.parts or [source]] for source in sources]
     training = [tuple(training for training, _ in parts) for parts in ranges]
     held_out = tuple(held_out for parts in ranges for _, held_out in parts)

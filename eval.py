@@ -30,7 +30,7 @@ Data = data.Config  # a field of a config hides the module it is named after
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(processes.Config):
     """Score a model on a text, every token once, or on tasks of lm-eval."""
 
     run: str | None = None
@@ -69,6 +69,8 @@ class Config:
             raise UserError("--data with --run: it has its text; for another give its --model")
         if self.tasks and (self.html or self.data.source):
             raise UserError("--tasks with --html or --data.source: these are of a text, give one")
+        if self.tasks and (self.distributed or self.coordinator):
+            raise UserError("--tasks are for one process")
         if not (self.run or self.tasks or self.data.source or self.data.eval_source):
             raise UserError("--data.source is missing: name the text to score, or --tasks")
 
@@ -134,7 +136,7 @@ def score(config: Config) -> dict[str, int | float]:
     rows = -(-config.batch_size // mesh.size) * mesh.size  # each device has as many
     windows = sum(part.windows for part in corpus.held_out)
     limit = min(config.windows or windows, windows)
-    read = partial(data.evaluation, corpus, rows)
+    read = partial(data.evaluation, corpus, rows, *sharding.process_rows(mesh))
     on = {"to_device": partial(sharding.from_host, mesh=mesh), "dtype": sharding.compute_dtype()}
     with jax.set_mesh(mesh):
         batches = report.track(read(limit=limit), "scoring", -(-limit // rows))
@@ -144,10 +146,12 @@ def score(config: Config) -> dict[str, int | float]:
 
             some, title = min(limit, page.WINDOWS), f"{config.model} beside {config.teacher}"
             content = page.windows(model, teacher, read(limit=some), folder, **on)
-            page.write(files.local_path(config.html), title, content)
+            if jax.process_index() == 0:
+                page.write(files.local_path(config.html), title, content)
     if not means["tokens"]:
         raise UserError(f"{' '.join(source.source)}: no token to score")
-    counted = [batch.tokens[:, 1:][batch.mask] for batch in read(limit=limit)]
+    everything = data.evaluation(corpus, rows, limit=limit)
+    counted = [batch.tokens[:, 1:][batch.mask] for batch in everything]
     decoded = text.load_tokenizer(folder).encoder.decode(np.concatenate(counted).tolist())
     bits = means["tokens"] / math.log(2) / max(len(decoded.encode()), 1)  # a byte, of nats a token
     figures = {"tokens": means["tokens"], "ce": means["ce"]}
@@ -161,8 +165,10 @@ def score(config: Config) -> dict[str, int | float]:
 
 def main() -> None:
     config = errors.cli(Config)
-    processes.start()
-    with report.quietly(config.json):
+    processes.start(config)
+    first = jax.process_index() == 0
+    with processes.exit_with_peers(), report.quietly(config.json or not first):
+        processes.check_same(dict(files.flags(dataclasses.asdict(config))))
         config = config if config.run is None else of_run(config)
         if config.tasks:
             from runtime import tasks
@@ -175,7 +181,8 @@ def main() -> None:
             rows = [
                 [x, f"{y:,}" if x == "tokens" else report.figure(y)] for x, y in figures.items()
             ]
-        print(json.dumps(figures) if config.json else table(rows))
+        if first:
+            print(json.dumps(figures) if config.json else table(rows))
 
 
 if __name__ == "__main__":

@@ -321,7 +321,7 @@ def insert_prompts(frozen: tuple[Any, ...], state: DecodeState, decoding: Decodi
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Sampling):
+class Config(Sampling, processes.Config):
     """Let a model continue prompts, and keep what it writes as a data set to train on; or one
     --prompt, or its side of a --chat, on the terminal."""
 
@@ -376,6 +376,8 @@ class Config(Sampling):
         ways = (self.prompts is not None) + (self.prompt is not None) + self.chat
         if ways != 1 or (self.prompts is None) != (self.out is None):
             raise UserError("--prompts with --out, --prompt or --chat: give one of the three")
+        if self.prompts is None and (self.distributed or self.coordinator):
+            raise UserError("--prompt and --chat are for one process: give --prompts")
 
 
 def with_model_settings(config: Config, folder: Path) -> Config:
@@ -490,11 +492,13 @@ def run(config: Config) -> None:
     columns, decode = None, tokenizer.encoder.decode
     if out.suffix == ".parquet":  # what does not fit is refused now, not in the end
         columns = answers.schema([prompt.messages for prompt in prompts if prompt.messages])
-    if config.push is not None:
+    first = jax.process_index() == 0
+    if config.push is not None and first:
         commits.reserve(config.push, "dataset")
 
     def add(finished):
-        journal.add([answer(job, new.tolist(), decoding.stop, decode) for job, new in finished])
+        if first:
+            journal.add([answer(job, new.tolist(), decoding.stop, decode) for job, new in finished])
 
     def row(record):
         prompt, completion = prompts[record["prompt"]], record["completion"]
@@ -503,25 +507,34 @@ def run(config: Config) -> None:
         row = {"prompt": prompt.piece.text, "completion": completion, "messages": messages}
         return row | {name: record[name] for name in ("finish_reason", "n_tokens")}
 
-    begun, before = answers.journal_path(out).exists(), answers.settings_of(out, settings)
-    if out.exists() and config.resume and not (begun and before):
-        answers.check_settings(out, before, settings)
-        print(f"{out} is finished", file=sys.stderr)
-    else:
-        with answers.Journal(out, settings, resume=config.resume) as journal:
-            if missing := [job for job in jobs if job[:2] not in journal.offsets]:
-                write(config, missing, decoding, folder, add)
+    with contextlib.ExitStack() as opened:
+        finished, before, answered = False, answers.settings_of(out, settings), []
+        if first:  # the others lend it their devices
+            begun = answers.journal_path(out).exists()
+            finished = out.exists() and config.resume and not (begun and before)
+        if finished:
+            answers.check_settings(out, before, settings)
+            print(f"{out} is finished", file=sys.stderr)
+            answered = [job[:2] for job in jobs]
+        elif first:
+            journal = answers.Journal(out, settings, resume=config.resume)
+            answered = list(opened.enter_context(journal).offsets)
+        answered = set(map(tuple, processes.gather({"answered": answered})[0]["answered"]))
+        if missing := [job for job in jobs if job[:2] not in answered]:
+            write(config, missing, decoding, folder, add)
+        if first and not finished:
             answers.save(out, map(row, journal), columns, settings)
             journal.path.unlink()  # now that its answers are in the data set
-        print(f"{len(jobs)} answers  {out}")
-    if config.push is not None:
+            print(f"{len(jobs)} answers  {out}")
+    if config.push is not None and first:
         print(f"data set  {answers.upload(config.push, out, settings)}")
 
 
 def main() -> None:
     config = errors.cli(Config)
-    processes.start()
-    with report.quietly(config.quiet):
+    processes.start(config)
+    with processes.exit_with_peers(), report.quietly(config.quiet or jax.process_index() > 0):
+        processes.check_same(dict(files.flags(dataclasses.asdict(config))))
         converse(config) if config.prompts is None else run(config)
 
 

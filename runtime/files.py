@@ -222,6 +222,10 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+class InUse(UserError):
+    """Another process holds a lock."""
+
+
 @contextlib.contextmanager
 def lock(
     path: Path, guarded: Path | str | None = None, *, wait: bool = False, remedy: str = RESUME
@@ -240,7 +244,7 @@ def lock(
             if not isinstance(error, BlockingIOError):
                 raise
             what, remedy = guarded or path.parent, "wait for its end, or choose another name"
-            raise UserError(f"{what} is in use by another run: {remedy}") from None
+            raise InUse(f"{what} is in use by another run: {remedy}") from None
     try:
         yield
     finally:

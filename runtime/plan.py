@@ -247,6 +247,7 @@ def table(config: Config, placement: Placement, need: DeviceBytes, loss: int) ->
         ("activations", rest, "the rest of what the program works in"),
         ("in all", need.total, "an estimate, compiled for CPUs" if guess else ""),
         ("there is", memory, source),
+        ("a save", need.student + need.moments, "of the host for each device, while it is written"),
     ]
     if teacher_mesh is not None:
         rows.append(("its own", need.own_teacher, "of each device that is the teacher's alone"))

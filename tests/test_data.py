@@ -291,6 +291,23 @@ def test_parts_of_a_large_source_are_tokenized_by_themselves(tokenizer, tmp_path
 
     shutil.rmtree(tmp_path / "cache")
     built.clear()
+    locks, lock = [], files.lock
+    monkeypatch.setattr(
+        files, "lock", lambda path, *x, **y: locks.append(path) or lock(path, *x, **y)
+    )
+    assert whole(tokenizer, tmp_path, tmp_path) and len(built) == parts
+    shutil.rmtree(tmp_path / "cache")
+    built.clear()
+    with lock(locks[0]):  # as another process that builds this part
+        sharing = threading.Thread(target=whole, args=(tokenizer, tmp_path, tmp_path))
+        sharing.start()
+        while len(built) < parts - 1:
+            time.sleep(0.01)
+    sharing.join()
+    assert len(built) == parts and not list((tmp_path / "cache").glob(".*.lock"))
+
+    shutil.rmtree(tmp_path / "cache")
+    built.clear()
 
     def interrupted(source, *rest):
         if len(built) == 2:

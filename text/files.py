@@ -47,6 +47,7 @@ class Source:
     streaming: bool = False
     parts: tuple["Source", ...] = ()
     """What of a large source is tokenized by itself, and again where it has changed."""
+    is_part: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -136,12 +137,12 @@ def find(name: str, *, streaming: bool = False) -> Source:
             raise UserError(f"{name}: no file to read in it; expected {kinds}{pull}{convert}")
         if hidden or count > len(facts):
             report.say(f"{name}: {left_out}")
-    return _of_files(name, facts, _parts(facts))
+    parts = (Source(name, digest(x), _paths(x), is_part=True) for x in _parts(facts))
+    return Source(name, digest(facts), _paths(facts), parts=tuple(parts))
 
 
-def _of_files(name: str, facts: list[tuple], parts: Iterable[list[tuple]] = ()) -> Source:
-    files = tuple(Path(x[0]) for x in facts)
-    return Source(name, digest(facts), files, parts=tuple(_of_files(name, x) for x in parts))
+def _paths(facts: list[tuple]) -> tuple[Path, ...]:
+    return tuple(Path(path) for path, *_ in facts)
 
 
 def _parts(facts: list[tuple]) -> Iterable[list[tuple]]:

@@ -51,8 +51,11 @@ class Store:
     """Of all the above but the folder, and of the files."""
 
 
-def open_store(source: Source, tokenizer: Tokenizer, config: Any, seq_len: int) -> Store:
+def open_store(
+    source: Source, tokenizer: Tokenizer, config: Any, seq_len: int, *, wait: bool = True
+) -> Store | None:
     """The store of a source in the cache of a `data.Config`; built if there is none that is whole.
+    While another process builds it, this waits, or returns None.
 
     `config.held_out` is the share of the documents that are not to train on.
     """
@@ -64,10 +67,16 @@ def open_store(source: Source, tokenizer: Tokenizer, config: Any, seq_len: int) 
     with files.disk_errors(cache, REMEDY):
         if store := load(folder):
             return store
-        # Each builder takes all cores.
+        # Each builder takes all cores, but parts of a source are for processes to share.
+        lock = cache / (f".{folder.name}.lock" if source.is_part else ".lock")
         with contextlib.ExitStack() as stack:
             with report.progress("waiting for another process that tokenizes"):
-                stack.enter_context(files.lock(cache / ".lock", wait=True, remedy=REMEDY))
+                try:
+                    stack.enter_context(files.lock(lock, wait=wait, remedy=REMEDY))
+                except files.InUse:
+                    return None
+            if source.is_part:
+                stack.callback(lock.unlink, missing_ok=True)  # who waits finds the store
             if store := load(folder):  # another process has built it meanwhile
                 return store
             with files.atomic_write(folder, REMEDY) as partial:
@@ -122,7 +131,11 @@ def prune(cache: str | os.PathLike | None, limit: float) -> None:
     total = sum(size for _, size, _ in entries)
     for _, size, folder in entries:
         # While nobody builds one.
-        with contextlib.suppress(OSError, UserError), files.lock(cache / ".lock"):
+        part = cache / f".{folder.name}.lock"
+        with (
+            contextlib.suppress(OSError, UserError), files.lock(cache / ".lock"), files.lock(part)
+        ):  # fmt: skip
+            part.unlink()
             if total <= limit * 1e9:
                 return
             with open(folder / "store.json", "rb+") as file:

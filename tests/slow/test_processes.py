@@ -279,3 +279,49 @@ def test_a_meeting_of_processes_that_fails_ends_in_one_line(number):
     said = ended.stderr.splitlines()
     assert len(said) == 1 and said[0].startswith("error: the processes could not meet"), said
     assert where in said[0] and "did not answer in 1 s" in said[0]
+
+
+def together(program: str, count: int, *flags: str) -> list[str]:
+    """What each of so many processes of a program prints, with four devices in all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    several = ["--coordinator", where, "--processes", str(count), "--process-id"]
+    several = [[*several, str(i)] if count > 1 else [] for i in range(count)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / program), *flags, *own],
+            cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": str(4 // count)}, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for own in several
+    ]  # fmt: skip
+    said = [process.communicate(timeout=240) for process in running]
+    assert [process.returncode for process in running] == [0] * count, said
+    lines = ([x for x in out.splitlines() if not x.startswith("[Gloo]")] for out, _ in said)
+    return ["\n".join(x) for x in lines]
+
+
+def test_processes_write_what_one_does(tmp_path):
+    stories = (ROOT / "demo" / "stories.txt").read_text().split("\n\n")
+    (tmp_path / "prompts.txt").write_text("\n".join(story[:30] for story in stories[:12]))
+    written = []
+    for count in (1, 2):
+        out = tmp_path / f"{count}.jsonl"
+        flags = ["--model", "demo/teacher", "--prompts", str(tmp_path / "prompts.txt")]
+        flags += ["--max-new", "24", "--batch-size", "8", "--samples", "2", "--quiet"]
+        said = together("generate.py", count, *flags, "--out", str(out))
+        assert "24 answers" in said[0] and not any(said[1:]), said
+        written.append(out.read_text())
+    assert written[0] == written[1] and written[0].count("\n") == 24
+
+
+def test_processes_score_as_one_does():
+    flags = ["--model", "demo/teacher", "--teacher", "demo/teacher", "--data.source"]
+    flags += ["demo/stories.txt", "--data.documents", "paragraph", "--windows", "20", "--json"]
+    figures = []
+    for count in (1, 2):
+        first, *others = together("eval.py", count, *flags, "--seq-len", "64")
+        assert not any(others)
+        figures.append(json.loads(first))
+    assert figures[1] == pytest.approx(figures[0], rel=1e-6, abs=1e-9)
