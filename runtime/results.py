@@ -60,7 +60,8 @@ def step_logger(
     peak = plan.matrix_peak(config.compute_dtype)
     totals: collections.Counter[str] = collections.Counter()
     least = flops * (run.tokens(config.steps) - run.tokens(start)) / peak
-    report.say(f"time      about {report.duration(2 * least)}, at half of these devices' peak")
+    when = "at half of these devices' peak; --tokens sets it"
+    report.say(f"time      about {report.duration(2 * least)}, {when}")
 
     def log_step(number: int, metrics: dict[str, Any]) -> None:
         metrics = jax.device_get(metrics)
