@@ -891,7 +891,7 @@ def test_a_chat_remembers_and_compiles_once(chat, monkeypatch, capsys):
     [
         ({}, "--prompts with --out, --prompt or --chat: give one of the three"),
         ({"prompt": "a", "prompts": "b", "out": "c.jsonl"}, "give one of the three"),
-        ({"chat": True, "distributed": True}, "--prompt and --chat are for one process: give --pr"),
+        ({"prompt": "a", "coordinator": "b:1"}, "--prompt and --chat are for one process"),
         ({"prompts": "b"}, "--prompts with --out, "),
         ({"prompt": "a", "out": "c.jsonl"}, "--prompts with --out, "),
         ({"prompt": "a" * 200}, "--prompt: all 1 prompts are longer than 116 .* lower --max-new"),
