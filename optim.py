@@ -29,8 +29,8 @@ class Config:
     name: Literal["adamw", "lion", "adafactor", "sgd", "muon"] = "adamw"
     """The update rule; muon takes the matrices of the blocks and leaves the rest to adamw."""
     lr: Annotated[float | None, above(0)] = None
-    """Learning rate at the peak; by default 3e-4, of fresh weights 1e-3, of a --student as it is
-    5e-5. Muon and adafactor are scaled so that values for adamw serve."""
+    """Learning rate at the peak; by default 3e-4, of fresh weights 1e-3, of a student that is given
+    whole 5e-5. Muon and adafactor are scaled so that values for adamw serve."""
     lr_end: Annotated[float, at_least(0)] = 0.0
     """Learning rate at the end of the run (linear, cosine, wsd), at most --optim.lr."""
     warmup: Annotated[int | None, at_least(0)] = None

@@ -201,6 +201,8 @@ def _refusal(printed: str, args: Sequence[str]) -> str:
     _, body, *sections = re.split(r"(?m)^ *(?:- [\w ]+ -+|-{8,}) *\n", text)
     # What a `__post_init__` complains of comes behind the name of a class or a group of flags.
     reason = re.sub(r"^Error parsing \w[\w.-]*: |Got errors:.*", "", _one_line(body)).rstrip(" .")
+    optional = r"no type matching \{None\}\|(\w+) could be instantiated from \[(.*?)\]"
+    reason = re.sub(optional, r"expected \1, found \2", reason)
     words = [word for arg in args for word in arg.split("=", 1)]
     stray = re.match(r"Unrecognized options: ([^-,][^,]*)", reason)
     if stray and stray[1] in words:  # a value too many, behind some flag

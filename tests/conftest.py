@@ -3,6 +3,8 @@
 import gc
 import importlib.util
 import os
+import sys
+from types import SimpleNamespace
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
@@ -28,6 +30,16 @@ def forgotten():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def empty_pages(monkeypatch):
+    """Runs of a test leave a report.html without text, whose program would compile for long. Those
+    of the fixtures of a whole module have it, and are looked at."""
+    if results := sys.modules.get("runtime.results"):
+        page = SimpleNamespace(**vars(results.page))
+        page.windows = lambda *_, **__: {"windows": [], "names": {}}
+        monkeypatch.setattr(results, "page", page)
 
 
 @pytest.fixture
