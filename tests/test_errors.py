@@ -169,7 +169,7 @@ def test_flags_make_a_config(args, config):
         ("--data.source a b --steps x", "--steps: invalid literal for int() with base 10: 'x'"),
         ("--steps=1.5", "base 10: '1.5'; expected --steps INT"),
         ("--loss.alpha half", "'half'; expected --loss.alpha FLOAT"),
-        ("--data.rows many", "from ['many']; expected --data.rows INT"),
+        ("--data.rows many", "expected INT, found 'many'; expected --data.rows INT"),
         (
             "--loss.kind mse",
             "'mse' for argument '--loss.kind'. Expected one of ('forward', 'reverse')",
