@@ -101,12 +101,13 @@ class Config(processes.Config):
     student_heal: students.Heal = "auto"
     """Solve projections of a cut student for the teacher's states before the first step: of the
     blocks before and after what was removed (seams), of all from the first of these, or none; auto
-    is seams where the text is long enough."""
+    is all where the text is long enough."""
     student_stages: Annotated[int, at_least(1)] = 1
     """Remove blocks in so many stages: the student trains between them, and each later one chooses
     among the blocks that it has then."""
-    heal_tokens: Annotated[int, at_least(1)] = 16384
-    """Tokens of text that --student-heal reads, or all where there are fewer."""
+    heal_tokens: Annotated[int | None, at_least(1)] = None
+    """Tokens of text that --student-heal reads, or all where there are fewer; by default 16384 for
+    the demo, else half as many as the run trains on, from 16384 to 262144."""
 
     student_embed: Annotated[int | None, at_least(1)] = None
     """Width of the student, by default the teacher's: a cut keeps the channels that norms make the
@@ -283,7 +284,7 @@ MAY_CHANGE = frozenset({
     "--data.cache", "--data.cache-limit", "--data.streaming", "--profile-steps", "--plan",
     "--devices", "--topology", "--device-memory", "--force", "--distributed", "--coordinator",
     "--processes", "--process-id", "--requeue-status", "--export", "--push", "--save-minutes",
-    "--track", "--hang-limit",
+    "--track", "--hang-limit", "--heal-tokens",
     "--data.text-field",  # what it says of the text is compared itself
 })  # fmt: skip
 # Of these, the ones that a finished run cannot heed any more.
@@ -361,15 +362,18 @@ def with_defaults(config: Config) -> Config:
 
 
 def _schedule(config: Config, start: Any, a_step: int) -> dict[str, int]:
-    """How many steps, of so many tokens, a run has, and between evaluations and saves."""
+    """How many steps, of so many tokens, a run has, and between evaluations and saves, and how many
+    tokens it heals by: their first ten thousands are worth more than steps that take as long."""
     steps = config.steps
     if steps is None:  # those of --epochs follow when the text is open
         usual = sum(leaf.size for leaf in jax.tree.leaves(start)) // 20
         steps = math.ceil((config.tokens or max(usual, 300 * a_step)) / a_step)
     save_every = steps if config.save_minutes else max(100, steps // 20)
     eval_every = config.eval_every or max(100, steps // 10)
+    heal_tokens = 16384 if start is None else min(max(steps * a_step // 2, 16384), 262144)
     return {
         "steps": steps, "eval_every": eval_every, "save_every": config.save_every or save_every,
+        "heal_tokens": config.heal_tokens or heal_tokens,
     }  # fmt: skip
 
 

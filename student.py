@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
 import models
 import sharding
 from losses import divergences, features, signal
-from models.attention import Hidden, positions
+from models.attention import Hidden, einsum_f32, positions
 from models.base import LanguageModel, intermediates
 from runtime.errors import UserError
 
@@ -26,14 +27,14 @@ GROWTH = ("grow", "grow-stack")  # how a student becomes deeper
 
 # Of the greedy choice. A head over a large vocabulary costs a token as much as several blocks.
 LOGITS, LEAST = 2**24, 256  # of the positions that judge a candidate, and how many these are
-SHARE = 8  # one block of so many may go in a round,
-SPREAD = 2.0  # if it adds at most this times what the cheapest adds to the KL
-JUDGED = 8  # blocks that are judged in every round, or half of them if that is more
+JUDGED = 4  # blocks that are judged in every round at least
 CANDIDATES, MULTIPLE = 4, 16  # students of a size that are compared; divides their MLP widths
 WIDTHS = ("embed", "mlp", "heads")  # that can be cut; heads of keys and values with their heads
 Heal = Literal["auto", "none", "seams", "all"]
-DAMPING = 0.3  # of a healing solve, as a share of the mean of the diagonal
-PART = 2048  # tokens of healing text that go through a block at a time
+# Of a healing solve, as a share of each input's square. A third is better at first, and worse after
+# some training.
+DAMPING = 1.0
+PART = 8192  # tokens of healing text that go through a block at a time
 
 
 class Calibration(NamedTuple):
@@ -89,9 +90,9 @@ def choose_layers(
     save: Callable[[Choice], None] = lambda choice: None,
     progress: Callable[[int, int, str], None] = lambda done, total, figure: None,
 ) -> Choice:
-    """Which `layers` of the teacher's blocks a student keeps: `greedy` removes in rounds the blocks
+    """Which `layers` of the teacher's blocks a student keeps: `greedy` removes one by one the block
     whose absence moves the output least; `influence` removes those that turn their input least, all
-    at once. `save` is called after each round; a choice goes on from `start`, one of these."""
+    at once. `save` is called after each; a choice goes on from `start`, one of these."""
     depth, listed = teacher.config.layers, parse(how)
     check(depth, layers, how)
     if listed is not None:
@@ -113,40 +114,32 @@ def choose_layers(
 
 
 def greedy(teacher, layers, calibration, dtype, start, save, progress) -> Choice:
-    """The choice of `choose_layers` that removes blocks in rounds."""
+    """The choice of `choose_layers` that removes one block at a time."""
     sample = sample_positions(calibration, teacher.config.vocab)
     first, log_p, _ = forward(teacher, calibration, sample, dtype)
-    depth, done = teacher.config.layers, 0
-    remaining, kl, increases = start or Choice(tuple(range(depth)), 0.0)
-
-    def kl_without(i: int, x: Hidden) -> tuple[Array, Hidden]:
-        # Padded to one length: every candidate of every round runs the same compiled program.
-        order = jnp.array([*remaining, *[0] * (depth - len(remaining))])
-        place = jnp.array(i), jnp.array(len(remaining))
-        return ablate(teacher, x, log_p, calibration, sample, order, *place)
-
+    depth, states, done = teacher.config.layers, [first], 0
+    remaining, kl, increases = start or Choice(tuple(range(depth)), 0.0, (-np.inf,) * depth)
     while len(remaining) > layers:
-        # What a block adds seldom falls as others go: those that added much are not judged again.
-        limit = max(JUDGED, len(remaining) // 2) if increases else depth
-        judged = np.argsort(increases or remaining, kind="stable")[:limit].tolist()
-        x, costs, total, n = first, [np.inf] * len(remaining), done + len(judged), len(remaining)
-        while (n := n - max(1, min(n // SHARE, n - layers))) > layers:
-            total += min(n, max(JUDGED, n // 2))
-        for i, layer in enumerate(remaining):
-            if i not in judged:
-                x = block_states(teacher, jnp.array(layer), x, calibration)[1]
-                continue
-            costs[i], x = kl_without(i, x)
+        for layer in remaining[len(states) - 1 : -1]:  # those before what went are as they were
+            states.append(block_states(teacher, jnp.array(layer), states[-1], calibration)[1])
+        # Padded to one length: every candidate of every round runs the same compiled program.
+        order, costs = jnp.array([*remaining, *[0] * (depth - len(remaining))]), {}
+        for i in np.argsort(increases, kind="stable").tolist():
+            # What a block adds seldom falls as others go: the rest added more when judged last.
+            if len(costs) >= JUDGED and min(costs.values()) - kl <= increases[i]:
+                break
+            place = jnp.array(i), jnp.array(len(remaining))
+            cost = ablate(teacher, states[i], log_p, calibration, sample, order, *place)
+            costs[i] = float(np.nan_to_num(jax.device_get(cost), nan=np.inf))
             done += 1
+            total = max(done, depth) + JUDGED * (len(remaining) - layers - 1)
             progress(done, total, f"{len(remaining)} blocks, KL {kl:.3f}")
-        costs = np.array(jax.device_get(costs))
-        if not np.isfinite(costs).any():
+        gone = min(costs, key=costs.__getitem__)
+        if not np.isfinite(costs[gone]):
             raise UserError("the teacher's output is not finite on the calibration windows")
-        removed = expendable(costs, kl, min(len(costs) // SHARE, len(costs) - layers))
-        rest = [i for i in range(len(costs)) if i not in removed]
-        increases = tuple(float(costs[i] - kl if i in judged else increases[i]) for i in rest)
-        remaining = tuple(remaining[i] for i in rest)
-        kl = float(costs[removed[0]] if len(removed) == 1 else kl_without(-1, first)[0])
+        increases = [costs[i] - kl if i in costs else x for i, x in enumerate(increases)]
+        increases, kl = (*increases[:gone], *increases[gone + 1 :]), costs[gone]
+        remaining, states = (*remaining[:gone], *remaining[gone + 1 :]), states[: gone + 1]
         save(Choice(remaining, kl, increases))
     return Choice(remaining, kl, increases)
 
@@ -157,18 +150,6 @@ def sample_positions(calibration: Calibration, vocab: int) -> Int[Array, " rows"
     counted = np.flatnonzero(np.asarray(calibration.mask))
     places = np.linspace(0, len(counted) - 1, min(len(counted), max(LEAST, LOGITS // vocab)))
     return jnp.asarray(counted[places.astype(int)])
-
-
-def expendable(costs: np.ndarray, kl: float, limit: int) -> list[int]:
-    """The places of the blocks that go in one round: the one that costs least, and up to `limit`
-    others that cost little more than it. They are no neighbours: those do similar work, and one may
-    go only because the other is there."""
-    cheapest, *others = np.argsort(costs, kind="stable").tolist()  # NaN is last
-    removed, most = [cheapest], kl + SPREAD * max(costs[cheapest] - kl, 0)
-    for i in others:
-        if len(removed) < limit and costs[i] <= most and all(abs(i - j) > 1 for j in removed):
-            removed.append(i)
-    return removed
 
 
 def block_fn(teacher: LanguageModel, calibration: Calibration) -> Callable[[Array, Array], Array]:
@@ -224,12 +205,12 @@ def ablate(
     order: Int[Array, " layers"],
     i: Int[Array, ""],
     count: Int[Array, ""],
-) -> tuple[Float32[Array, ""], Hidden]:
-    """The KL if block `order[i]` goes, and the states after it: `x` are the states before it."""
+) -> Float32[Array, ""]:
+    """The KL if block `order[i]` goes: `x` are the states before it."""
     apply = block_fn(teacher, calibration)
     last = jax.lax.fori_loop(i + 1, count, lambda j, x: apply(order[j], x), x)
     terms = divergences.kl(log_p, log_probs(teacher, last, sample))
-    return jnp.mean(jnp.sum(terms, 0)), apply(order[i], x)
+    return jnp.mean(jnp.sum(terms, 0))
 
 
 @sharding.jit
@@ -402,8 +383,14 @@ def heal(
         for name, target in (("output", middle), ("down", goal)) if solves[k] else ():
             target = target if embed is None else [states[..., embed] for states in target]
             equations = partial(normal_equations, healed, name, jnp.array(k))
-            healed = solve(healed, name, k, map(equations, x, target, parts))
-        x = [block_states(healed, jnp.array(k), *both)[1] for both in zip(x, parts, strict=True)]
+            *sums, inputs, states = zip(*map(equations, x, target, parts), strict=True)
+            healed, change = solve(healed, name, k, *sums)
+        if solves[k]:  # `down` was the last
+            x = list(map(changed, states, inputs, repeat(change)))
+        else:
+            x = [
+                block_states(healed, jnp.array(k), *both)[1] for both in zip(x, parts, strict=True)
+            ]
         progress(k + 1, len(layers), "")
     before, after = (kl_between(teacher, model, judge, dtype) for model in (student, healed))
     return healed if after < before else student, before, after
@@ -413,7 +400,7 @@ def blocks_to_heal(layers: Sequence[int], teacher: LanguageModel, how: Heal) -> 
     """Whether each block of the student is healed."""
     gaps = np.diff([-1, *layers, teacher.config.layers]) > 1  # before each, and behind the last
     seams = gaps[:-1] | gaps[1:]
-    return (np.maximum.accumulate(seams) if how == "all" else seams).tolist()
+    return (seams if how == "seams" else np.maximum.accumulate(seams)).tolist()
 
 
 @sharding.jit
@@ -434,33 +421,42 @@ def block_states(model: LanguageModel, layer: Int[Array, ""], x: Hidden, text: C
 def normal_equations(
     model: LanguageModel, name: str, layer: Int[Array, ""], x: Hidden, target: Hidden,
     text: Calibration,
-) -> tuple[Float32[Array, "inputs inputs"], Float32[Array, "inputs embed"]]:  # fmt: skip
-    """Of the change of a projection that brings the states behind it to `target`. A token weighs
-    1 / |target|: a few have huge states, and alone would decide."""
+) -> tuple[Array, Array, Array, Hidden]:  # fmt: skip
+    """Of the change of a projection that brings the states behind it to `target`: both sides, then
+    its inputs and these states as they are. A token weighs 1 / |target|: a few have huge states,
+    and alone would decide."""
     with intermediates() as values:
         values["whole"] = block_fn(model, text)(layer, x)
-    states = values["middle" if name == "output" else "whole"].astype(jnp.float32)
-    features = values[name].reshape(*x.shape[:2], -1).astype(jnp.float32)
+    states = values["middle" if name == "output" else "whole"]
+    inputs = values[name].reshape(*x.shape[:2], -1)
     target = target.astype(jnp.float32)
     weight = jnp.where(text.mask, 1 / jnp.linalg.norm(target, axis=-1), 0)[..., None]
-    product = partial(jnp.einsum, precision="highest")
-    gram = product("bsi,bsj->ij", weight * features, features)
-    return gram, product("bsi,bse->ie", weight * features, target - states)
+    product, left = partial(jnp.einsum, precision="highest"), weight * inputs.astype(jnp.float32)
+    gram = product("bsi,bsj->ij", left, inputs.astype(jnp.float32))
+    return gram, product("bsi,bse->ie", left, target - states), inputs, states
 
 
-def solve(student: LanguageModel, name: str, layer: int, equations: Any) -> LanguageModel:
-    """The student with one projection of a block changed, by ridge regression in float64."""
-    gram, moment = (
-        sum(np.float64(sharding.to_host(x)) for x in parts)
-        for parts in zip(*equations, strict=True)
-    )
-    gram[np.diag_indices_from(gram)] += DAMPING * np.mean(np.diag(gram))
-    change = np.linalg.solve(gram, moment).T.astype(np.float32)
-    leaf = getattr(student.blocks, name)
+@sharding.jit
+def changed(states: Hidden, inputs: Array, change: Float32[Array, "inputs embed"]) -> Hidden:
+    """The states behind a projection that was changed."""
+    return (states + einsum_f32("bsi,ie->bse", inputs, change)).astype(states.dtype)
+
+
+def solve(
+    student: LanguageModel, name: str, layer: int, grams: Sequence[Array], moments: Sequence[Array]
+) -> tuple[LanguageModel, np.ndarray]:
+    """The student with one projection of a block changed, by ridge regression in float64, and the
+    change."""
+    gram, moment = (sum(np.float64(sharding.to_host(x)) for x in xs) for xs in (grams, moments))
+    squares = np.diag(gram)
+    gram[np.diag_indices_from(gram)] += DAMPING * squares + 1e-6 * np.mean(squares)
+    change = np.linalg.solve(gram, moment).astype(np.float32)
     # From one process: the libraries of another machine may round otherwise.
-    change = np.asarray(broadcast_one_to_all(change)).reshape(leaf.shape[1:]).astype(leaf.dtype)
-    changed = jax.device_put(leaf.at[layer].add(change), leaf.sharding)
-    return eqx.tree_at(lambda model: getattr(model.blocks, name), student, changed)
+    change = np.asarray(broadcast_one_to_all(change))
+    leaf = getattr(student.blocks, name)
+    step = change.T.reshape(leaf.shape[1:]).astype(leaf.dtype)
+    leaf = jax.device_put(leaf.at[layer].add(step), leaf.sharding)
+    return eqx.tree_at(lambda model: getattr(model.blocks, name), student, leaf), change
 
 
 def kl_between(teacher: LanguageModel, student: LanguageModel, text: Calibration, dtype: Any):

@@ -138,7 +138,8 @@ class Run(NamedTuple):
         rows = self.config.batch_size
         if self.placement.teacher_mesh is None:  # else they are to divide over its devices too
             rows //= self.config.microbatches
-        limit = limit or self.config.eval_windows
+        windows = sum(part.windows for part in self.corpus.held_out)
+        limit = min(limit or self.config.eval_windows, windows)
         batches = data.evaluation(self.corpus, rows, *self.process_rows, limit=limit)
         return batches, -(-limit // rows)
 
