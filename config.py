@@ -60,7 +60,7 @@ class Config(processes.Config):
     """Blocks of the student; by default half of the teacher's."""
     student_params: Annotated[float | None, below(0, 1)] = None
     """Share of the parameters of the teacher's blocks: a few students with fewer blocks, narrower
-    MLPs or both are cut and healed, and the one with the lowest KL is trained."""
+    MLPs or both are cut, healed by less text, and the one with the lowest KL is trained."""
     steps: Annotated[int | None, at_least(1)] = None
     """Optimizer steps; by default 300 for the demo, else a token for every twenty parameters of the
     teacher or --student, but at least 300."""
@@ -274,8 +274,8 @@ def profile_window(steps: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-# What may differ between a run and its continuation. Of these, only `steps` changes what follows:
-# the schedules end there.
+# What may differ between a run and its continuation. Of these, only `steps` and, in the later ones
+# of --student-stages, `heal-tokens` change what follows.
 MAY_CHANGE = frozenset({
     "--out", "--resume", "--resume-anyway", "--steps", "--tokens", "--epochs", "--time-limit",
     "--eval-every", "--eval-windows", "--eval-teacher", "--save-every", "--keep", "--keep-best",
@@ -363,7 +363,7 @@ def with_defaults(config: Config) -> Config:
 
 def _schedule(config: Config, start: Any, a_step: int) -> dict[str, int]:
     """How many steps, of so many tokens, a run has, and between evaluations and saves, and how many
-    tokens it heals by: their first ten thousands are worth more than steps that take as long."""
+    tokens it heals by: the first tens of thousands are worth more than steps that take as long."""
     steps = config.steps
     if steps is None:  # those of --epochs follow when the text is open
         usual = sum(leaf.size for leaf in jax.tree.leaves(start)) // 20

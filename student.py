@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -92,7 +91,7 @@ def choose_layers(
 ) -> Choice:
     """Which `layers` of the teacher's blocks a student keeps: `greedy` removes one by one the block
     whose absence moves the output least; `influence` removes those that turn their input least, all
-    at once. `save` is called after each; a choice goes on from `start`, one of these."""
+    at once. `save` is called after each removal; a choice goes on from `start`, one of these."""
     depth, listed = teacher.config.layers, parse(how)
     check(depth, layers, how)
     if listed is not None:
@@ -130,9 +129,11 @@ def greedy(teacher, layers, calibration, dtype, start, save, progress) -> Choice
                 break
             place = jnp.array(i), jnp.array(len(remaining))
             cost = ablate(teacher, states[i], log_p, calibration, sample, order, *place)
-            costs[i] = float(np.nan_to_num(jax.device_get(cost), nan=np.inf))
+            cost = float(broadcast_one_to_all(jax.device_get(cost)))  # all judge as many
+            costs[i] = np.inf if np.isnan(cost) else cost
             done += 1
-            total = max(done, depth) + JUDGED * (len(remaining) - layers - 1)
+            later = JUDGED * (len(remaining) - layers - 1)
+            total = max(done, JUDGED if start else depth) + later
             progress(done, total, f"{len(remaining)} blocks, KL {kl:.3f}")
         gone = min(costs, key=costs.__getitem__)
         if not np.isfinite(costs[gone]):
@@ -358,10 +359,12 @@ def heal(
     states behind each come close to the teacher's, of whose channels it has `embed`: of the blocks
     before and after what was removed (`seams`), or of all from the first of these (`all`); of all
     where widths were cut. One block after the other, each reads what the healed ones before it
-    give. An eighth of the windows tells the KL before and after; where it did not fall, the student
-    is as it was."""
+    give. An eighth of the windows, at most PART tokens, tells the KL before and after; where it
+    did not fall, the student is as it was."""
     rows, seq = calibration.tokens.shape
-    solved, step = rows - max(1, rows // 8), max(1, PART // seq)
+    shards = sharding.num_shards("batch")  # over which parts are to divide
+    solved = rows - max(1, min(rows // 8, PART // seq))
+    step = max(1, PART // seq // shards) * shards
     judge = Calibration(*(x[solved:] for x in calibration))
     starts = range(0, solved, step)
     parts = [Calibration(*(x[i : min(i + step, solved)] for x in calibration)) for i in starts]
@@ -382,11 +385,14 @@ def heal(
                 middle = after_attention
         for name, target in (("output", middle), ("down", goal)) if solves[k] else ():
             target = target if embed is None else [states[..., embed] for states in target]
-            equations = partial(normal_equations, healed, name, jnp.array(k))
-            *sums, inputs, states = zip(*map(equations, x, target, parts), strict=True)
+            sums, behind = (), []
+            for each in zip(x, target, parts, strict=True):
+                *sides, inputs, states = normal_equations(healed, name, jnp.array(k), *each)
+                sums = [y + z for y, z in zip(sums, sides, strict=True)] if sums else sides
+                behind.append((states, inputs))
             healed, change = solve(healed, name, k, *sums)
         if solves[k]:  # `down` was the last
-            x = list(map(changed, states, inputs, repeat(change)))
+            x = [changed(*both, change) for both in behind]
         else:
             x = [
                 block_states(healed, jnp.array(k), *both)[1] for both in zip(x, parts, strict=True)
@@ -443,11 +449,11 @@ def changed(states: Hidden, inputs: Array, change: Float32[Array, "inputs embed"
 
 
 def solve(
-    student: LanguageModel, name: str, layer: int, grams: Sequence[Array], moments: Sequence[Array]
+    student: LanguageModel, name: str, layer: int, *equations: Array
 ) -> tuple[LanguageModel, np.ndarray]:
     """The student with one projection of a block changed, by ridge regression in float64, and the
     change."""
-    gram, moment = (sum(np.float64(sharding.to_host(x)) for x in xs) for xs in (grams, moments))
+    gram, moment = (np.float64(sharding.to_host(x)) for x in equations)
     squares = np.diag(gram)
     gram[np.diag_indices_from(gram)] += DAMPING * squares + 1e-6 * np.mean(squares)
     change = np.linalg.solve(gram, moment).astype(np.float32)

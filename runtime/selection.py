@@ -20,7 +20,7 @@ from runtime.errors import UserError
 
 FILE = "choice.json"  # of a run
 ROUNDS = "choice-rounds.json"  # what remains after each round of a choice that goes on
-JUDGED = 16384  # tokens, at most, by which a candidate of --student-params is healed
+TRIAL = 16384  # tokens that heal a candidate of --student-params, or two for each input of a solve
 
 
 def candidates(config: Config) -> list[Config]:
@@ -110,7 +110,9 @@ def judge(
     config: Config, teacher: LanguageModel, layers: list[int], corpus: data.Corpus
 ) -> dict[str, Any]:
     """Size and KL of the student with these blocks, on text that no choice and no healing reads."""
-    config = dataclasses.replace(config, heal_tokens=min(config.heal_tokens, JUDGED))
+    shape = student_config(config)
+    enough = max(TRIAL, 2 * shape.mlp, 2 * shape.heads * shape.head_dim)
+    config = dataclasses.replace(config, heal_tokens=min(config.heal_tokens, enough))
     read = max(config.calibration_windows, -(-config.heal_tokens // config.seq_len))
     text = calibration(corpus, config.calibration_windows, first=read)
     student = cut_and_heal(config, teacher, layers, corpus)

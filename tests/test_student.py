@@ -360,8 +360,8 @@ def test_a_solve_is_ridge_regression_with_weights():
     x = student.first_states(teacher, text.tokens, None)
     target = x + jax.random.normal(jax.random.key(3), x.shape)
     block = teacher, "down", jnp.array(2), x, target, text
-    grams, moments, inputs, states = student.normal_equations(*block)
-    healed, change = student.solve(teacher, "down", 2, [grams], [moments])
+    gram, moment, inputs, states = student.normal_equations(*block)
+    healed, change = student.solve(teacher, "down", 2, gram, moment)
     behind = student.block_states(healed, jnp.array(2), x, text)[1]
     np.testing.assert_allclose(student.changed(states, inputs, change), behind, atol=1e-3)
     w = jax.tree.map(lambda leaf: np.asarray(leaf[2], np.float64), teacher.blocks)
@@ -652,7 +652,7 @@ def test_every_program_gets_the_compiler_options_of_a_step(monkeypatch):
     student.__spec__.loader.exec_module(copy)
     assert programs == {
         "forward", "ablate", "importance", "first_states", "block_states", "changed",
-            "normal_equations",
+        "normal_equations",
     }  # fmt: skip
 
 
