@@ -27,7 +27,7 @@ from runtime.errors import UserError
 PAUSE = 10.0  # seconds between two copies of what has changed
 THREADS = 8
 # What says that other files are whole: it is written after them, and removed before them.
-SEAL = re.compile(r"checkpoints/\d+/manifest/metadata|exported\.json")
+SEAL = re.compile(r"checkpoints/\d+/manifest/metadata|exported\.json|student-best/config\.json")
 PASSING = re.compile(r"(.*/)?\..*|checkpoints/\d+\..*")  # locks, and what is half written
 
 Facts = tuple[int, int]  # size and date of a file
@@ -191,8 +191,8 @@ class Copy:
         """Copies what has changed, and removes what is gone."""
         now, stored = self.listing(), self.stored
         changed = {x for x in now.keys() | stored.keys() if now.get(x) != stored.get(x)}
-        if any(name.startswith("student/") for name in changed):
-            changed.add("exported.json")
+        seals = {"student/": "exported.json", "student-best/": "student-best/config.json"}
+        changed |= {seals[x] for x in seals if any(name.startswith(x) for name in changed)}
         seals = {name for name in changed if SEAL.fullmatch(name)}
 
         def put(name: str) -> None:

@@ -135,6 +135,9 @@ def test_in_every_state_of_the_copy_what_is_sealed_is_whole(bucket, tmp_path):
         shutil.rmtree(folder / "checkpoints" / str(step - 1), ignore_errors=True)
         (folder / ".lock").write_text("")
         (folder / "metrics.jsonl").write_text("line\n" * step)
+        for name in ("config.json", "model.safetensors"):
+            (folder / "student-best").mkdir(exist_ok=True)
+            (folder / "student-best" / name).write_text(f"of step {step}")
         if step != 2:
             export(folder, step)
         copy.update()
@@ -153,6 +156,8 @@ def test_in_every_state_of_the_copy_what_is_sealed_is_whole(bucket, tmp_path):
             step = json.loads(state["exported.json"])["step"]
             assert state["student/config.json"] == state["student/model.safetensors"]
             assert state["student/config.json"] == f"of step {step}"
+        if best := state.get("student-best/config.json"):
+            assert state["student-best/model.safetensors"] == best
     assert whole == set("123") and len(bucket.states) > 20
 
 
