@@ -191,8 +191,10 @@ class Copy:
         """Copies what has changed, and removes what is gone."""
         now, stored = self.listing(), self.stored
         changed = {x for x in now.keys() | stored.keys() if now.get(x) != stored.get(x)}
-        seals = {"student/": "exported.json", "student-best/": "student-best/config.json"}
-        changed |= {seals[x] for x in seals if any(name.startswith(x) for name in changed)}
+        sealed_by = {"student/": "exported.json", "student-best/": "student-best/config.json"}
+        for folder, seal in sealed_by.items():
+            if any(name.startswith(folder) for name in changed):
+                changed.add(seal)
         seals = {name for name in changed if SEAL.fullmatch(name)}
 
         def put(name: str) -> None:

@@ -430,6 +430,15 @@ def test_a_run_heals_its_student_before_the_first_step(run, capsys):
             Config_of_run(student_heal="all", **other)
 
 
+@pytest.mark.parametrize("steps, tokens", [(10, 16384), (1000, 32000), (10000, 262144)])
+def test_a_run_heals_by_half_as_much_text_as_it_trains_on(steps, tokens):
+    shape = {"steps": steps, "batch_size": 4, "seq_len": 16}
+    for more, expected in (({}, tokens), ({"heal_tokens": 7}, 7)):
+        config = Config_of_run(teacher=str(FIXTURES / "llama-2"), **shape, **more)
+        assert with_defaults(config).heal_tokens == expected
+    assert with_defaults(Config_of_run(**shape)).heal_tokens == 16384  # the demo
+
+
 def test_healing_that_does_not_help_is_left_out(monkeypatch):
     teacher = teacher_of()
     shorter = student.cut(teacher, {"layers": (0, 1, 5)})
