@@ -342,7 +342,9 @@ def train(config: Config) -> Path:
             names = () if jax.process_index() else config.track
             run = run._replace(track=trackers.open_all(names, folder, int(state.step)))
             if int(state.step) < config.steps and not config.export:
-                with checkpoint.Checkpoints(out / "checkpoints", config.keep) as saved:
+                apart = buckets.in_bucket(config.out)
+                saves = checkpoint.Checkpoints(out / "checkpoints", config.keep, shared=not apart)
+                with saves as saved:
                     while (done := int(state.step)) < config.steps:
                         if done == run.last_step:
                             run, state = next_stage(run, state)

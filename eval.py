@@ -69,8 +69,6 @@ class Config(processes.Config):
             raise UserError("--data with --run: it has its text; for another give its --model")
         if self.tasks and (self.html or self.data.source):
             raise UserError("--tasks with --html or --data.source: these are of a text, give one")
-        if self.tasks and (self.distributed or self.coordinator):
-            raise UserError("--tasks are for one process")
         if not (self.run or self.tasks or self.data.source or self.data.eval_source):
             raise UserError("--data.source is missing: name the text to score, or --tasks")
 

@@ -25,8 +25,8 @@ import sharding
 import text
 from models.attention import Cache, einsum_f32
 from models.base import LanguageModel, unstacked
-from runtime import answers, commits, errors, files, processes, report
-from runtime.errors import LOCAL, SEED, Constraint, UserError, above, at_least, between
+from runtime import answers, buckets, commits, errors, files, processes, report
+from runtime.errors import SEED, Constraint, UserError, above, at_least, between
 
 Logits = Float32[Array, "batch vocab"]
 Occurred = Bool[Array, "batch vocab"] | None  # tokens of a row, for --repetition-penalty
@@ -35,8 +35,8 @@ Counts = Int[Array, " batch"]
 Keys = Key[Array, " batch"]
 
 OUT = Constraint(
-    "a .parquet or .jsonl file on this machine",
-    lambda path: LOCAL.holds(path) and Path(path).suffix in (".parquet", ".jsonl"),
+    "a .parquet or .jsonl file on this machine or in a bucket",
+    lambda path: errors.OUT.holds(path) and Path(path).suffix in (".parquet", ".jsonl"),
 )
 SHARE = Constraint("above 0 and at most 1", lambda x: 0 < x <= 1)
 PART = 256  # tokens of a prompt read at once
@@ -481,8 +481,9 @@ def converse(config: Config) -> None:
             messages.append({"role": "assistant", "content": completion})
 
 
+@partial(buckets.mirrored, file=True)
 def run(config: Config) -> None:
-    out, folder = files.local_path(config.out), models.fetch(config.model)
+    out, folder = buckets.place(config.out), models.fetch(config.model)
     tokenizer = text.load_tokenizer(folder, models.config(folder).vocab)
     prompts = list(text.prompts(text.find(config.prompts), tokenizer, config.column))
     if not prompts:
@@ -514,7 +515,7 @@ def run(config: Config) -> None:
             finished = out.exists() and config.resume and not (begun and before)
         if finished:
             answers.check_settings(out, before, settings)
-            print(f"{out} is finished", file=sys.stderr)
+            print(f"{config.out} is finished", file=sys.stderr)
             answered = [job[:2] for job in jobs]
         elif first:
             journal = answers.Journal(out, settings, resume=config.resume)
@@ -525,7 +526,7 @@ def run(config: Config) -> None:
         if first and not finished:
             answers.save(out, map(row, journal), columns, settings)
             journal.path.unlink()  # now that its answers are in the data set
-            print(f"{len(jobs)} answers  {out}")
+            print(f"{len(jobs)} answers  {config.out}")
     if config.push is not None and first:
         print(f"data set  {answers.upload(config.push, out, settings)}")
 

@@ -97,7 +97,7 @@ def make(config: Config) -> Targets:
     targets, corpus = describe(config)
     remedy = "; make room or give permission, and the same command goes on from what is there"
     with files.disk_errors(targets.folder, remedy), checkpoint.lock(targets.folder):
-        if jax.process_index() == 0:
+        if buckets.owns(config.out):
             target_store.open_or_create(targets)
         sync_global_devices("targets begun")
         targets = target_store.open_or_create(targets)

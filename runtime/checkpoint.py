@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -44,15 +45,17 @@ def lock(folder: str | Path) -> contextlib.AbstractContextManager[None]:
 class Checkpoints(contextlib.AbstractContextManager):
     """Writes checkpoints into `folder`, in the background, and keeps the newest `keep`.
 
-    All processes of a run share the folder, and call this alike.
+    All processes of a run call this alike. They share the folder; or each has its own, and writes
+    what its devices hold: `merge_parts` reads the parts, once they lie together.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2):
-        self.folder, self.keep = Path(folder).absolute(), max(keep, 1)
+    def __init__(self, folder: str | Path, keep: int = 2, *, shared: bool = True):
+        self.folder, self.keep, self.shared = Path(folder).absolute(), max(keep, 1), shared
+        self.first = jax.process_index() == 0 or not shared
         with files.disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        _clean(self.folder)
-        self._writer, self._writing, self._refused = _writer(), None, None
+        self._clean()
+        self._writer, self._writing, self._refused = _writer(shared), None, None
 
     def __exit__(self, kind, *_) -> None:
         try:
@@ -77,7 +80,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._writing, self._refused = self.folder / str(step), self._obstacle(step)
         if self._refused:
             return
-        if jax.process_index() == 0 and self._writing.exists():  # damaged, or of a run given up
+        if self.first and self._writing.exists():  # damaged, or of a run given up
             self._writing.rename(self._writing.with_name(f"{step}.removed"))
         sealed = args.JsonSave({"text": manifest, "digest": _digest(manifest)})
         parts = args.Composite(arrays=args.PyTreeSave(arrays), manifest=sealed)
@@ -87,7 +90,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Why no folder can be made here: Orbax would wait for it, longer than the program runs."""
         error = None
         try:
-            if jax.process_index() == 0:
+            if self.first:
                 for path in (self.folder / f"{step}", self.folder / f"{step}.removed"):
                     if os.path.lexists(path) and not _is_ours(path):
                         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -107,27 +110,27 @@ class Checkpoints(contextlib.AbstractContextManager):
             if refused:
                 raise refused
             self._writer.wait_until_finished()
-            if path is not None and jax.process_index() == 0:  # before older ones are removed
+            if path is not None and self.first:  # before older ones are removed
                 files.sync(path, *path.rglob("*"))
         except Exception as error:  # a full disk is an OSError, a ValueError or a RuntimeError
             # The old writer would report its other troubles next time; it may still be writing.
-            failed, self._writer = self._writer, _writer()
+            failed, self._writer = self._writer, _writer(self.shared)
             with contextlib.suppress(Exception):
                 failed.close()
             for _ in range(50):
-                if not _clean(self.folder):
+                if not self._clean():
                     break
                 time.sleep(0.1)
             why = f"could not be written ({_reason(error)}), the ones before are intact"
             remedy = "free space there, or choose another folder"
             raise UserError(f"the checkpoint {path} {why}: {remedy}") from error
-        if path is not None and jax.process_index() == 0:
+        if path is not None and self.first:
             # Later ones are those of a run that was given up.
             paths, step = _finished(self.folder), int(path.name)
             newest = [x for x in paths if int(x.name) <= step][: self.keep]
             for other in set(paths) - set(newest):
                 other.rename(other.with_name(f"{other.name}.removed"))  # at once, for its readers
-            _clean(self.folder)
+            self._clean()
 
     def close(self) -> None:
         """As `wait`; nothing can be saved after it."""
@@ -136,14 +139,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         finally:
             self._writer.close()
 
-
-def _clean(folder: Path) -> list[Path]:
-    """Removes what is no checkpoint, and returns it."""
-    paths = folder.glob("*") if jax.process_index() == 0 else ()
-    leftovers = [path for path in paths if LEFTOVER.fullmatch(path.name) and _is_ours(path)]
-    for path in leftovers:
-        shutil.rmtree(path, ignore_errors=True)
-    return leftovers
+    def _clean(self) -> list[Path]:
+        """Removes what is no checkpoint, and returns it."""
+        paths = self.folder.glob("*") if self.first else ()
+        leftovers = [path for path in paths if LEFTOVER.fullmatch(path.name) and _is_ours(path)]
+        for path in leftovers:
+            shutil.rmtree(path, ignore_errors=True)
+        return leftovers
 
 
 def latest(folder: str | Path) -> int | None:
@@ -188,6 +190,26 @@ def restore(folder: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any], i
             return state, manifest["extra"], manifest["step"]
         _warn(f"the checkpoint {path} is damaged and skipped: {reason}")
     raise UserError(f"{folder}: expected a checkpoint, found none")
+
+
+def merge_parts(folder: Path) -> None:
+    """Lets each checkpoint here find the arrays that several processes have written apart."""
+    import tensorstore
+
+    context = tensorstore.Context()  # of one: so a copy is one of names alone
+
+    def store(path: Path) -> Any:
+        base = {"driver": "file", "path": f"{path}/"}
+        return tensorstore.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result()
+
+    for arrays in folder.glob("*/arrays"):
+        if len(parts := list(arrays.glob("ocdbt.process_*"))) > 1:
+            with contextlib.suppress(Exception):  # what is broken is told when it is read
+                transaction = tensorstore.Transaction(atomic=True)
+                whole = store(arrays).with_transaction(transaction)
+                for part in parts:
+                    store(part).experimental_copy_range_to(whole).result()
+                transaction.commit_sync()
 
 
 def _finished(folder: str | Path) -> list[Path]:
@@ -349,8 +371,23 @@ def _orbax():
     return orbax.checkpoint
 
 
-def _writer():
-    ocp = _orbax()
+def _writer(shared: bool):
+    """Orbax for all processes, or for each as if it were alone."""
+    ocp, this, who, how = _orbax(), jax.process_index(), {}, {}
     arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
-    handler = ocp.CompositeCheckpointHandler(arrays=arrays, manifest=ocp.JsonCheckpointHandler())
-    return ocp.AsyncCheckpointer(handler)
+    if not shared:
+        alone = ocp.options.MultiprocessingOptions(this, {this}, f"process-{this}")
+        # Else what one process tells itself, of folders that it made, is told to all.
+        at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        who, how = {"multiprocessing_options": alone}, {"async_options": at_once}
+        unasked = SimpleNamespace(validate_all_array_metadatas=lambda _: None)  # of the others
+        implementation = ocp.BasePyTreeCheckpointHandler(
+            use_compression=False, enable_post_merge_validation=False,
+            array_metadata_validator=unasked, **who,
+        )  # fmt: skip
+        arrays = ocp.PyTreeCheckpointHandler(handler_impl=implementation)
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(**who, **how),
+        arrays=arrays, manifest=ocp.JsonCheckpointHandler(**who),
+    )  # fmt: skip
+    return ocp.AsyncCheckpointer(handler, **who, **how)

@@ -11,7 +11,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 import text
 from config import Config, run_folder
-from runtime import checkpoint, commits, files, processes, report, selection
+from runtime import buckets, checkpoint, commits, files, processes, report, selection
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def restore_commits(config: Config) -> None:
 def make_folder(config: Config) -> files.RunFolder:
     """The folder of a run, made by the first process; --no-resume moves an older run aside."""
     folder = run_folder(config)
-    if jax.process_index() == 0:
+    if buckets.owns(config.out):
         with files.disk_errors(folder.path, ": give another --out"):
             folder.path.mkdir(parents=True, exist_ok=True)
             if not config.resume and any(folder.path.iterdir()):
@@ -50,7 +50,7 @@ def open_folder(config: Config) -> Iterator[files.RunFolder]:
     try:
         yield make_folder(config)
     except UserError:
-        if jax.process_index() == 0 and path in new and path.is_dir():
+        if buckets.owns(config.out) and path in new and path.is_dir():
             if {entry.name for entry in path.iterdir()} <= {".lock", "config.json", commits.FILE}:
                 shutil.rmtree(path)
                 with contextlib.suppress(OSError):  # where another run began meanwhile
@@ -72,10 +72,12 @@ def check_processes(folder: files.RunFolder) -> None:
         "the version of jax": jax.__version__,
         "the version of this program": files.digest(list(map(files.file_digest, sorted(sources)))),
         **{f"--{name}": value for name, value in folder.settings.items()},
-        f"the folder {path}": files.read_json(token)["token"] if token.exists() else "another one",
         "the last checkpoint": checkpoint.latest(path / "checkpoints"),
         "the choice of blocks": files.read_json(choice).get("kept") if choice.exists() else None,
     }
+    if not buckets.in_bucket(folder.settings["out"]):
+        here = files.read_json(token)["token"] if token.exists() else "another one"
+        facts[f"the folder {path}"] = here
     processes.check_same(facts)
     if jax.process_index() == 0:
         token.unlink()
@@ -92,7 +94,7 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
         remedy = "restore it, or begin anew with --no-resume"
         raise UserError(f"{folder.path} has checkpoints, but no config.json: {remedy}")
     if last is None:
-        if changed and jax.process_index() == 0:
+        if changed and buckets.owns(config.out):
             for name in (selection.FILE, selection.ROUNDS):
                 (folder.path / name).unlink(missing_ok=True)
         write_config(folder)
@@ -113,7 +115,7 @@ def last_step(config: Config, folder: files.RunFolder) -> int | None:
 
 
 def write_config(folder: files.RunFolder) -> None:
-    if jax.process_index() == 0:
+    if buckets.owns(folder.settings["out"]):
         folder.write()
         if commits.COMMITS:
             files.write_json(folder.path / commits.FILE, commits.COMMITS)

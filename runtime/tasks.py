@@ -41,6 +41,8 @@ class Model(TemplateLM):
         folder, limit = models.fetch(source), models.config(source).longest
         self.max_length = models.seq_len(seq_len, UNLIMITED if limit == np.inf else limit, source)
         self.mesh, self.rows = mesh, -(-rows // mesh.size) * mesh.size  # each device has as many
+        part, parts = sharding.process_rows(mesh)
+        self.own = slice(part * self.rows // parts, (part + 1) * self.rows // parts)
         self.dtype, self.stop = sharding.compute_dtype(), text.stop_ids(folder)
         self.model, self.words = models.load(folder, mesh=mesh), text.load_tokenizer(folder)
 
@@ -68,7 +70,8 @@ class Model(TemplateLM):
             tokens, segments = np.zeros((2, self.rows, length + 1), np.int32)
             for row, i in enumerate(group):
                 tokens[row, : len(inputs[i])], segments[row, : len(inputs[i])] = inputs[i], 1
-            batch = sharding.from_host(data.Batch(tokens, segments, segments[:, 1:] > 0), self.mesh)
+            rows = data.Batch(*(x[self.own] for x in (tokens, segments, segments[:, 1:] > 0)))
+            batch = sharding.from_host(rows, self.mesh)
             figures = losses.token_figures(self.model, None, batch, top=1, dtype=self.dtype)
             ce, likeliest = (sharding.to_host(figures[name]) for name in ("ce", "ids"))
             for row, i in enumerate(group):
@@ -146,5 +149,6 @@ def evaluate(config: Any) -> dict[str, dict[str, Any]]:
             )  # fmt: skip
         result["config"]["model"] = source
         results.append(json.loads(json.dumps(result, default=utils.handle_non_serializable)))
-        files.write_json(out.with_stem(out.stem + suffix), results[-1])
+        if jax.process_index() == 0:
+            files.write_json(out.with_stem(out.stem + suffix), results[-1])
     return compare(*results)

@@ -12,6 +12,8 @@ import pytest
 from test_distill import config, one_device, quick, teacher, text  # noqa: F401
 
 import distill
+import generate
+import sharding
 from runtime import buckets
 from runtime.errors import UserError
 from text import files as sources
@@ -188,14 +190,44 @@ def test_a_run_in_a_bucket_goes_on_where_nothing_of_it_is(bucket, quick, tmp_pat
     assert distill.train(there) == student and student.exists()  # it is finished
 
 
-def test_what_a_bucket_cannot_do_is_refused(bucket, quick, monkeypatch):  # noqa: F811
+def test_answers_in_a_bucket_go_on_where_nothing_of_them_is(bucket, monkeypatch, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Once\nThe dog\nLily\nA bird\n")
+    config = generate.Config(
+        model="demo/teacher", prompts=str(tmp_path / "prompts.txt"), max_new=4, batch_size=1,
+        out=str(tmp_path / "answers.jsonl"), mesh=sharding.Sizes(1, 1, 1), quiet=True,
+    )  # fmt: skip
+    jax_devices = jax.devices
+    monkeypatch.setattr(jax, "devices", lambda *_: jax_devices()[:1])
+    generate.run(config)
+    there, answered = dataclasses.replace(config, out=f"{URL}/answers.jsonl"), []
+    bucket.put("shelf/runs/one/other.txt", b"of somebody")
+    write = generate.answer
+
+    def interrupted(*of):
+        if len(answered) == 2:
+            raise KeyboardInterrupt
+        return answered.append(of) or write(*of)
+
+    monkeypatch.setattr(generate, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate.run(there)
+    lines = bucket.objects["shelf/runs/one/answers.jsonl.journal"][0].splitlines()
+    assert len(lines) == 3 and answered
+    shutil.rmtree(tmp_path / "cache")  # another machine
+    answered.clear()
+    generate.run(there)
+    assert len(answered) == 2
+    objects = {path.removeprefix("shelf/runs/one/"): x for path, (x, _) in bucket.objects.items()}
+    assert objects.keys() == {"answers.jsonl", "answers.settings.json", "other.txt"}
+    assert objects["answers.jsonl"] == (tmp_path / "answers.jsonl").read_bytes()
+    assert not list((tmp_path / "cache").rglob("other.txt"))
+
+
+def test_what_a_bucket_cannot_do_is_refused(bucket, quick):  # noqa: F811
     with pytest.raises(UserError, match="--no-resume with --out in a bucket: nothing there can be"):
         dataclasses.replace(quick, out=URL, resume=False)
     with pytest.raises(UserError, match="must be .*s3://bucket/folder"):
         dataclasses.replace(quick, out="s3://shelf")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="several processes: mount"):
-        patch.setattr(jax, "process_count", lambda: 2)
-        distill.train(dataclasses.replace(quick, out=URL))
     bucket.open_output_stream = None
     with pytest.raises(UserError, match=f"--out {URL}: cannot be written"):
         distill.train(dataclasses.replace(quick, out=URL))

@@ -1,7 +1,10 @@
 """Tasks of lm-eval: what its own Hugging Face model answers on the same checkpoint."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,7 +27,8 @@ from runtime.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm-eval and what it imports
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TEXT = (
     "the small cat sat on the mat and the dog ran to the door of the old house. a child saw the"
@@ -162,6 +166,40 @@ def test_eval_compares_a_model_to_its_teacher(checkpoint, folder, tmp_path, monk
     monkeypatch.setattr(sys, "argv", [*words, "local_choice", "none_such"])
     with pytest.raises(UserError, match=r"^--tasks none_such: .*--task-path$"):
         eval.main()
+
+
+PROGRAM = """
+from functools import partial
+import eval
+from runtime import errors, tasks
+tasks.TaskManager = partial(tasks.TaskManager, include_defaults=False)
+errors.run(eval.main)
+"""
+
+
+@pytest.mark.parametrize("checkpoint", ["llama-2"], indirect=True)
+def test_two_processes_answer_as_one_does(checkpoint, folder, tmp_path):
+    words = ["--model", str(checkpoint), "--task-path", str(folder), "--json", "--tasks", *YAML]
+    tables = []
+    for count in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2"]
+        own = [[*where, "--process-id", str(i)] * (count > 1) for i in range(count)]
+        program = [sys.executable, "-c", PROGRAM, *words, "--out", str(tmp_path / f"{count}.json")]
+        pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(2 // count)}
+        running = [
+            subprocess.Popen([*program, *more], cwd=ROOT, env=environment, **pipes) for more in own
+        ]
+        said = [process.communicate(timeout=240) for process in running]
+        assert [process.returncode for process in running] == [0] * count, said
+        told = [[x for x in out.splitlines() if not x.startswith("[Gloo]")] for out, _ in said]
+        assert not any(told[1:])
+        tables.append(json.loads(told[0][-1]))
+    assert tables[0].keys() == tables[1].keys()
+    for name, row in tables[0].items():
+        assert tables[1][name]["model"] == pytest.approx(row["model"], rel=1e-5), name
 
 
 def test_what_is_recovered_is_a_share_of_the_better():

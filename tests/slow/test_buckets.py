@@ -10,8 +10,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pyarrow import fs
+from safetensors.numpy import load_file
 
 from runtime import buckets, results
 from runtime.report import read_metrics
@@ -149,6 +151,42 @@ def test_a_run_that_is_killed_five_times_on_s3_ends_as_if_it_never_was(
     assert stops[0] == 0 and len(set(stops)) > 2, stops
     finish("distill", servers, *FLAGS, "--out", url)
     same(download(url, tmp_path / "copy"), uninterrupted)
+
+
+def start_several(count: int, environment: dict[str, str], *flags: str) -> list[subprocess.Popen]:
+    """Processes of one run, of which nothing but the bucket is shared."""
+    together = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(count)]
+    own = [[*together, "--process-id", str(i)] if count > 1 else [] for i in range(count)]
+    homes = [{"XDG_CACHE_HOME": f"{environment['XDG_CACHE_HOME']}-{i}"} for i in range(count)]
+    return [start("distill", environment | homes[i], *flags, *own[i]) for i in range(count)]
+
+
+def test_processes_that_share_nothing_but_a_bucket_are_killed_and_others_go_on(
+    servers, uninterrupted, tmp_path
+):
+    """Two, then one, then two, on machines that know nothing of the run."""
+    url, steps = "s3://shelf/runs/pair", [0]
+    for count, moment in ((2, "3 4"), (1, "7 9"), (2, "99 1")):
+        environment = servers | {"XDG_CACHE_HOME": str(tmp_path / moment), "KILL_AT": moment}
+        group = start_several(count, environment, *FLAGS, "--out", url)
+        while all(process.poll() is None for process in group):
+            time.sleep(0.1)
+        if count == 1 or moment != "99 1":
+            assert any(process.poll() == -signal.SIGKILL for process in group)
+            for process in group:
+                process.kill()
+        said = [process.communicate(timeout=60)[1] for process in group]
+        sealed = [name.split("/")[1] for name in names(url) if "manifest/metadata" in name]
+        steps.append(max(map(int, sealed)))
+        written = [f"checkpoints/{steps[-1]}/arrays/ocdbt.process_{i}/" for i in range(2)]
+        parts = [any(name.startswith(part) for name in names(url)) for part in written]
+        assert parts == [True, count == 2]
+    assert [process.returncode for process in group] == [0, 0], said
+    assert steps == sorted(set(steps)) and steps[-1] == 12
+    copy = download(url, tmp_path / "copy")
+    weights = [load_file(x / "student" / "model.safetensors") for x in (copy, uninterrupted)]
+    for name, leaf in weights[0].items():
+        np.testing.assert_allclose(leaf, weights[1][name], rtol=0, atol=1e-5)
 
 
 def test_a_run_on_google_cloud_storage(servers, uninterrupted, tmp_path):
