@@ -1,5 +1,6 @@
 """Eight emulated CPU devices, and every annotation of ours checked on every call."""
 
+import base64
 import gc
 import importlib.util
 import os
@@ -40,6 +41,23 @@ def empty_pages(monkeypatch):
         page = SimpleNamespace(**vars(results.page))
         page.windows = lambda *_, **__: {"windows": [], "names": {}}
         monkeypatch.setattr(results, "page", page)
+
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
+    "gg=="
+)
+
+
+@pytest.fixture(autouse=True)
+def empty_pictures(monkeypatch):
+    """The curves of a run are plotted and saved as one pixel: drawing them takes half a second, at
+    each evaluation. Those of the fixtures of a whole module are drawn, and in tests/test_report.py,
+    where they are looked at."""
+    if "runtime.figures" in sys.modules:
+        from matplotlib.figure import Figure
+
+        monkeypatch.setattr(Figure, "savefig", lambda _, path, **options: path.write_bytes(PIXEL))
 
 
 @pytest.fixture

@@ -466,6 +466,11 @@ def test_model_card_of_a_local_teacher_names_its_folder_only(monkeypatch, tmp_pa
     assert "- **Teacher**: teacher\n" in text
 
 
+@pytest.fixture
+def empty_pictures():
+    """None here: that of all other tests is left out."""
+
+
 def drawn(monkeypatch, tmp_path, *lines):
     """The panels of the figure by title, as drawn into a PNG."""
     from matplotlib.figure import Figure
