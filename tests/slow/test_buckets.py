@@ -153,12 +153,14 @@ def test_a_run_that_is_killed_five_times_on_s3_ends_as_if_it_never_was(
     same(download(url, tmp_path / "copy"), uninterrupted)
 
 
-def start_several(count: int, environment: dict[str, str], *flags: str) -> list[subprocess.Popen]:
+def start_several(
+    program: str, count: int, environment: dict[str, str], *flags: str
+) -> list[subprocess.Popen]:
     """Processes of one run, of which nothing but the bucket is shared."""
     together = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(count)]
     own = [[*together, "--process-id", str(i)] if count > 1 else [] for i in range(count)]
     homes = [{"XDG_CACHE_HOME": f"{environment['XDG_CACHE_HOME']}-{i}"} for i in range(count)]
-    return [start("distill", environment | homes[i], *flags, *own[i]) for i in range(count)]
+    return [start(program, environment | homes[i], *flags, *own[i]) for i in range(count)]
 
 
 def test_processes_that_share_nothing_but_a_bucket_are_killed_and_others_go_on(
@@ -168,7 +170,7 @@ def test_processes_that_share_nothing_but_a_bucket_are_killed_and_others_go_on(
     url, steps = "s3://shelf/runs/pair", [0]
     for count, moment in ((2, "3 4"), (1, "7 9"), (2, "99 1")):
         environment = servers | {"XDG_CACHE_HOME": str(tmp_path / moment), "KILL_AT": moment}
-        group = start_several(count, environment, *FLAGS, "--out", url)
+        group = start_several("distill", count, environment, *FLAGS, "--out", url)
         while all(process.poll() is None for process in group):
             time.sleep(0.1)
         if count == 1 or moment != "99 1":
@@ -205,11 +207,14 @@ def test_text_models_and_targets_in_buckets(servers, uninterrupted, tmp_path):
         file.write(pyarrow.compress(stories, "zstd", asbytes=True))
     fs.copy_files(str(ROOT / "demo" / "teacher"), "s3://shelf/teacher")
     text = ["--data.source", "s3://shelf/text/*.zst", "--data.documents", "paragraph"]
-    finish(
-        "targets", servers, "--teacher", "s3://shelf/teacher", *text, "--seq-len", "64",
+    pair = start_several(
+        "targets", 2, servers, "--teacher", "s3://shelf/teacher", *text, "--seq-len", "64",
         "--steps", "12", "--batch-size", "16", "--out", "s3://shelf/targets", "--quiet",
     )  # fmt: skip
-    assert "targets.json" in names("s3://shelf/targets")
+    said = [process.communicate(timeout=120)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    written = names("s3://shelf/targets")
+    assert "targets.json" in written and sum(x.endswith(".targets") for x in written) == 2
     finish(
         "distill", servers, *FLAGS, "--targets", "s3://shelf/targets", "--out", "s3://shelf/kept"
     )

@@ -11,9 +11,6 @@ import losses
 import mup
 from benchmarks.mup import final, sweep
 
-FAMILIES = pytest.mark.parametrize("family", ["llama", "bloom"])
-TAUGHT = pytest.mark.parametrize("taught", [False, True], ids=["text", "teacher"])
-TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 SCALING = mup.Config(32)
 RATES = 2.0 ** np.arange(-8, -2)
 STEPS, ROWS, SEQ = 40, 8, 32
@@ -25,9 +22,16 @@ def teacher_of(family: str):
     return eqx.tree_at(lambda model: model.head, model, replace_fn=lambda head: 3 * head)
 
 
-@FAMILIES
-@TIED
-@TAUGHT
+# Every pair of these choices is there, and half of all their combinations.
+@pytest.mark.parametrize(
+    ("family", "tied", "taught"),
+    [
+        ("llama", False, False),
+        ("llama", True, True),
+        ("bloom", False, True),
+        ("bloom", True, False),
+    ],
+)
 def test_the_coordinate_check(family, tied, taught):
     check(family, tied, teacher_of(family) if taught else None)
 
@@ -49,8 +53,7 @@ def curves(width, family, tied, scaling, batches, teacher, rates):
     return sweep(model, scaling, rates, batches, loss, teacher)
 
 
-@FAMILIES
-@TAUGHT
+@pytest.mark.parametrize(("family", "taught"), [("llama", False), ("bloom", True)])
 def test_the_best_rate_stays_and_wider_is_better_throughout(family, taught, batches):
     """Llama is tied here, and BLOOM is not."""
     teacher, tied = teacher_of(family) if taught else None, family == "llama"
