@@ -582,7 +582,7 @@ WRONG = {
     ),
     "seed": (dict(seed=-1), "--seed is -1: it must be from 0"),
     "hidden": (dict(out=".jsonl"), "--out is .jsonl: it must be a .parquet or .jsonl file"),
-    "scheme": (dict(out="s3://b/x.jsonl"), "--out is s3://b/x.jsonl: it must be a .parquet or"),
+    "scheme": (dict(out="ftp://b/x.jsonl"), "--out is ftp://b/x.jsonl: it must be a .parquet or"),
     "ending": (dict(out="x.csv"), "--out is x.csv: it must be a .parquet or .jsonl file"),
     "empty": (dict(content=" \n\n"), "prompts.txt: no prompts in it"),
     "missing": (dict(prompts="nowhere.txt"), "nowhere.txt: no such file"),

@@ -44,7 +44,6 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(whole):
 
 
 CUTTING = {
-    "the first round": soak.Touch("choice-rounds.json", 1),
     "the second round": soak.Touch("choice-rounds.json", 3),
     "the end of the choice": soak.Touch("choice.json", 1),
     "the healing": lambda run: (run.out / "choice.json").exists(),
@@ -66,7 +65,6 @@ def test_a_choice_and_a_healing_that_are_killed_end_as_if_they_never_were(home):
 
 
 STAGES = {
-    "the first stage": soak.at_step(12),
     "the end of the first stage": soak.at_step(20),
     "the second choice": soak.Touch("choice-2.json", 1),
     "the second healing": lambda run: (run.out / "choice-2.json").exists(),
