@@ -270,8 +270,8 @@ class Copy:
                 (put, seals - gone),
             ):
                 list(pool.map(action, names))
-        whole = [f"checkpoints/{step}/manifest/metadata" for step in steps]
-        if self.number == 0 and whole and not any(stored.get(x) == now.get(x) for x in whole):
+        whole = (name for name in now if name.endswith("/manifest/metadata"))
+        if self.number == 0 and steps and not any(stored.get(x) == now[x] for x in whole):
             return  # what is gone stays there until a later one is whole
         for name in old:
             del stored[name]

@@ -163,6 +163,19 @@ def test_in_every_state_of_the_copy_what_is_sealed_is_whole(bucket, tmp_path):
     assert whole == set("123") and len(bucket.states) > 20
 
 
+def test_older_checkpoints_stay_until_a_later_one_is_whole(bucket, tmp_path, monkeypatch):
+    copy = buckets.Copy(URL, folder := tmp_path / "run")
+    for steps in ((1, 2), (3, 4), (5, 6)):
+        shutil.rmtree(folder, ignore_errors=True)
+        for step in steps:
+            checkpoint(folder, step)
+        if steps == (5, 6):  # another process lags behind
+            monkeypatch.setattr(buckets.Copy, "lacks", lambda *_: True)
+        copy.update()
+    sealed = [{x.split("/")[-3] for x in state if "manifest" in x} for state in bucket.states]
+    assert all(sealed[sealed.index({"1"}) :]) and sealed[-1] == {"3", "4"}
+
+
 def test_half_a_checkpoint_is_none(bucket, tmp_path):
     checkpoint(folder := tmp_path / "run", 7)
     (folder / "checkpoints/7/manifest/metadata").unlink()
